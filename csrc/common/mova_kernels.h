@@ -1,0 +1,33 @@
+// The C API that all ops share; each op adds a header of its own. Knows neither torch nor Python.
+#pragma once
+
+#include <stdint.h>
+
+#define MK_API extern "C" __attribute__((visibility("default")))
+
+// Raised when an argument block or the meaning of a function changes; mova_kernels/_native.py holds the same number.
+#define MK_ABI_VERSION 1
+
+enum mk_status { MK_OK = 0, MK_BAD_ARG = 1, MK_UNSUPPORTED = 2, MK_CUDA_ERROR = 3, MK_THREADS_ERROR = 4 };
+enum mk_dtype { MK_F32 = 0, MK_BF16 = 1, MK_F16 = 2 };
+
+MK_API int mk_abi_version(void);
+
+// Why the latest failed call of this thread failed; valid until the next failure.
+MK_API const char* mk_last_error(void);
+
+// CPU library: runs body(begin, end, context) over disjoint parts of [begin, end), returns non-zero on failure. It has
+// the signature of libtorch's torch_parallel_for; null, the default, runs everything on the calling thread.
+typedef void (*mk_range_body)(int64_t begin, int64_t end, void* context);
+typedef int (*mk_parallel_for)(int64_t begin, int64_t end, int64_t grain, mk_range_body body, void* context);
+MK_API void mk_set_parallel_for(mk_parallel_for parallel_for);
+
+// CPU library: the instruction sets are "base", "avx2" and "avx512". The best one this processor has is the default.
+MK_API const char* mk_cpu_isa(void);
+MK_API const char* mk_cpu_isas(void);  // those this processor has, "base,avx2"
+MK_API int mk_set_cpu_isa(const char* name);
+
+// CUDA library: versions as 1000 * major + 10 * minor; a driver version of 0 means that there is no driver.
+MK_API int mk_cuda_runtime_version(void);
+MK_API int mk_cuda_driver_version(void);
+MK_API int mk_cuda_device_count(int64_t* count);

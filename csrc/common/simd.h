@@ -1,0 +1,62 @@
+// Vectors as wide as the translation unit may use them, for files that are compiled once per instruction set.
+// Everything is in an anonymous namespace, and such files use no STL: of a weak symbol that several objects define the
+// linker keeps one, which could be the AVX-512 copy.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+constexpr int lanes = vector_bytes / 4;
+typedef float vfloat __attribute__((vector_size(vector_bytes)));
+typedef uint32_t vuint __attribute__((vector_size(vector_bytes)));
+
+// A format moves one vector register of `count` <= `width` neighbouring elements between memory and `parts` fp32
+// vectors. A `count` known to be `width` compiles to a single load or store.
+struct F32 {
+  typedef float type;
+  static constexpr int parts = 1, width = lanes;
+
+  static inline void load(const float* p, int count, vfloat v[parts]) {
+    v[0] = vfloat{};
+    memcpy(&v[0], p, count * sizeof *p);
+  }
+  static inline void store(float* p, int count, const vfloat v[parts]) { memcpy(p, &v[0], count * sizeof *p); }
+};
+
+// A 32-bit lane holds two bf16, the even element in its low half. Each is the upper half of an fp32, so a shift and a
+// mask widen them with no shuffle. Little-endian only.
+struct BF16 {
+  typedef uint16_t type;
+  static constexpr int parts = 2, width = 2 * lanes;
+
+  static inline void load(const uint16_t* p, int count, vfloat v[parts]) {
+    vuint pairs = {};
+    memcpy(&pairs, p, count * sizeof *p);
+    v[0] = (vfloat)(pairs << 16);
+    v[1] = (vfloat)(pairs & 0xffff0000u);
+  }
+
+  static inline void store(uint16_t* p, int count, const vfloat v[parts]) {
+    const vuint pairs = (round(v[0]) >> 16) | (round(v[1]) & 0xffff0000u);
+    memcpy(p, &pairs, count * sizeof *p);
+  }
+
+ private:
+  // To nearest, ties to even, in the upper half of each lane. The carry could turn a NaN into an infinity.
+  static inline vuint round(vfloat v) {
+    const vuint bits = (vuint)v;
+    return v != v ? vuint{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,20 @@
+"""mova_kernels: gated cross-attention of image tokens to the vision experts that each image selected."""
+
+from . import backends, ops
+from ._native import ABI_VERSION as ABI_VERSION
+from .adapter import AdapterBlock, MoVAdapter, split_concatenated
+from .backends import BackendError, use_backend
+from .config import MoVAdapterConfig
+from .ragged import RaggedPairs
+
+__all__ = [
+    "AdapterBlock",
+    "BackendError",
+    "MoVAdapter",
+    "MoVAdapterConfig",
+    "RaggedPairs",
+    "backends",
+    "ops",
+    "split_concatenated",
+    "use_backend",
+]

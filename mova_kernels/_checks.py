@@ -1,0 +1,37 @@
+"""One wording for errors: the argument, the rule it breaks, the value it has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check(ok: object, argument: str, rule: str, value: object, error: type[Exception] = ValueError) -> None:
+    """Raise ``error("argument rule, got value")`` unless ``ok``."""
+    if not ok:
+        raise error(f"{argument} {rule}, got {value!r}")
+
+
+def check_tensor(argument: str, value: object, shape: tuple[int | str, ...]) -> None:
+    """``value`` must be a tensor of this shape; strings in ``shape`` are free dimensions and name themselves.
+
+    Raises:
+        TypeError: ``value`` is no tensor.
+        ValueError: wrong rank or size.
+    """
+    check(isinstance(value, Tensor), argument, "must be a tensor", type(value).__name__, TypeError)
+    assert isinstance(value, Tensor)
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or have == want for want, have in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{argument} must have shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}")
+
+
+def check_like(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    """``value`` must live on the device of ``reference`` and, outside autocast, have its dtype."""
+    check(value.device == reference.device, argument, f"must be on {reference_name}'s {reference.device}", value.device)
+    if not torch.is_autocast_enabled(reference.device.type):
+        check(
+            value.dtype == reference.dtype, argument, f"must have {reference_name}'s {reference.dtype}", value.dtype
+        )

@@ -1,0 +1,193 @@
+"""The compiled libraries: loading, threads, instruction sets, and calls with one packed argument block.
+
+The CPU library is loaded at import, the CUDA library at its first use. Nothing is ever built here. A library that is
+missing is no error until somebody asks for it by name; :func:`cpu_reason` and :func:`cuda_reason` say why it is not
+there. The C side is csrc/common/mova_kernels.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ABI_VERSION = 1  # MK_ABI_VERSION of csrc/common/mova_kernels.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # mk_dtype
+
+_DIRECTORY = Path(__file__).resolve().parent / "_lib"
+_FILES = {"cpu": "libmova_kernels.so", "cuda": "libmova_kernels_cuda.so"}
+_BAD_ARG = 1  # MK_BAD_ARG
+
+
+@functools.cache
+def build_info() -> dict[str, Any]:
+    """What the build wrote down: version, abi, compiler, build_type, cuda, cuda_archs, cuda_why. Empty if not built."""
+    path = _DIRECTORY / "build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def cpu_reason() -> str | None:
+    """Why the CPU library cannot be used; None if it can."""
+    return _cpu if isinstance(_cpu, str) else None
+
+
+@functools.cache
+def cuda_reason() -> str | None:
+    """Why the CUDA library cannot be used; None if it can. Loads it, and looks for a driver and a device."""
+    library = _cuda()
+    if isinstance(library, str):
+        return library
+    if not torch.backends.cuda.is_built():
+        return "this PyTorch is built without CUDA"
+    driver, runtime = library.mk_cuda_driver_version(), library.mk_cuda_runtime_version()
+    if driver == 0:
+        return "there is no NVIDIA driver"
+    if driver // 1000 < runtime // 1000:  # within a major version CUDA is compatible both ways
+        return f"the NVIDIA driver supports CUDA {_dotted(driver)}, the library needs {_dotted(runtime)}"
+    devices = ctypes.c_int64()
+    if library.mk_cuda_device_count(ctypes.byref(devices)) != 0:
+        return _last_error(library)
+    return None if devices.value > 0 else "there is no CUDA device"
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use: "base", "avx2" or "avx512"."""
+    return _require("cpu").mk_cpu_isa().decode()
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """The instruction sets that this processor has."""
+    return tuple(_require("cpu").mk_cpu_isas().decode().split(","))
+
+
+def set_cpu_isa(name: str) -> None:
+    """Make the CPU kernels of this process use one instruction set; MOVA_CPU_ISA does so at import.
+
+    Raises:
+        ValueError: unknown instruction set.
+        RuntimeError: this processor does not have it, or the library is missing.
+    """
+    library = _require("cpu")
+    _raise_on_error(library, library.mk_set_cpu_isa(name.encode()))
+
+
+def function(name: str, layout: str, library: str = "cpu") -> Callable[..., None]:
+    """A C function ``int name(const void* args, uint64_t nbytes)`` as a Python one.
+
+    One packed block instead of one ctypes conversion per argument makes a call five times faster.
+
+    Args:
+        name: of the C function.
+        layout: of its argument block, in the letters of :mod:`struct`: ``Q`` uint64_t and pointers, ``q`` int64_t,
+            ``d`` double, in the order of the C struct.
+        library: "cpu" or "cuda"; looked up at the first call.
+
+    Returns:
+        A function of the block's fields. It raises ValueError for bad arguments, RuntimeError for all other failures.
+    """
+    block = struct.Struct("=" + layout)
+    pack, size = block.pack, block.size
+    loaded: ctypes.CDLL | None = None
+    entry: Any = None
+
+    def call(*fields: int | float) -> None:
+        nonlocal loaded, entry
+        if entry is None:
+            loaded = _require(library)
+            entry = getattr(loaded, name)
+            entry.argtypes = (ctypes.c_char_p, ctypes.c_uint64)
+        status = entry(pack(*fields), size)
+        if status:
+            _raise_on_error(loaded, status)
+
+    return call
+
+
+def cuda_stream(device: int) -> int:
+    """The cudaStream_t that torch uses on this device."""
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # private, but 20 times faster than the public way
+    return raw(device) if raw is not None else torch.cuda.current_stream(device).cuda_stream
+
+
+def _load(library: str) -> ctypes.CDLL | str:
+    """The library, or why there is none.
+
+    Raises:
+        ImportError: it is there, but was built from other sources than this file.
+    """
+    path = _DIRECTORY / _FILES[library]
+    if not path.exists():
+        info = build_info()
+        why = info.get("native_why") or (info.get("cuda_why") if library == "cuda" else None) or "it was never built"
+        return f'the native {library} library is missing: {why} (re-run "pip install -e ." to build it)'
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the native {library} library does not load: {error}"
+    abi = loaded.mk_abi_version()
+    if abi != ABI_VERSION:
+        raise ImportError(
+            f'{path.name} has ABI version {abi}, mova_kernels needs {ABI_VERSION}: re-run "pip install -e ."'
+        )
+    loaded.mk_last_error.restype = ctypes.c_char_p
+    return loaded
+
+
+@functools.cache
+def _cuda() -> ctypes.CDLL | str:
+    return _load("cuda")
+
+
+def _require(library: str) -> ctypes.CDLL:
+    loaded = _cpu if library == "cpu" else _cuda()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
+
+
+def _last_error(library: ctypes.CDLL) -> str:
+    return library.mk_last_error().decode(errors="replace")
+
+
+def _raise_on_error(library: ctypes.CDLL | None, status: int) -> None:
+    if status and library is not None:
+        raise (ValueError if status == _BAD_ARG else RuntimeError)(_last_error(library))
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _torch_parallel_for() -> ctypes.c_void_p | None:
+    """libtorch's C function of this name, or None: then the kernels run on the calling thread.
+
+    It shares torch's pool and honours torch.set_num_threads from every thread, which an OpenMP of our own would not.
+    """
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return None
+
+
+def _load_cpu() -> ctypes.CDLL | str:
+    library = _load("cpu")
+    if isinstance(library, ctypes.CDLL):
+        library.mk_cpu_isa.restype = library.mk_cpu_isas.restype = ctypes.c_char_p
+        library.mk_set_cpu_isa.argtypes = (ctypes.c_char_p,)
+        library.mk_set_parallel_for.argtypes = (ctypes.c_void_p,)
+        library.mk_set_parallel_for.restype = None
+        library.mk_set_parallel_for(_torch_parallel_for())
+    return library
+
+
+_cpu = _load_cpu()
+if not isinstance(_cpu, str) and os.environ.get("MOVA_CPU_ISA"):
+    set_cpu_isa(os.environ["MOVA_CPU_ISA"])

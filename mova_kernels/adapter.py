@@ -1,0 +1,519 @@
+"""The MoV-Adapter of MoVA (arXiv 2404.13046) as ordinary modules under the official parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from . import ops
+from ._checks import check, check_like, check_tensor
+from .config import MoVAdapterConfig
+from .ragged import RaggedPairs, host_sees_values, validated_routing
+
+EPS = 1e-5  # of every LayerNorm, also where the official code asks for 1e-6 and timm replaces its norm class
+
+
+class MoVAdapter(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="mova_kernels",
+    tags=["mova", "mov-adapter", "vision-encoders"],
+    license="apache-2.0",
+):
+    """Fuses the features of the experts which each image selected into its base tokens.
+
+    An ordinary module. Parameters have the official names (``blocks.0.cross_attn.3.q_proj.weight``), so that
+    ``load_state_dict`` takes the adapter's part of an official checkpoint; the text encoder is not part of the module.
+    In its initial state every branch ends in a layer of zeros: the result is the output MLP of the pooled base tokens,
+    whatever the experts say. Save and load with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
+
+    Args:
+        config: the dimensions.
+
+    Attributes:
+        idle_expert_gradients: if True, the parameters of experts which no sample of a batch selected get gradients of
+            zero instead of None, as DistributedDataParallel without ``find_unused_parameters`` needs. Default False.
+    """
+
+    def __init__(self, config: MoVAdapterConfig) -> None:
+        super().__init__()
+        check(isinstance(config, MoVAdapterConfig), "config", "must be a MoVAdapterConfig", config, TypeError)
+        self.config = config
+        self.idle_expert_gradients = False
+        width = config.in_channels
+        self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, width))
+        self.rope = RopeTable(config.resolution, config.head_channels)
+        self.blocks = nn.ModuleList(AdapterBlock(config) for _ in range(config.num_layers))
+        self.downsample = Downsample(width, config.resolution)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, config.out_channels), nn.GELU(), nn.Linear(config.out_channels, config.out_channels)
+        )
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The official initial state: PyTorch's defaults, and zeros at the end of every branch.
+
+        Call it again if something has re-initialised the adapter as a part of a larger model. transformers'
+        ``post_init`` does not: the parts are marked as initialised.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Conv2d)):
+                module.reset_parameters()
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        ends: list[nn.Module] = []
+        for module in self.modules():
+            if isinstance(module, Attention):
+                ends.append(module.proj)
+            elif isinstance(module, AdapterBlock):
+                ends += [module.mlp.w3, module.gate[2]]
+            elif isinstance(module, Bottleneck):
+                ends.append(module.conv3.bn)
+        for parameter in (self.pos_embed, *(p for end in ends for p in end.parameters())):
+            parameter.zero_()
+        for parameter in self.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor | None],
+        routing: Tensor | None = None,
+        text: Tensor | None = None,
+        *,
+        grids: Sequence[tuple[int, int] | None] | None = None,
+    ) -> Tensor:
+        """Fuse.
+
+        Only the experts that a sample selected are computed for it, and nothing is read from the others: NaN there
+        changes nothing. Each block keeps the ``topk`` best of a sample's selected experts. A sample that selected none
+        passes through the blocks without fusion.
+
+        Device synchronisation: none for a routing on the host (or None); one per forward for a routing on the device;
+        one more per block if a sample selected more than ``topk`` experts on a device. Under torch.compile,
+        torch.export and CUDA graph capture: none. One graph then serves every routing of the same batch size, dense
+        features are resampled for all samples given, and the checks of values run on the device.
+
+        Args:
+            base: (B, R*R, in_channels) row-major tokens of the base encoder, in the parameters' dtype (any float
+                dtype under autocast) and on their device. Any strides, like all inputs.
+            experts: one entry per expert: (B, T_e, C_e) with the tokens of every sample; or (B_e, T_e, C_e) with those
+                of the B_e samples which selected this expert, in sample order; or None if no sample did.
+            routing: (B, num_experts), bool or 0/1 of any dtype, on the host or the device. None: all experts.
+            text: (B, text_channels), or (1, text_channels) for all samples: the feature of the question, which
+                conditions the gates. May be None if no sample selected an expert.
+            grids: per expert (h, w) with h * w = T_e, or None for a square. Default: all square.
+
+        Returns:
+            (B, (R // 2)**2, out_channels), in the dtype of the parameters (under autocast: the autocast dtype).
+
+        Raises:
+            TypeError, ValueError: before anything is computed; the message names the argument, the rule and the value.
+        """
+        config = self.config
+        self._check_base(base)
+        selected = self._selected(base, experts, routing)
+        sizes = self._check_experts(base, experts, selected, grids)
+        text = self._check_text(base, text, selected)
+        features, packed = self._align(experts, selected, sizes)
+        pairs = RaggedPairs.from_routing(selected, packed, base.device)
+
+        x = base + self.pos_embed
+        for block in self.blocks:
+            x = block(x, text, features, pairs, self.rope.cos, self.rope.sin)
+        x = self.mlp(self.downsample((x + base) / 2))
+        if self.idle_expert_gradients and pairs.bounds is not None and torch.is_grad_enabled():
+            idle = [e for e in range(config.num_experts) if pairs.bounds[e] == pairs.bounds[e + 1]]
+            x = _ZeroGradients.apply(x, *(p for block in self.blocks for p in block.expert_parameters(idle)))
+        return x
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        """The state under the official names, with the rotary tables that official checkpoints repeat per attention."""
+        state = dict(self.state_dict())
+        for name, module in self.named_modules():
+            if isinstance(module, Attention):
+                state[f"{name}.rope.freqs_cos"] = self.rope.cos.clone()
+                state[f"{name}.rope.freqs_sin"] = self.rope.sin.clone()
+        return state
+
+    def _check_base(self, base: Tensor) -> None:
+        config = self.config
+        check_tensor("base", base, ("B", config.num_tokens, config.in_channels))
+        check(base.is_floating_point(), "base", "must be floating point", base.dtype, TypeError)
+        check_like("base", base, "the adapter", self.pos_embed)
+
+    def _selected(self, base: Tensor, experts: Sequence[Tensor | None], routing: Tensor | None) -> Tensor:
+        """The routing as a (B, N) mask, on the host where the host may see it."""
+        num_experts, num_samples = self.config.num_experts, base.shape[0]
+        check(isinstance(experts, Sequence), "experts", "must be a sequence", type(experts).__name__, TypeError)
+        check(len(experts) == num_experts, "experts", f"must have {num_experts} entries", len(experts))
+        if routing is None:
+            device = "cpu" if host_sees_values(base.device) else base.device
+            return torch.ones(num_samples, num_experts, dtype=torch.bool, device=device)
+        check_tensor("routing", routing, (num_samples, num_experts))
+        if routing.device.type != "cpu":
+            check(routing.device == base.device, "routing", f"must be on the host or {base.device}", routing.device)
+        return validated_routing(routing, base.device)
+
+    def _check_experts(
+        self,
+        base: Tensor,
+        experts: Sequence[Tensor | None],
+        selected: Tensor,
+        grids: Sequence[tuple[int, int] | None] | None,
+    ) -> list[tuple[int, int] | None]:
+        """The token grid of each expert."""
+        num_samples, num_experts = selected.shape
+        if grids is not None:
+            check(len(grids) == num_experts, "grids", f"must have {num_experts} entries", len(grids))
+        on_host = host_sees_values(base.device)
+        counts = selected.sum(0).tolist() if on_host else None
+        sizes: list[tuple[int, int] | None] = []
+        for e, feature in enumerate(experts):
+            name = f"experts[{e}]"
+            if feature is None:
+                if counts is not None:
+                    check(counts[e] == 0, name, f"must be given: {counts[e]} samples selected it", None)
+                else:
+                    torch._assert_async(~selected[:, e].any(), f"{name} must be given: a sample selected it")
+                sizes.append(None)
+                continue
+            check_tensor(name, feature, ("B or B_e", "T_e", self.config.expert_channels[e]))
+            check_like(name, feature, "base", base)
+            rows, tokens = feature.shape[:2]
+            if rows != num_samples:
+                rule = f"must have {num_samples} rows, or one for each sample that selected it"
+                if counts is not None:
+                    check(rows == counts[e], name, f"{rule} ({counts[e]})", rows)
+                else:
+                    torch._assert_async(selected[:, e].sum() == rows, f"{name} {rule}, got {rows}")
+            grid = None if grids is None else grids[e]
+            if grid is None:
+                side = _square_root(tokens)
+                check(side is not None, name, "must have a square number of tokens, or a grid in grids", tokens)
+                grid = (side, side)  # type: ignore[assignment]
+            check(grid[0] * grid[1] == tokens, f"grids[{e}]", f"must hold {name}'s {tokens} tokens", grid)
+            sizes.append((int(grid[0]), int(grid[1])))
+        return sizes
+
+    def _check_text(self, base: Tensor, text: Tensor | None, selected: Tensor) -> Tensor | None:
+        """The text feature, (B, text_channels); None if there is none."""
+        num_samples = base.shape[0]
+        if text is None:
+            if host_sees_values(base.device):
+                check(not selected.any(), "text", "must be given when a sample selected an expert", None)
+            else:
+                torch._assert_async(~selected.any(), "text must be given when a sample selected an expert")
+            return None
+        check_tensor("text", text, ("B", self.config.text_channels))
+        check(text.shape[0] in (1, num_samples), "text", f"must have 1 or {num_samples} rows", text.shape[0])
+        check_like("text", text, "base", base)
+        return text.expand(num_samples, -1)
+
+    def _align(
+        self, experts: Sequence[Tensor | None], selected: Tensor, sizes: Sequence[tuple[int, int] | None]
+    ) -> tuple[list[Tensor], list[bool]]:
+        """Each expert's tokens on the base grid, (B or B_e, R*R, C_e), and whether these are only the selected rows."""
+        target = (self.config.resolution, self.config.resolution)
+        num_samples = selected.shape[0]
+        features, packed = [], []
+        for e, (feature, size) in enumerate(zip(experts, sizes, strict=True)):
+            if feature is None or size is None:
+                feature, size = self.pos_embed.new_empty(0, self.config.num_tokens, self.config.expert_channels[e]), target
+            is_packed = feature.shape[0] != num_samples
+            rows = None
+            if size != target and not is_packed:
+                if selected.device.type == "cpu" and host_sees_values(self.pos_embed.device):
+                    rows = selected[:, e].nonzero().squeeze(1).to(feature.device, non_blocking=True)
+                    is_packed = True
+                else:
+                    rows = torch.where(selected[:, e], torch.arange(num_samples, device=feature.device), -1)
+            features.append(ops.feature_resample(feature, size, target, rows))
+            packed.append(is_packed)
+        return features, packed
+
+
+class AdapterBlock(nn.Module):
+    """Gated cross-attention to the selected experts, then self-attention and a SwiGLU feed-forward."""
+
+    def __init__(self, config: MoVAdapterConfig) -> None:
+        super().__init__()
+        width, heads = config.in_channels, config.num_heads
+        self.topk = config.topk
+        self.cross_attn = nn.ModuleList(Attention(width, context, heads) for context in config.expert_channels)
+        self.norm1 = nn.ModuleList(nn.LayerNorm(width, EPS) for _ in config.expert_channels)
+        self.norm2 = nn.ModuleList(nn.LayerNorm(context, EPS) for context in config.expert_channels)
+        self.mlp = SwiGLU(width)
+        self.self_attn = Attention(width, width, heads)
+        self.norm3 = nn.LayerNorm(width, EPS)
+        self.norm4 = nn.LayerNorm(width, EPS)
+        self.gate = nn.Sequential(
+            nn.Linear(config.text_channels + width, width), nn.GELU(), nn.Linear(width, config.num_experts)
+        )
+
+    def forward(
+        self, x: Tensor, text: Tensor | None, features: Sequence[Tensor], pairs: RaggedPairs, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """(B, L, C) tokens, (B, text_channels), the experts' features on the base grid -> (B, L, C)."""
+        if text is not None and pairs.num_pairs > 0:
+            weights, kept = self._gate(x, text, pairs.selected)
+            pairs = pairs.select(kept, self.topk)
+            gate = weights[pairs.sample, pairs.expert]
+            x = self._fuse(x, features, pairs, gate, cos, sin)
+        normed = self.norm3(x)
+        x = x + self.self_attn(normed, normed, cos, sin)
+        return x + self.mlp(self.norm4(x))
+
+    def expert_parameters(self, experts: Sequence[int]) -> list[nn.Parameter]:
+        """The parameters which only these experts use; with all experts, also those of the gate."""
+        modules = [m[e] for e in experts for m in (self.cross_attn, self.norm1, self.norm2)]
+        if len(experts) == len(self.cross_attn):
+            modules.append(self.gate)
+        return [p for module in modules for p in module.parameters()]
+
+    def _gate(self, x: Tensor, text: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+        # Samples without experts get zeros: 0 * NaN of a text nobody vouches for would reach the gate's gradients.
+        some = selected.any(1, keepdim=True)
+        text = torch.where(some, text, 0)
+        pooled = torch.where(some, x.mean(1), 0)
+        return ops.expert_gate(self.gate(torch.cat([text, pooled], 1)), selected, self.topk)
+
+    def _fuse(
+        self, x: Tensor, features: Sequence[Tensor], pairs: RaggedPairs, gate: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        unusual = [name for name, m in self.named_modules() if _is_of_experts(name) and not _is_plain(m)]
+        if unusual:
+            return self._fuse_by_module(x, features, pairs, gate, cos, sin, unusual[0])
+        cross = list(self.cross_attn)
+        queries = [a.q_proj.weight for a in cross]
+        keys, values = [a.k_proj.weight for a in cross], [a.v_proj.weight for a in cross]
+        (q,) = ops.ragged_linear(x, pairs.sample, pairs, _affine(self.norm1), [queries])
+        k, v = ops.ragged_linear(features, pairs.row, pairs, _affine(self.norm2), [keys, values])
+        attended = ops.expert_attention(q, k, v, cos, sin, cross[0].num_heads)
+        inner = _affine([a.inner_attn_ln for a in cross])
+        proj = [a.proj for a in cross]
+        return ops.gated_combine(x, attended, gate, pairs, inner, [p.weight for p in proj], [p.bias for p in proj])
+
+    def _fuse_by_module(self, x, features, pairs, gate, cos, sin, unusual: str) -> Tensor:
+        """The same through the modules' own forward: for hooks, LoRA, parametrisations, DTensor and quantised layers."""
+        if pairs.bounds is None:
+            raise RuntimeError(
+                f"{unusual} is hooked, wrapped or replaced, so the experts' modules must be called one by one, which "
+                "needs the routing on the host: not inside torch.compile, torch.export or a CUDA graph"
+            )
+        for e, attention in enumerate(self.cross_attn):
+            start, stop = pairs.bounds[e], pairs.bounds[e + 1]
+            if stop > start:
+                sample, row = pairs.sample[start:stop], pairs.row[start:stop]
+                out = attention(self.norm1[e](x[sample]), self.norm2[e](features[e][row]), cos, sin)
+                x = x.index_add(0, sample, (gate[start:stop, None, None].to(out.dtype) * out).to(x.dtype))
+        return x
+
+
+class Attention(nn.Module):
+    """Attention of queries (P, L, C) to a context (P, L, C_e) with rotary positions and a LayerNorm before the output."""
+
+    def __init__(self, width: int, context: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(context, width, bias=False)
+        self.v_proj = nn.Linear(context, width, bias=False)
+        self.inner_attn_ln = nn.LayerNorm(width, EPS)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(P, L, C), (P, L, C_e), tables of rope2d -> (P, L, C)."""
+        q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        return self.proj(self.inner_attn_ln(ops.expert_attention(q, k, v, cos, sin, self.num_heads)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for table in ("freqs_cos", "freqs_sin"):  # official checkpoints carry them; ours come from the config
+            state_dict.pop(f"{prefix}rope.{table}", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SwiGLU(nn.Module):
+    """w3 LayerNorm(SiLU(w1 x) * w2 x), with int(8/3 C) hidden channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = int(width * 8 / 3)
+        self.w1 = nn.Linear(width, hidden)
+        self.w2 = nn.Linear(width, hidden)
+        self.ffn_ln = nn.LayerNorm(hidden, EPS)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        gate, up = self.w1(x), self.w2(x)
+        if _is_plain(self.ffn_ln):
+            return self.w3(ops.swiglu_norm(gate, up, self.ffn_ln.weight, self.ffn_ln.bias, self.ffn_ln.eps))
+        return self.w3(self.ffn_ln(F.silu(gate) * up))
+
+
+class Downsample(nn.Sequential):
+    """Bottleneck stage, average pooling to half the side, bottleneck stage: (B, R*R, C) -> (B, (R // 2)**2, C)."""
+
+    def __init__(self, width: int, resolution: int) -> None:
+        super().__init__(RegStage(width), nn.AdaptiveAvgPool2d(resolution // 2), RegStage(width))
+        self.resolution = resolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, R*R, C) -> (B, (R // 2)**2, C)."""
+        if all(_is_plain(m) for m in self.modules() if m is not self):
+            return ops.token_downsample(x, self.resolution, (self[0].b1.weights(), self[2].b1.weights()), EPS)
+        grid = super().forward(x.unflatten(1, (self.resolution, self.resolution)).permute(0, 3, 1, 2))
+        return grid.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class RegStage(nn.Module):
+    """One RegNet bottleneck, under the name that timm gives it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.b1 = Bottleneck(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        return self.b1(x)
+
+
+class Bottleneck(nn.Module):
+    """x + LN(1x1(SE(SiLU(LN(depthwise 3x3(SiLU(LN(1x1 x))))))))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(nn.Conv2d(width, width, 1, bias=False))
+        self.conv2 = ConvNorm(nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False))
+        self.se = SqueezeExcite(width)
+        self.conv3 = ConvNorm(nn.Conv2d(width, width, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        return x + self.conv3(self.se(F.silu(self.conv2(F.silu(self.conv1(x))))))
+
+    def weights(self) -> ops.StageWeights:
+        """The parameters as token_downsample takes them."""
+        norms = [(c.bn.weight, c.bn.bias) for c in (self.conv1, self.conv2, self.conv3)]
+        fc1, fc2 = self.se.fc1, self.se.fc2
+        return ops.StageWeights(
+            conv1=self.conv1.conv.weight, norm1=norms[0], conv2=self.conv2.conv.weight, norm2=norms[1],
+            squeeze=(fc1.weight, fc1.bias), excite=(fc2.weight, fc2.bias),
+            conv3=self.conv3.conv.weight, norm3=norms[2],
+        )  # fmt: skip
+
+
+class ConvNorm(nn.Module):
+    """A convolution and a LayerNorm over its channels."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.bn = nn.LayerNorm(conv.out_channels, EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C', h, w)."""
+        return self.bn(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SqueezeExcite(nn.Module):
+    """x * sigmoid(fc2(SiLU(fc1(mean of x))))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        squeezed = round(width * 0.25)
+        self.fc1 = nn.Conv2d(width, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class RopeTable(nn.Module):
+    """The rotary tables (R*R, D): one pair for all attentions, never saved, fp32 whatever the module is cast to."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, resolution: int, head_channels: int) -> None:
+        super().__init__()
+        self.size = (resolution, head_channels)
+        for name, table in zip(("cos", "sin"), ops.rope2d_table(*self.size), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RopeTable:
+        super()._apply(fn, recurse)
+        # Casting would round them, to_empty would lose them: computed afresh wherever the module has moved.
+        self.cos, self.sin = ops.rope2d_table(*self.size, device=self.cos.device)
+        return self
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """The identity on x which gives every parameter a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+def split_concatenated(x: Tensor, config: MoVAdapterConfig) -> tuple[Tensor, list[Tensor]]:
+    """Take the official concatenation of base and expert tokens apart, without copying.
+
+    Args:
+        x: (B, R*R, in_channels + sum of expert_channels).
+        config: the dimensions.
+
+    Returns:
+        base (B, R*R, in_channels) and per expert (B, R*R, C_e): views of ``x``.
+
+    Raises:
+        TypeError, ValueError: ``x`` is no tensor of that shape.
+    """
+    check_tensor("x", x, ("B", config.num_tokens, config.in_channels + sum(config.expert_channels)))
+    base, *experts = x.split([config.in_channels, *config.expert_channels], dim=-1)
+    return base, experts
+
+
+_PLAIN = {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.AdaptiveAvgPool2d, nn.ModuleList}
+_PLAIN |= {Attention, RegStage, Bottleneck, ConvNorm, SqueezeExcite}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether an op may read the module's weights instead of calling it: nobody has hooked, wrapped or replaced it."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return (
+        type(module) in _PLAIN
+        and not any(hooks)
+        and "forward" not in vars(module)
+        and all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+    )
+
+
+def _is_of_experts(name: str) -> bool:
+    return name.partition(".")[0] in ("cross_attn", "norm1", "norm2")
+
+
+def _affine(norms: Any) -> list[tuple[Tensor, Tensor]]:
+    return [(norm.weight, norm.bias) for norm in norms]
+
+
+def _square_root(tokens: int) -> int | None:
+    side = int(tokens**0.5 + 0.5)
+    return side if side * side == tokens else None

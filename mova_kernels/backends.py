@@ -1,0 +1,134 @@
+"""Which implementation of an op runs, and why: can be asked (:func:`explain`) and told (:func:`use_backend`).
+
+The order is: the ``backend`` argument of an op, then :func:`use_backend`, then the environment variable
+``MOVA_KERNELS_BACKEND``, then ``auto``. A request is either one name for all ops (``"reference"``) or a list of
+``op=name`` pairs (``"feature_resample=cpu,rope2d=reference"``) which leaves the other ops on auto. ``auto`` takes the
+first backend of :data:`BACKENDS` which accepts the device and the dtype. An explicit request is never replaced by
+something else: if it cannot be met, :class:`BackendError` says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("triton", "cuda", "cpu", "reference")  # the order in which auto tries them
+ENVIRONMENT_VARIABLE = "MOVA_KERNELS_BACKEND"
+
+Declines = Callable[[torch.device, torch.dtype], "str | None"]
+
+
+class BackendError(RuntimeError):
+    """The requested backend cannot run this op here; the message gives the reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op: ``declines`` gives the reason why it cannot run, or None."""
+
+    name: str
+    declines: Declines
+    only_when_asked: str | None = None  # the reason why auto never takes it
+
+
+_TABLE: dict[str, dict[str, Backend]] = {}
+_request: str | None = None  # what use_backend() says; process-wide, so that autograd's threads see it too
+
+
+def register(op: str, *backends: Backend) -> None:
+    """Add the implementations of ``op`` to the table. The reference is always there."""
+    reference = Backend("reference", lambda device, dtype: None)
+    _TABLE[op] = {b.name: b for b in sorted((*backends, reference), key=lambda b: BACKENDS.index(b.name))}
+
+
+def ops() -> tuple[str, ...]:
+    """The names of all ops."""
+    return tuple(_TABLE)
+
+
+@contextmanager
+def use_backend(request: str) -> Iterator[None]:
+    """Run the ops inside the block on these backends: a name, ``"auto"``, or ``op=name`` pairs.
+
+    Process-wide, like torch's own global switches. Code compiled by torch.compile keeps the choice it was traced with.
+
+    Raises:
+        ValueError: unknown backend or op, or a backend which this op does not have.
+    """
+    global _request
+    _parse(request, "request")
+    before, _request = _request, request
+    try:
+        yield
+    finally:
+        _request = before
+
+
+def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that runs ``op`` on tensors of this device and dtype.
+
+    Raises:
+        ValueError: unknown backend.
+        BackendError: the backend that was asked for cannot run the op here.
+    """
+    name = _requested(op, backend)
+    if name == "auto":
+        return next(b.name for b in _TABLE[op].values() if not b.only_when_asked and not b.declines(device, dtype))
+    candidate = _TABLE[op].get(name)
+    reason = candidate.declines(device, dtype) if candidate else f"it has no such implementation ({_names(op)})"
+    if reason:
+        raise BackendError(f"backend {name!r} cannot run {op} on {device.type} {dtype}: {reason}")
+    return name
+
+
+def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str]]:
+    """Per op and backend: ``"runs"``, or the reason why it does not run on this device and dtype.
+
+    The answer honours :func:`use_backend` and the environment. Reasons are sentences for people, not for programs.
+    """
+    device = torch.device(device)
+    answer: dict[str, dict[str, str]] = {}
+    for op, implementations in _TABLE.items():
+        try:
+            chosen = choose(op, None, device, dtype)
+        except BackendError:
+            chosen = None
+        answer[op] = {}
+        for b in implementations.values():
+            idle = b.only_when_asked if _requested(op, None) == "auto" else None
+            reason = b.declines(device, dtype) or idle or f"could run, but {chosen or _requested(op, None)} was chosen"
+            answer[op][b.name] = "runs" if b.name == chosen else reason
+    return answer
+
+
+def _requested(op: str, backend: str | None) -> str:
+    for source, request in (
+        ("backend", backend),
+        ("use_backend", _request),
+        (ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE)),
+    ):
+        if request:
+            requests = _parse(request, source)
+            return requests.get(op, requests.get("*", "auto"))
+    return "auto"
+
+
+def _parse(request: str, source: str) -> dict[str, str]:
+    """``"cpu"`` -> {"*": "cpu"}; ``"rope2d=cpu"`` -> {"rope2d": "cpu"}."""
+    requests = {}
+    for item in request.split(","):
+        op, _, name = item.strip().rpartition("=")
+        if op and op not in _TABLE:
+            raise ValueError(f"{source} must name one of the ops {', '.join(_TABLE)}, got {op!r}")
+        if name not in (*BACKENDS, "auto"):
+            raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+        requests[op or "*"] = name
+    return requests
+
+
+def _names(op: str) -> str:
+    return "there are " + ", ".join(_TABLE[op])

@@ -1,0 +1,3 @@
+from .op import expert_attention as expert_attention
+
+__all__ = ["expert_attention"]

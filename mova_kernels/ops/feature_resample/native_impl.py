@@ -1,0 +1,78 @@
+"""feature_resample in C++ and CUDA: packs the arguments for csrc/feature_resample/feature_resample.h."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import _native
+
+# x, rows, y; M, in_h, in_w, out_h, out_w, C, four strides, dtype; for CUDA also device, stream
+_cpu_fwd = _native.function("mk_feature_resample_fwd", "3Q11q")
+_cpu_bwd = _native.function("mk_feature_resample_bwd", "3Q11q")
+_cuda_fwd = _native.function("mk_feature_resample_cuda_fwd", "3Q11qqQ", "cuda")
+_cuda_bwd = _native.function("mk_feature_resample_cuda_bwd", "3Q11qqQ", "cuda")
+
+
+def cpu_forward(x: Tensor, rows: Tensor | None, in_size: list[int], out_size: list[int]) -> Tensor:
+    """(R, h*w, C), (M,) int64 or None -> (M, H*W, C), contiguous.
+
+    Strides of rows and tokens are free; channels that are not adjacent are copied first. Rows are not range-checked.
+    """
+    x, rows, y = _forward_operands(x, rows, out_size)
+    _cpu_fwd(*_block(x, rows, y, in_size, out_size))
+    return y
+
+
+def cpu_backward(grad: Tensor, in_size: list[int], out_size: list[int]) -> Tensor:
+    """The adjoint: (M, H*W, C), strides as above -> (M, h*w, C), contiguous."""
+    grad, grad_x = _backward_operands(grad, in_size)
+    _cpu_bwd(*_block(grad_x, None, grad, in_size, out_size))
+    return grad_x
+
+
+def cuda_forward(x: Tensor, rows: Tensor | None, in_size: list[int], out_size: list[int]) -> Tensor:
+    """As :func:`cpu_forward`, on torch's current stream of the tensor's device."""
+    x, rows, y = _forward_operands(x, rows, out_size)
+    device = x.get_device()
+    _cuda_fwd(*_block(x, rows, y, in_size, out_size), device, _native.cuda_stream(device))
+    return y
+
+
+def cuda_backward(grad: Tensor, in_size: list[int], out_size: list[int]) -> Tensor:
+    """As :func:`cpu_backward`, on torch's current stream of the tensor's device."""
+    grad, grad_x = _backward_operands(grad, in_size)
+    device = grad.get_device()
+    _cuda_bwd(*_block(grad_x, None, grad, in_size, out_size), device, _native.cuda_stream(device))
+    return grad_x
+
+
+def _adjacent_channels(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _forward_operands(x: Tensor, rows: Tensor | None, out_size: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
+    m = x.shape[0] if rows is None else rows.shape[0]
+    y = x.new_empty((m, out_size[0] * out_size[1], x.shape[2]))
+    return _adjacent_channels(x), None if rows is None else rows.contiguous(), y
+
+
+def _backward_operands(grad: Tensor, in_size: list[int]) -> tuple[Tensor, Tensor]:
+    grad_x = grad.new_empty((grad.shape[0], in_size[0] * in_size[1], grad.shape[2]))
+    return _adjacent_channels(grad), grad_x
+
+
+def _block(x: Tensor, rows: Tensor | None, y: Tensor, in_size: list[int], out_size: list[int]) -> tuple[int, ...]:
+    """The fields of mk_feature_resample_args."""
+    m, _, channels = y.shape
+    return (
+        x.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        y.data_ptr(),
+        m,
+        *in_size,
+        *out_size,
+        channels,
+        *x.stride()[:2],
+        *y.stride()[:2],
+        _native.DTYPES[x.dtype],
+    )

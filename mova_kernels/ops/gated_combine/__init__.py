@@ -1,0 +1,3 @@
+from .op import gated_combine as gated_combine
+
+__all__ = ["gated_combine"]

@@ -1,0 +1,54 @@
+"""gated_combine: what the experts of a sample found out, weighted by its gate and added to its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ... import backends
+from ..._checks import check_tensor
+from ...ragged import RaggedPairs
+from ..ragged_linear import ragged_linear
+from . import reference
+
+backends.register("gated_combine")
+
+
+def gated_combine(
+    x: Tensor,
+    attended: Tensor,
+    gate: Tensor,
+    pairs: RaggedPairs,
+    norms: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """y[b] = x[b] + sum over the pairs p = (b, e) of gate[p] * (LayerNorm_e(attended[p]) W_e^T + b_e).
+
+    Args:
+        x: (B, L, C) tokens, float.
+        attended: (P, L, I) result of expert_attention.
+        gate: (P,) weights, 0 for padding.
+        pairs: the pairs.
+        norms: per expert the inner LayerNorm's weight and bias, (I,) each.
+        weights, biases: per expert (C, I) and (C,): the output projection.
+        eps: added to the variance.
+        backend: see :mod:`mova_kernels.backends`.
+
+    Returns:
+        (B, L, C) in the dtype of ``x``; exactly ``x`` for a sample without pairs. Deterministic, except for the sum
+        over a sample's pairs on a GPU where the host does not know the pairs.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or shape.
+    """
+    check_tensor("x", x, ("B", "L", "C"))
+    check_tensor("attended", attended, (pairs.num_pairs, x.shape[1], "I"))
+    check_tensor("gate", gate, (pairs.num_pairs,))
+    backends.choose("gated_combine", backend, x.device, x.dtype)
+    (projected,) = ragged_linear(attended, None, pairs, norms, [weights], [biases], eps)
+    return reference.gated_combine(x, projected, gate, pairs.sample, pairs.bounds)

@@ -1,0 +1,147 @@
+"""The (sample, expert) pairs of a batch: which sample selected which expert, sorted for the kernels.
+
+This is the one home of ragged bookkeeping: built once per forward, handed to every block and every op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._checks import check, check_tensor
+
+
+@dataclass(frozen=True)
+class RaggedPairs:
+    """The P selected pairs of B samples and N experts, sorted by expert and, within an expert, by sample.
+
+    All tensors are int64 on the device of the batch. ``bounds`` is their copy on the host; it is None where the host
+    cannot know the routing (inside torch.compile, torch.export or a captured CUDA graph). Then the tables have a fixed
+    size, an upper bound of P, and the pairs behind ``expert_offsets[N]`` are padding.
+
+    Attributes:
+        selected: (B, N) bool, the routing.
+        sample: (P,) the sample of each pair.
+        expert: (P,) its expert.
+        row: (P,) the row of the expert's features which belongs to the pair: the rank of the sample among those that
+            selected this expert where the features are packed, the sample itself where they are dense.
+        expert_offsets: (N + 1,) the pairs of expert e are expert_offsets[e] to expert_offsets[e + 1].
+        by_sample: (P,) the pairs sorted by sample and, within a sample, by expert.
+        sample_offsets: (B + 1,) the pairs of sample b are by_sample[sample_offsets[b]:sample_offsets[b + 1]].
+        bounds: expert_offsets as host integers, or None.
+        most_per_sample: the largest number of experts that one sample selected; an upper bound if bounds is None.
+    """
+
+    selected: Tensor
+    sample: Tensor
+    expert: Tensor
+    row: Tensor
+    expert_offsets: Tensor
+    by_sample: Tensor
+    sample_offsets: Tensor
+    bounds: tuple[int, ...] | None
+    most_per_sample: int
+    _row_table: Tensor  # (B, N): the row of every (sample, expert), for select(); on the host if bounds is not None
+
+    @classmethod
+    def from_routing(cls, routing: Tensor, packed: Sequence[bool] | None = None, device=None) -> RaggedPairs:
+        """The pairs of a routing mask.
+
+        Args:
+            routing: (B, N), bool or 0/1 of any dtype, on the host (no synchronisation) or on a device (one).
+            packed: per expert, whether its features hold only the rows of the samples that selected it. Default: all.
+            device: where the tables live; default: the device of ``routing``.
+
+        Raises:
+            TypeError, ValueError: see :func:`validated_routing`; or ``packed`` has not one entry per expert.
+        """
+        device = routing.device if device is None else torch.device(device)
+        selected = validated_routing(routing, device)
+        packed = [True] * selected.shape[1] if packed is None else packed
+        check(len(packed) == selected.shape[1], "packed", f"must have {selected.shape[1]} entries", len(packed))
+        samples = torch.arange(selected.shape[0], device=selected.device)
+        rank = selected.long().cumsum(0) - 1
+        rows = [rank[:, e] if is_packed else samples for e, is_packed in enumerate(packed)]
+        return _build(selected, torch.stack(rows, 1).clamp(min=0), selected.shape[1], device)
+
+    @property
+    def num_pairs(self) -> int:
+        """P, with padding where the host does not know the routing."""
+        return self.sample.shape[0]
+
+    def host_bounds(self) -> tuple[int, ...]:
+        """``expert_offsets`` as integers; synchronises with the device only where ``bounds`` is None."""
+        return self.bounds if self.bounds is not None else tuple(self.expert_offsets.tolist())
+
+    def select(self, kept: Tensor, most_per_sample: int) -> RaggedPairs:
+        """The subset of the pairs in ``kept`` (B, N) bool, of which no row has more than ``most_per_sample`` entries.
+
+        Costs one device synchronisation unless no sample has selected more than that, or the host has no part in it.
+        """
+        if self.bounds is not None and self.most_per_sample <= most_per_sample:
+            return self
+        kept = kept.cpu() if self.bounds is not None else kept
+        return _build(kept, self._row_table, min(most_per_sample, kept.shape[1]), self.sample.device)
+
+
+def host_sees_values(device: torch.device) -> bool:
+    """False while torch.compile or torch.export traces, or a CUDA graph is captured: values stay on the device."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def validated_routing(routing: Tensor, device: torch.device) -> Tensor:
+    """``routing`` as a bool mask: on the host if the host may see values, otherwise on ``device``.
+
+    Raises:
+        TypeError: no tensor, or complex.
+        ValueError: not (B, N), or a value other than 0 and 1.
+    """
+    check_tensor("routing", routing, ("B", "N"))
+    check(not routing.is_complex(), "routing", "must be bool, integer or floating point", routing.dtype, TypeError)
+    on_host = host_sees_values(device)
+    routing = routing.cpu() if on_host else routing.to(device)
+    if routing.dtype == torch.bool:
+        return routing
+    valid = (routing == 0) | (routing == 1)
+    if on_host:
+        check(valid.all(), "routing", "must hold only 0 and 1", routing[~valid][:1].tolist())
+    else:
+        torch._assert_async(valid.all(), "routing must hold only 0 and 1")
+    return routing != 0
+
+
+def _build(kept: Tensor, row_table: Tensor, most_per_sample: int, device: torch.device) -> RaggedPairs:
+    """Tables for the pairs in ``kept``: exact if the host may see values, else padded to B * most_per_sample."""
+    num_samples, num_experts = kept.shape
+    by_expert = kept.t().reshape(-1)
+    per_expert, per_sample = kept.sum(0), kept.sum(1)
+    expert_offsets, sample_offsets = _offsets(per_expert), _offsets(per_sample)
+    exact = host_sees_values(device)
+    if exact:
+        order = by_expert.nonzero().squeeze(1)
+        most_per_sample = int(per_sample.max()) if num_samples else 0
+    else:
+        order = torch.argsort((~by_expert).to(torch.uint8), stable=True)[: num_samples * most_per_sample]
+    sample, expert = order % max(num_samples, 1), order // max(num_samples, 1)
+    row = row_table[sample, expert]
+    in_use = by_expert[order]
+    by_sample = torch.argsort(torch.where(in_use, sample, num_samples), stable=True)
+
+    tables = (sample, expert, row, by_sample, expert_offsets, sample_offsets)
+    bounds = tuple(expert_offsets.tolist()) if exact else None
+    if exact and device.type != "cpu":  # one transfer instead of six
+        tables = torch.cat(tables).to(device, non_blocking=True).split([len(t) for t in tables])
+        kept = kept.to(device, non_blocking=True)
+    sample, expert, row, by_sample, expert_offsets, sample_offsets = tables
+    return RaggedPairs(
+        kept, sample, expert, row, expert_offsets, by_sample, sample_offsets, bounds, most_per_sample, row_table
+    )
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
