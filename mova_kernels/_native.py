@@ -26,7 +26,6 @@ _FILES = {"cpu": "libmova_kernels.so", "cuda": "libmova_kernels_cuda.so"}
 _BAD_ARG = 1  # MK_BAD_ARG
 
 
-@functools.cache
 def build_info() -> dict[str, Any]:
     """What the build wrote down: version, abi, compiler, build_type, cuda, cuda_archs, cuda_why. Empty if not built."""
     path = _DIRECTORY / "build_info.json"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
 from ._checks import check, check_like, check_tensor
@@ -279,7 +280,7 @@ class AdapterBlock(nn.Module):
     def _gate(self, x: Tensor, text: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
         # Samples without experts get zeros: 0 * NaN of a text nobody vouches for would reach the gate's gradients.
         some = selected.any(1, keepdim=True)
-        text = torch.where(some, text, 0)
+        text = torch.where(some, text.to(x.dtype), 0)
         pooled = torch.where(some, x.mean(1), 0)
         return ops.expert_gate(self.gate(torch.cat([text, pooled], 1)), selected, self.topk)
 
@@ -488,6 +489,7 @@ def split_concatenated(x: Tensor, config: MoVAdapterConfig) -> tuple[Tensor, lis
 
 _PLAIN = {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.AdaptiveAvgPool2d, nn.ModuleList}
 _PLAIN |= {Attention, RegStage, Bottleneck, ConvNorm, SqueezeExcite}
+_PLAIN_TENSORS = {nn.Parameter, Tensor, FakeTensor}  # the last one is what torch.export traces with
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -502,7 +504,7 @@ def _is_plain(module: nn.Module) -> bool:
         type(module) in _PLAIN
         and not any(hooks)
         and "forward" not in vars(module)
-        and all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+        and all(p is None or type(p) in _PLAIN_TENSORS for p in module._parameters.values())
     )
 
 

@@ -6,6 +6,13 @@
 #include <stdint.h>
 #include <string.h>
 
+// Keeps a small array in registers: it stands before a loop over the array with a constant trip count.
+#if defined(__clang__)
+#define MK_UNROLL _Pragma("unroll")
+#else
+#define MK_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)

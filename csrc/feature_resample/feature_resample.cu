@@ -39,7 +39,7 @@ __device__ void clear(float (&sum)[n], float neutral) {
 }
 
 template <class T, int n>
-__global__ void __launch_bounds__(32 * warps_per_block) forward(Resample p) {
+__global__ void __launch_bounds__(32 * warps_per_block, 4) forward(Resample p) {
   const int32_t token = blockIdx.x * warps_per_block + threadIdx.y;
   if (token >= p.h.out * p.w.out) return;
   const int32_t y = token / p.w.out, x = token % p.w.out;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(32 * warps_per_block) forward(Resample p) {
 }
 
 template <class T, int n>
-__global__ void __launch_bounds__(32 * warps_per_block) backward(Resample p) {
+__global__ void __launch_bounds__(32 * warps_per_block, 4) backward(Resample p) {
   const int32_t token = blockIdx.x * warps_per_block + threadIdx.y;
   if (token >= p.h.in * p.w.in) return;
   const int32_t iy = token / p.w.in, ix = token % p.w.in;

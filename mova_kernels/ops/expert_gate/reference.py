@@ -8,13 +8,12 @@ from torch import Tensor
 
 def expert_gate(logits: Tensor, selected: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """(B, N), (B, N) bool -> weights (B, N), kept (B, N) bool."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = torch.where(selected, logits, -torch.inf)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # fp64 inside: the gradient w_e (g_e - sum w g) of a gate that is sure of one expert is the difference of two almost
+    # equal numbers, of which fp32 leaves only noise.
+    logits = torch.where(selected, logits.double(), -torch.inf)
     best = logits.topk(min(topk, logits.shape[1]), dim=1).indices
     kept = selected & torch.zeros_like(selected).scatter(1, best, True)
-    # A row without experts has no maximum: 0 stands in for it, and for the sum below, so that nothing becomes NaN.
-    largest = torch.where(kept, logits, -torch.inf).amax(1, keepdim=True).detach()
-    exponents = torch.where(kept, logits - largest.clamp(min=torch.finfo(logits.dtype).min), 0)
-    odds = torch.where(kept, exponents.exp(), 0)
-    total = odds.sum(1, keepdim=True)
-    return odds / torch.where(total == 0, 1, total), kept
+    # Softmax over the kept logits; a row without any would be NaN, so it gets zeros to work on and zeros as its result.
+    logits = torch.where(kept, logits, torch.where(kept.any(1, keepdim=True), -torch.inf, 0.0))
+    return torch.where(kept, logits.softmax(1), 0).to(dtype), kept

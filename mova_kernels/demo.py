@@ -1,0 +1,399 @@
+"""``python -m mova_kernels demo``: the adapter beside the dense computation of the official code, same weights.
+
+Both sides run and are compared every time: no number that is printed or drawn was measured before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import MoVAdapter
+from .config import MoVAdapterConfig
+from .dense_reference import RopeTables, dense_adapter, rope_tables
+from .info import cpu_name
+
+SUMMARY = "run the adapter beside the dense computation of the official code; print and draw the comparison"
+EXPERTS = ("DINOv2", "Vary", "Co-DETR", "Pix2Struct", "Deplot", "BiomedCLIP", "SAM")
+SELECTED = (("DINOv2", "Co-DETR", "SAM"), ("Vary", "Pix2Struct"), ("BiomedCLIP",), ())  # by each sample of the batch
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OFFICIAL = (MoVAdapterConfig(), (37, 32, 37, 45, 45, 14, 64))
+QUICK = (
+    MoVAdapterConfig(
+        in_channels=64, out_channels=128, num_heads=4, num_layers=2, resolution=12, text_channels=32,
+        expert_channels=(96, 32, 16, 96, 48, 48, 16),
+    ),
+    (9, 8, 9, 11, 11, 4, 16),
+)  # fmt: skip
+CPU_SECONDS = 85.0  # aimed at by a demo on a CPU, which may take two minutes on a busy machine
+CPU_ORDER = (0, 2, 1, 3)  # in which samples join the dense side: also two of them have many experts and few
+CUDA_PASSES = (2, 10)  # to warm up, to time
+
+Tick = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A pass of one side over some samples of the batch."""
+
+    samples: tuple[int, ...]
+    seconds: float
+    peak_bytes: int | None  # beyond weights and inputs; None where the system cannot tell
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run of the demo has found.
+
+    Attributes:
+        grids: side of the square grid of each expert's tokens.
+        difference: the largest between the outputs, over the samples that both sides computed.
+        magnitude: the largest in the dense side's outputs.
+        expert_effect: the largest change of sample 0's output if its experts are left out.
+        conditions: under which the time was measured.
+    """
+
+    config: MoVAdapterConfig
+    grids: tuple[int, ...]
+    parameters: int
+    dtype: str
+    device: str
+    ours: Measurement
+    dense: Measurement
+    difference: float
+    magnitude: float
+    expert_effect: float
+    conditions: str
+
+    @property
+    def dense_seconds(self) -> float:
+        """The dense side's time, scaled to the whole batch."""
+        return self.dense.seconds * len(SELECTED) / len(self.dense.samples)
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_seconds / self.ours.seconds
+
+    @property
+    def part(self) -> str | None:
+        """Which part of the batch the dense side computed; None if all."""
+        timed = len(self.dense.samples)
+        return None if timed == len(SELECTED) else f"{timed} of {len(SELECTED)} samples"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The demo's options."""
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on CUDA")
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="for mova-demo.png and mova-demo.svg")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
+    parser.add_argument("--quick", action="store_true", help="a toy size, to see that everything works")
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run, print, draw."""
+    try:
+        import matplotlib  # noqa: F401
+        import tqdm  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(f'the demo needs {error.name}: pip install "mova-kernels[demo]"')
+    args.output.mkdir(parents=True, exist_ok=True)
+    # The convolutions of the dense side are linear layers on ours: TF32 in one of the two would compare two dtypes.
+    torch.backends.cudnn.allow_tf32 = False
+    dtype = args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")
+    config, grids = QUICK if args.quick else OFFICIAL
+    result = run(config, grids, dtype, args.device, args.seed)
+    print(report(result))
+    print("chart:", *draw(result, args.output))
+
+
+@torch.inference_mode()
+def run(config: MoVAdapterConfig, grids: Sequence[int], dtype: str, device: torch.device, seed: int = 0) -> Result:
+    """Measure and compare both sides on the same weights and inputs; progress goes to stderr."""
+    start = time.perf_counter()
+    with _progress("building the adapter", 1) as tick:
+        batch = _Batch(config, grids, DTYPES[dtype], device, seed)
+        tick()
+    everybody = tuple(range(len(SELECTED)))
+    if device.type == "cuda":
+        name, samples, (warm_up, timed) = torch.cuda.get_device_name(device), everybody, CUDA_PASSES
+        conditions = f"median of {timed} passes after {warm_up} to warm up"
+    else:
+        name, warm_up, timed = f"{cpu_name()}, {torch.get_num_threads()} threads", 0, 1
+        conditions = "one pass of each side, after one block on one sample to warm up"
+        with _progress("warming up", 2) as tick:
+            batch.ours_one_block()
+            tick()
+            trial = time.perf_counter()
+            batch.dense((0,), replace(config, num_layers=1))(tick)
+            dense_seconds = (time.perf_counter() - trial) * config.num_layers
+
+    with _progress("mova_kernels", batch.our_steps * (warm_up + timed)) as tick, batch.watched(tick):
+        ours, *our_costs = _measure(batch.ours, device, warm_up, timed)
+    without_experts = batch.first_without_experts()
+    if device.type != "cuda":
+        left = CPU_SECONDS - (time.perf_counter() - start)
+        samples = tuple(sorted(CPU_ORDER[: max(1, int(left / dense_seconds))]))
+    with _progress("dense", batch.dense_steps * (warm_up + timed)) as tick:
+        compute = batch.dense(samples)
+        dense, *dense_costs = _measure(lambda: compute(tick), device, warm_up, timed)
+
+    return Result(
+        config=config,
+        grids=tuple(grids),
+        parameters=sum(p.numel() for p in batch.adapter.parameters()),
+        dtype=dtype,
+        device=name,
+        ours=Measurement(everybody, *our_costs),
+        dense=Measurement(samples, *dense_costs),
+        difference=_largest(ours[list(samples)].float() - dense.float()),
+        magnitude=_largest(dense),
+        expert_effect=_largest(ours[:1].float() - without_experts.float()),
+        conditions=conditions,
+    )
+
+
+def report(result: Result) -> str:
+    """The result as text."""
+    config, ours, dense = result.config, result.ours, result.dense
+    features = {n: f"{n} {s}x{s}x{c}" for n, s, c in zip(EXPERTS, result.grids, config.expert_channels, strict=True)}
+    pairs = sum(map(len, SELECTED))
+    scaled = f"timed on {result.part} and scaled to {len(SELECTED)}" if result.part else ""
+    underestimate = f"measured on {result.part}: an underestimate" if result.part and dense.peak_bytes else ""
+    memory = "" if not (ours.peak_bytes and dense.peak_bytes) else f"{ours.peak_bytes / dense.peak_bytes:.2f}"
+    rows = [
+        ("", "mova_kernels", "dense", "ratio", ""),
+        ("expert computations per block", f"{pairs}", f"{len(SELECTED) * len(EXPERTS)}", "", ""),
+        ("time", _seconds(ours.seconds), _seconds(result.dense_seconds), f"{result.speedup:.2f}x", scaled),
+        ("peak memory", _size(ours.peak_bytes), _size(dense.peak_bytes), memory, underestimate),
+    ]
+    relative = result.difference / result.magnitude
+    compared = ", ".join(map(str, dense.samples))
+    return "\n".join(
+        (
+            f"MoV-Adapter: {config.num_layers} blocks, {config.num_heads} heads, {config.resolution}x{config.resolution}"
+            f" tokens of width {config.in_channels} -> {config.out_channels}, {result.parameters / 1e6:.1f} M parameters",
+            f"{result.dtype} on {result.device}",
+            "",
+            "sample  selected experts, with the grid and width of their features",
+            *(f"{i:6}  {', '.join(features[name] for name in s) or 'none'}" for i, s in enumerate(SELECTED)),
+            "",
+            *(f"{a:29}  {b:>12}  {c:>12}  {d:>7}  {e}".rstrip() for a, b, c, d, e in rows),
+            "",
+            f"time: {result.conditions}; memory: peak beyond weights and inputs",
+            f"largest difference of the outputs (samples {compared}): {result.difference:.1e}, "
+            f"{relative:.1e} relative to the largest magnitude",
+            f"leaving out the experts of sample 0 changes its output by {result.expert_effect / result.magnitude:.1e}",
+        )
+    )
+
+
+def draw(result: Result, directory: Path) -> tuple[Path, Path]:
+    """The chart, as mova-demo.png and mova-demo.svg in ``directory``; legible on white and on black."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ink, ours_color, dense_color = "#7f8893", "#1a8fe3", "#d98a1f"
+    config, ours, dense = result.config, result.ours, result.dense
+    panels: list[tuple[str, float, float, Callable[[Any], str], str]] = [
+        ("Time of a forward pass", ours.seconds, result.dense_seconds, _seconds, f"{result.speedup:.1f}x faster")
+    ]
+    if ours.peak_bytes and dense.peak_bytes:
+        smaller = dense.peak_bytes / ours.peak_bytes
+        panels.append(
+            ("Peak memory beyond weights and inputs", ours.peak_bytes, dense.peak_bytes, _size, f"{smaller:.1f}x less")
+        )
+    figure = Figure(figsize=(10, 3.4), dpi=160)
+    FigureCanvasAgg(figure)
+    for i, (title, our_value, dense_value, text, gain) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        axes.barh([1, 0], [our_value, dense_value], color=[ours_color, dense_color], height=0.6)
+        axes.text(our_value, 1, f"  {text(our_value)}", va="center", color=ours_color, weight="bold", fontsize=12)
+        axes.text(dense_value, 0, f"  {text(dense_value)}", va="center", color=dense_color, weight="bold", fontsize=12)
+        axes.set_title(f"{title}: {gain}", color=ink)
+        axes.set_yticks([1, 0], ["mova_kernels", "dense"], color=ink)
+    figure.patch.set_alpha(0)
+    paths = directory / "mova-demo.png", directory / "mova-demo.svg"
+    for path in paths:
+        figure.savefig(path, transparent=True)
+    return paths
+
+
+class _Batch:
+    """An adapter with weights as if trained, a batch for it, and both ways to compute it."""
+
+    def __init__(
+        self, config: MoVAdapterConfig, grids: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.adapter = MoVAdapter(config).eval()
+        for name, parameter in self.adapter.named_parameters():
+            parameter.copy_(_as_if_trained(name, torch.randn(parameter.shape, generator=generator)))
+        self.adapter.to(device, dtype)
+
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(len(SELECTED), *shape, generator=generator).to(device, dtype)
+
+        self.config = config
+        self.base, self.text = noise(config.num_tokens, config.in_channels), noise(config.text_channels)
+        self.features = [noise(side * side, c) for side, c in zip(grids, config.expert_channels, strict=True)]
+        self.routing = torch.tensor([[name in chosen for name in EXPERTS] for chosen in SELECTED])
+        rows = [self.routing[:, e].nonzero().squeeze(1) for e in range(len(EXPERTS))]
+        self.packed = [f[r.to(device)] if len(r) else None for f, r in zip(self.features, rows, strict=True)]
+        self.rope: RopeTables = rope_tables(config, device, dtype)
+        self.state = self.adapter.state_dict()
+        self.our_steps = 2 * config.num_layers + 2
+        self.dense_steps = sum(map(_Watched.marks, self.state))
+
+    def ours(self) -> Tensor:
+        """Only the features of the selected experts go in."""
+        return self.adapter(self.base, self.packed, self.routing, self.text)
+
+    def ours_one_block(self) -> None:
+        """Sample 0, by an adapter of one block."""
+        blocks = self.adapter.blocks
+        self.adapter.blocks = blocks[:1]
+        self.adapter(self.base[:1], [f[:1] for f in self.features], self.routing[:1], self.text[:1])
+        self.adapter.blocks = blocks
+
+    def first_without_experts(self) -> Tensor:
+        """Sample 0, as if it had selected nothing."""
+        return self.adapter(self.base[:1], [None] * len(EXPERTS), torch.zeros_like(self.routing[:1]))
+
+    def dense(self, samples: Sequence[int], config: MoVAdapterConfig | None = None) -> Callable[[Tick], Tensor]:
+        """The dense computation of these samples, whose inputs are copied beforehand."""
+        rows = list(samples)
+        base, features, text = self.base[rows], [f[rows] for f in self.features], self.text[rows]
+        routing = self.routing[rows].to(base.device)
+        config = config or self.config
+        return lambda tick: dense_adapter(
+            _Watched(self.state, tick), config, base, features, routing, text, rope=self.rope
+        )
+
+    @contextmanager
+    def watched(self, tick: Tick) -> Iterator[None]:
+        """Tick ``our_steps`` times in each pass of the adapter."""
+        adapter = self.adapter
+        parts = [part for block in adapter.blocks for part in (block.self_attn, block.mlp)]
+        hooks = [p.register_forward_hook(lambda *_: tick()) for p in (*parts, adapter.downsample, adapter.mlp)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class _Watched(dict[str, Tensor]):
+    """Parameters which tell how far a function without hooks has come, by those which it reads."""
+
+    def __init__(self, state: dict[str, Tensor], tick: Tick) -> None:
+        super().__init__(state)
+        self._tick = tick
+
+    @staticmethod
+    def marks(name: str) -> bool:
+        return name.endswith((".proj.weight", ".w3.weight", "mlp.2.weight"))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self.marks(name):
+            self._tick()
+        return super().__getitem__(name)
+
+
+def _as_if_trained(name: str, noise: Tensor) -> Tensor:
+    """At the official initial state every branch ends in zeros, and a comparison would prove nothing."""
+    if name.endswith("weight"):
+        return noise / math.sqrt(noise[0].numel()) if noise.ndim > 1 else 1 + 0.1 * noise
+    return 0.1 * noise
+
+
+def _measure(
+    compute: Callable[[], Tensor], device: torch.device, warm_up: int, timed: int
+) -> tuple[Tensor, float, int | None]:
+    """The output, the median time of a pass in seconds, and the peak memory that it needs beyond what is in use."""
+    for _ in range(warm_up):
+        compute()
+    before = _reset_peak(device)
+    times = []
+    for _ in range(timed):
+        start = time.perf_counter()
+        output = compute()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return output, statistics.median(times), None if before is None else _peak(device) - before
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    """Bytes in use now, from which :func:`_peak` rises; None where the system cannot tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        # What the other side has freed would stay with the allocator, and hide what this side needs.
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        pass
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    """A size from /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Tick]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=f"{what:20}", file=sys.stderr) as bar:
+        yield bar.update
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+def _size(value: int | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_available()):
+        return device
+    raise argparse.ArgumentTypeError(f"must be cpu, or cuda where PyTorch sees such a device, got {text}")

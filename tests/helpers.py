@@ -1,0 +1,127 @@
+"""Judging an op: an error budget measured on the spot, gradients compared as vectors, and pairs in both forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mova_kernels import RaggedPairs
+
+Function = Callable[..., Tensor]
+
+
+def value_and_gradients(function: Function, inputs: Sequence[Tensor], cotangent: Tensor | None = None) -> list[Tensor]:
+    """function(*inputs), then the gradient of each input; zeros for an input that was not used.
+
+    The cotangent is random by default: a sum would hide errors that cancel.
+    """
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    output = function(*leaves)
+    if cotangent is None:
+        cotangent = cotangent_like(output)
+    gradients = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True)
+    return [output.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))]
+
+
+def cotangent_like(output: Tensor) -> Tensor:
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+
+
+def assert_true_to(truth: Function, function: Function, inputs: Sequence[Tensor]) -> None:
+    """In fp64 the values and gradients of ``function`` are those of ``truth``; the tolerance is torch.testing's."""
+    assert all(x.dtype == torch.float64 for x in inputs)
+    expected = value_and_gradients(truth, inputs)
+    actual = value_and_gradients(function, inputs)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(a, e, msg=lambda m, i=i, a=a, e=e: f"{_name(i)}: {compare(a, e)}\n{m}")
+
+
+def assert_within_budget(
+    truth: Function, function: Function, plain: Function, inputs: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """Values and gradients in ``dtype`` err from the fp64 truth at most twice as much as plain torch in ``dtype``."""
+    narrow = [x.to(dtype) for x in inputs]
+    wide = [x.double() for x in narrow]
+    actual = value_and_gradients(function, narrow)
+    cotangent = cotangent_like(actual[0])
+    expected = value_and_gradients(truth, wide, cotangent)
+    rival = value_and_gradients(plain, narrow, cotangent)
+    for i, results in enumerate(zip(actual, expected, rival, strict=True)):
+        check_budget(_name(i), *results)
+
+
+def check_budget(name: str, actual: Tensor, truth: Tensor, plain: Tensor) -> None:
+    """The largest error and the L2 error of ``actual`` are at most twice those of ``plain``.
+
+    Rounding the truth to the dtype costs half a unit in the last place, by which plain torch may have been luckier:
+    that much is allowed on top.
+    """
+    assert actual.shape == truth.shape == plain.shape, (name, actual.shape, truth.shape, plain.shape)
+    assert actual.dtype == plain.dtype, (name, actual.dtype, plain.dtype)
+    if not actual.numel():
+        return
+    rounding = torch.finfo(actual.dtype).eps / 2
+    error, plain_error = actual.double() - truth, plain.double() - truth
+    for norm in (torch.inf, 2):
+        found, allowed, size = (torch.linalg.vector_norm(t, norm) for t in (error, plain_error, truth))
+        allowed = 2 * allowed + rounding * size
+        assert found <= allowed, (
+            f"{name}: error {found:.3g} in norm {norm}, allowed {allowed:.3g}; {compare(actual, truth)}"
+        )
+
+
+def compare(actual: Tensor, expected: Tensor) -> str:
+    """The difference as a vector: relative L2, cosine, signed bias, and the worst index."""
+    if actual.shape != expected.shape or not actual.numel():
+        return f"shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
+    a, e = actual.double().flatten(), expected.double().flatten()
+    tiny = torch.finfo(torch.float64).tiny
+    relative = (a - e).norm() / e.norm().clamp(min=tiny)
+    cosine = a @ e / (a.norm() * e.norm()).clamp(min=tiny)
+    worst = int((a - e).abs().nan_to_num(nan=torch.inf).argmax())
+    index = tuple(map(int, torch.unravel_index(torch.tensor(worst), actual.shape)))
+    return (
+        f"relative L2 {relative:.3g}, cosine {cosine:.9f}, bias {(a - e).mean():.3g}, "
+        f"worst at {index}: expected {e[worst]:.9g}, got {a[worst]:.9g}"
+    )
+
+
+def padded_pairs(selected: Tensor, packed: Sequence[bool] | None = None) -> RaggedPairs:
+    """The pairs as the host sees them while torch.compile traces: bounds unknown, tables padded to B * N."""
+
+    def build(selected: Tensor) -> RaggedPairs:
+        return RaggedPairs.from_routing(selected, packed)
+
+    torch._dynamo.reset()
+    pairs = torch.compile(build, fullgraph=True, backend="eager", dynamic=False)(selected)
+    assert pairs.bounds is None
+    return pairs
+
+
+def mask(*rows: str) -> Tensor:
+    """A routing from its picture: mask("x.x", "...") has two samples and three experts."""
+    return torch.tensor([[c == "x" for c in row] for row in rows])
+
+
+# Every way in which the pairs of a batch degenerate; the key says which.
+ROUTINGS = {
+    "no pair": mask("...", "...", "..."),
+    "one pair": mask("...", ".x.", "..."),
+    "all pairs": mask("xxx", "xxx", "xxx"),
+    "same expert for everybody": mask("..x", "..x", "..x"),
+    "one expert per sample": mask(".x.", "x..", "..x"),
+    "idle expert and sample without experts": mask("x.x", "...", "x..", "x.x"),
+    "no sample": torch.zeros(0, 3, dtype=torch.bool),
+}
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """The formula of LayerNorm, for truths."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def _name(i: int) -> str:
+    return "value" if i == 0 else f"gradient of input {i - 1}"

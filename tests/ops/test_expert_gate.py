@@ -1,0 +1,146 @@
+"""expert_gate against an explicit softmax over the chosen subset, and against the official formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_true_to, assert_within_budget, mask, value_and_gradients
+from torch import Tensor
+
+from mova_kernels.ops import expert_gate
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# More than topk = 2, exactly topk, fewer, one, none.
+SELECTED = mask("xxxx", "xxx.", ".xx.", "x...", "....")
+
+
+def weights_of(selected: Tensor, topk: int):
+    return lambda logits: expert_gate(logits, selected, topk)[0]
+
+
+def subset_softmax(selected: Tensor, topk: int):
+    """Row by row: sort the selected experts, keep the best, exponentiate, divide by the sum."""
+
+    def truth(logits: Tensor) -> Tensor:
+        rows = []
+        for row, chosen in zip(logits, selected, strict=True):
+            experts = sorted(chosen.nonzero().flatten().tolist(), key=lambda e: -row[e].item())[:topk]
+            total = sum(row[e].exp() for e in experts)
+            rows.append(torch.stack([row[e].exp() / total if e in experts else 0 * row[e] for e in range(len(row))]))
+        return torch.stack(rows)
+
+    return truth
+
+
+def official(selected: Tensor, topk: int):
+    """Softmax over all experts with -1e6 for unselected ones, top-k, renormalisation."""
+
+    def plain(logits: Tensor) -> Tensor:
+        scores = (logits.float() + (1 - selected.float()) * -1e6).softmax(-1)
+        kept = torch.zeros_like(scores).scatter(-1, scores.topk(min(topk, scores.shape[-1])).indices, 1.0)
+        return scores * kept / (scores * kept).sum(-1, keepdim=True)
+
+    return plain
+
+
+TOPK = pytest.mark.parametrize("topk", [1, 2, 9], ids=["one", "some rows have more", "more than there are experts"])
+
+
+@TOPK
+def test_reference_is_the_softmax_over_the_best_selected(topk) -> None:
+    assert_true_to(subset_softmax(SELECTED, topk), weights_of(SELECTED, topk), [torch.randn(5, 4, dtype=torch.float64)])
+
+
+@TOPK
+def test_gradcheck(topk) -> None:
+    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(weights_of(SELECTED, topk), (logits,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_budget(dtype) -> None:
+    some = SELECTED[:-1]  # the official formula weighs experts which a sample without any did not select
+    logits = 3 * torch.randn(4, 4)
+    assert_within_budget(subset_softmax(some, 2), weights_of(some, 2), official(some, 2), [logits], dtype)
+
+
+@pytest.mark.parametrize("topk", [1, 3, 7])
+def test_weights_are_the_official_ones(topk) -> None:
+    """T3: the official bias rounds the exponents of nothing that is kept, so the weights agree to two roundings."""
+    logits = 3 * torch.randn(4000, 7)
+    selected = torch.rand(4000, 7) < 0.5
+    selected[torch.arange(4000), torch.randint(7, (4000,))] = True
+    weights, kept = expert_gate(logits, selected, topk)
+    difference = (weights - official(selected, topk)(logits)).abs().max()
+    assert difference <= 2e-7
+    assert torch.equal(kept.sum(1), selected.sum(1).clamp(max=topk))
+
+
+def test_kept_and_weights_belong_together() -> None:
+    weights, kept = expert_gate(torch.randn(5, 4), SELECTED, 2)
+    assert kept.dtype == torch.bool and weights.dtype == torch.float32
+    assert not (kept & ~SELECTED).any()
+    assert kept.sum(1).tolist() == [2, 2, 2, 1, 0]
+    assert torch.equal(weights > 0, kept)
+    torch.testing.assert_close(weights.sum(1), torch.tensor([1.0, 1, 1, 1, 0]))
+
+
+def test_equal_logits_follow_topk_and_share_equally() -> None:
+    logits = torch.zeros(3, 6)
+    selected = mask("xxxxxx", "x.x.x.", ".....x")
+    weights, kept = expert_gate(logits, selected, 2)
+    chosen = torch.where(selected, logits, -torch.inf).topk(2).indices
+    assert torch.equal(kept, selected & torch.zeros_like(selected).scatter(1, chosen, True))
+    assert torch.equal(weights, kept / kept.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_unselected_logits_change_nothing(poison) -> None:
+    clean = torch.randn(5, 4)
+    poisoned = torch.where(SELECTED, clean, poison)
+    for a, b in zip(*(value_and_gradients(weights_of(SELECTED, 2), [x]) for x in (clean, poisoned)), strict=True):
+        assert torch.equal(a, b)
+        assert not b[~SELECTED].any()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    weights, _ = expert_gate(torch.tensor([[3e38, 3e38, -3e38]]), mask("xxx"), 3)
+    assert weights.tolist() == [[0.5, 0.5, 0.0]]
+
+
+@pytest.mark.parametrize(("selected", "topk"), [(mask(".x..", "x..."), 3), (mask("xxxx", "xx.."), 1)])
+def test_one_expert_has_weight_one_and_no_gradient(selected, topk) -> None:
+    """T5: the only expert's logit cannot change its weight."""
+    weights, grad = value_and_gradients(weights_of(selected, topk), [torch.randn(2, 4)])
+    assert weights.sum(1).tolist() == [1.0, 1.0] and weights.max(1).values.tolist() == [1.0, 1.0]
+    assert not grad.any()
+
+
+def test_sample_without_experts_has_weight_and_gradient_zero() -> None:
+    weights, grad = value_and_gradients(weights_of(mask("...", "xx."), 2), [torch.randn(2, 3)])
+    assert not weights[0].any() and not grad[0].any()
+    assert grad[1].any() and grad.isfinite().all()
+
+
+def test_no_sample() -> None:
+    weights, kept = expert_gate(torch.randn(0, 4), torch.zeros(0, 4, dtype=torch.bool), 2)
+    assert weights.shape == kept.shape == (0, 4)
+
+
+LOGITS, ALL = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0.0], ALL, 1), TypeError, "logits must be a tensor, got 'list'"),
+        ((LOGITS[0], ALL, 1), ValueError, r"logits must have shape \(B, N\), got \(3,\)"),
+        ((LOGITS, ALL[:, :2], 1), ValueError, r"selected must have shape \(2, 3\), got \(2, 2\)"),
+        ((LOGITS, ALL.float(), 1), TypeError, r"selected must be bool, got torch\.float32"),
+        ((LOGITS, ALL, 0), ValueError, "topk must be at least 1, got 0"),
+    ],
+)
+def test_bad_input(arguments, error, message) -> None:
+    with pytest.raises(error, match=message):
+        expert_gate(*arguments)

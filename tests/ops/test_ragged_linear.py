@@ -1,0 +1,300 @@
+"""ragged_linear against a loop over the pairs, with host-known (exact) and unknown (padded) pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    ROUTINGS,
+    assert_true_to,
+    assert_within_budget,
+    layer_norm,
+    mask,
+    padded_pairs,
+    value_and_gradients,
+)
+from torch import Tensor
+
+from mova_kernels import RaggedPairs
+from mova_kernels.ops import ragged_linear
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+RAW = torch.ops.mova_kernels
+
+TOKENS, WIDTHS, OUTPUTS = 3, (5, 4, 7), (6, 2)  # every expert has its own width, every projection too
+MIXED = ROUTINGS["idle expert and sample without experts"]
+routings = pytest.mark.parametrize("selected", ROUTINGS.values(), ids=ROUTINGS)
+FORMS = {"exact": RaggedPairs.from_routing, "padded": padded_pairs}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@dataclass
+class Problem:
+    """Features per expert, LayerNorms, two projections with biases: as one flat list, for gradients of everything."""
+
+    selected: Tensor
+    packed: tuple[bool, ...] = (True, True, True)
+    shared: bool = False  # all experts read the same tokens, as queries do
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        widths = (WIDTHS[0],) * 3 if self.shared else WIDTHS
+        counts = [int(n) if p else len(self.selected) for n, p in zip(self.selected.sum(0), self.packed, strict=True)]
+        rows = [len(self.selected)] if self.shared else counts
+        x = [torch.randn(r, TOKENS, c) for r, c in zip(rows, widths, strict=False)]
+        affine = [1 + torch.randn(c) / 4 for c in widths] + [torch.randn(c) for c in widths]
+        weights = [torch.randn(o, c) for o in OUTPUTS for c in widths]
+        return [t.to(dtype) for t in (*x, *affine, *weights, *(torch.randn(o) for o in OUTPUTS for _ in widths))]
+
+    def split(self, flat: tuple[Tensor, ...]):
+        """x, (weight, bias) per expert, weights and biases per projection."""
+        n = 1 if self.shared else 3
+        x, (g, b, *rest) = flat[:n], [flat[i : i + 3] for i in range(n, len(flat), 3)]
+        return x, list(zip(g, b, strict=True)), rest[:2], rest[2:]
+
+    def op(self, pairs: RaggedPairs):
+        """All outputs side by side, without padding; what is behind the last pair must be zeros."""
+
+        def function(*flat: Tensor) -> Tensor:
+            x, norms, weights, biases = self.split(flat)
+            index = pairs.sample if self.shared else pairs.row
+            outputs = ragged_linear(x[0] if self.shared else x, index, pairs, norms, weights, biases)
+            used = int(self.selected.sum())
+            assert [o.shape for o in outputs] == [(pairs.num_pairs, TOKENS, o) for o in OUTPUTS]
+            assert not any(o[used:].any() for o in outputs)
+            return torch.cat(outputs, -1)[:used]
+
+        return function
+
+    def loop(self, norm, linear):
+        """One pair after the other, sorted by expert, in plain torch."""
+
+        def function(*flat: Tensor) -> Tensor:
+            x, norms, weights, biases = self.split(flat)
+            found = [sum(t.sum() * 0 for t in flat) + flat[0].new_zeros(0, TOKENS, sum(OUTPUTS))]
+            for e in range(3):
+                samples = self.selected[:, e].nonzero().flatten().tolist()
+                for rank, sample in enumerate(samples):
+                    source = x[0][sample] if self.shared else x[e][rank if self.packed[e] else sample]
+                    normed = norm(source, *norms[e])
+                    outputs = [linear(normed, w[e], b[e]) for w, b in zip(weights, biases, strict=True)]
+                    found.append(torch.cat(outputs, -1)[None])
+            return torch.cat(found)
+
+        return function
+
+    def truth(self):
+        return self.loop(layer_norm, lambda x, w, b: (x[:, None] * w).sum(-1) + b)
+
+    def plain(self):
+        return self.loop(lambda x, w, b: F.layer_norm(x, w.shape, w, b), F.linear)
+
+
+SOURCES = {
+    "packed": {},
+    "dense": {"packed": (False, False, False)},
+    "packed and dense": {"packed": (True, False, True)},
+    "shared tokens": {"shared": True},
+}
+sources = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+
+
+@routings
+@sources
+def test_exact_pairs_are_the_loop_over_pairs(selected, source) -> None:
+    problem = Problem(selected, **source)
+    pairs = RaggedPairs.from_routing(selected, problem.packed)
+    assert_true_to(problem.truth(), problem.op(pairs), problem.inputs())
+
+
+@sources
+@pytest.mark.parametrize("name", ["no pair", "all pairs", "idle expert and sample without experts", "no sample"])
+def test_padded_pairs_are_the_loop_over_pairs(name, source) -> None:
+    problem = Problem(ROUTINGS[name], **source)
+    pairs = padded_pairs(problem.selected, problem.packed)
+    assert_true_to(problem.truth(), problem.op(pairs), problem.inputs())
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_budget(form, dtype) -> None:
+    problem = Problem(MIXED)
+    assert_within_budget(problem.truth(), problem.op(form(MIXED)), problem.plain(), problem.inputs(torch.float32), dtype)
+
+
+@forms
+def test_gradcheck(form) -> None:
+    problem = Problem(mask("x.x", "..x"))
+    inputs = [t.requires_grad_() for t in problem.inputs()]
+    torch.autograd.gradcheck(problem.op(form(problem.selected)), inputs)
+
+
+@forms
+@pytest.mark.parametrize("shared", [True, False], ids=["shared tokens", "dense"])
+def test_unselected_rows_are_not_read(form, shared) -> None:
+    problem = Problem(MIXED, packed=(False, False, False), shared=shared)
+    function = problem.op(form(MIXED, problem.packed))
+    clean = problem.inputs()
+    poisoned = [t.clone() for t in clean]
+    idle = [~MIXED.any(1)] if shared else list(~MIXED.t())
+    for x, rows in zip(poisoned, idle, strict=False):
+        x[rows] = torch.nan
+    expected, found = value_and_gradients(function, clean), value_and_gradients(function, poisoned)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(not gradient[rows].any() for gradient, rows in zip(found[1:], idle, strict=False))
+
+
+def test_strides_are_honoured() -> None:
+    """Features are channel slices of one wide tensor, weights may be transposed views."""
+    problem = Problem(MIXED, packed=(False, False, False))
+    pairs = RaggedPairs.from_routing(MIXED, problem.packed)
+    inputs = problem.inputs()
+    widened = torch.cat(inputs[:3], -1)
+    views = [*widened.split(WIDTHS, -1), *(t.t().contiguous().t() if t.dim() == 2 else t for t in inputs[3:])]
+    for a, b in zip(*(value_and_gradients(problem.op(pairs), x) for x in (views, inputs)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_index_none_takes_the_pairs_own_rows() -> None:
+    pairs = RaggedPairs.from_routing(MIXED)
+    x, norm, weights = torch.randn(5, TOKENS, 4), [(torch.rand(4), torch.rand(4))] * 3, [list(torch.randn(3, 2, 4))]
+    (implicit,) = ragged_linear(x, None, pairs, norm, weights)
+    (explicit,) = ragged_linear(x, torch.arange(5), pairs, norm, weights)
+    (padded,) = ragged_linear(F.pad(x, (0, 0, 0, 0, 0, 7)), None, padded_pairs(MIXED), norm, weights)
+    assert torch.equal(implicit, explicit) and torch.equal(padded[:5], explicit)
+
+
+@forms
+def test_autocast_casts_weights_and_keeps_gradients_wide(form) -> None:
+    problem = Problem(MIXED)
+    function = problem.op(form(MIXED))
+
+    def autocast(*flat: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(*flat)
+
+    value, *gradients = value_and_gradients(autocast, problem.inputs(torch.float32))
+    assert value.dtype == torch.bfloat16
+    assert {g.dtype for g in gradients} == {torch.float32}
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@forms
+def test_frozen_tokens_get_no_gradient(form) -> None:
+    problem = Problem(MIXED)
+    flat = problem.inputs()
+    for t in flat[3:]:
+        t.requires_grad_()
+    problem.op(form(MIXED))(*flat).sum().backward()
+    assert all(t.grad is None for t in flat[:3])
+    assert flat[3].grad.any()
+
+
+def raw_arguments(selected: Tensor):
+    problem = Problem(selected)
+    pairs = padded_pairs(selected)
+    x, norms, weights, biases = problem.split(tuple(problem.inputs(torch.float32)))
+    norm_weight, norm_bias = ([n[i] for n in norms] for i in (0, 1))
+    weights, biases = [w for p in weights for w in p], [b for p in biases for b in p]
+    arguments = [list(x), pairs.row, pairs.expert_offsets, norm_weight, norm_bias, 1e-5, weights, biases]
+    grads = [torch.randn(pairs.num_pairs, TOKENS, o) for o in OUTPUTS]
+    return arguments, grads
+
+
+@pytest.mark.parametrize("name", ["no pair", "idle expert and sample without experts"])
+def test_opcheck(name) -> None:
+    arguments, grads = raw_arguments(ROUTINGS[name])
+    torch.library.opcheck(RAW.ragged_linear_fwd.default, arguments)
+    torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *arguments, True))
+    torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *arguments, False))
+
+
+@pytest.mark.parametrize("name", ["no pair", "idle expert and sample without experts"])
+def test_raw_backward_has_the_promised_strides_for_transposed_operands(name) -> None:
+    """The fake promises contiguous gradients, also to an operand whose own strides are permuted."""
+    arguments, grads = raw_arguments(ROUTINGS[name])
+    arguments[0] = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in arguments[0]]
+    arguments[6] = [t.t().contiguous().t() for t in arguments[6]]
+    assert all(g.is_contiguous() for g in RAW.ragged_linear_bwd(grads, *arguments, True))
+
+
+def compiled_case(compiler: str):
+    torch._dynamo.reset()
+    problem = Problem(MIXED, packed=(False, False, False))
+
+    def function(selected: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        pairs = RaggedPairs.from_routing(selected, problem.packed)
+        x, norms, weights, biases = problem.split(flat)
+        return ragged_linear(x, pairs.row, pairs, norms, weights, biases)
+
+    return problem, function, torch.compile(function, fullgraph=True, backend=compiler, dynamic=False)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_graph_serves_every_routing(compiler) -> None:
+    problem, function, compiled = compiled_case(compiler)
+    inputs = problem.inputs(torch.float32)
+    for selected in (MIXED, MIXED.flip(0, 1)) if compiler == "aot_eager" else (MIXED,):
+        used = int(selected.sum())
+        expected, found = (
+            value_and_gradients(lambda *flat: torch.cat(f(selected, *flat), -1)[:used], inputs)  # noqa: B023
+            for f in (function, compiled)
+        )
+        torch.testing.assert_close(found, expected)
+    if compiler == "aot_eager":
+        with torch.no_grad():
+            found, expected = compiled(selected, *inputs), function(selected, *inputs)
+        torch.testing.assert_close([f[:used] for f in found], list(expected))
+        assert not any(f[used:].any() for f in found)
+
+
+def test_exported_program_serves_every_routing() -> None:
+    problem, function, _ = compiled_case("eager")
+
+    class Module(torch.nn.Module):
+        def forward(self, selected: Tensor, flat: list[Tensor]):
+            return function(selected, *flat)
+
+    inputs = problem.inputs(torch.float32)
+    program = torch.export.export(Module(), (MIXED, inputs)).module()
+    for selected in (MIXED, ROUTINGS["no pair"].new_zeros(4, 3), MIXED.flip(0)):
+        used = int(selected.sum())
+        torch.testing.assert_close([o[:used] for o in program(selected, inputs)], list(function(selected, *inputs)))
+
+
+PAIRS = RaggedPairs.from_routing(mask("x.", "xx"))
+GOOD = {
+    "x": torch.randn(2, 3, 4),
+    "index": PAIRS.sample,
+    "pairs": PAIRS,
+    "norms": [(torch.ones(4), torch.zeros(4))] * 2,
+    "weights": [[torch.randn(5, 4)] * 2],
+    "biases": [[torch.randn(5)] * 2],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": [torch.zeros(2, 3, 4)] * 3}, ValueError, "x must be one tensor or 2, got 3"),
+        ({"x": [torch.zeros(2, 3, 4), None]}, TypeError, "x must be a tensor, got 'NoneType'"),
+        ({"x": torch.zeros(2, 4)}, ValueError, r"x must have shape \(R, .*, C\), got \(2, 4\)"),
+        ({"x": [torch.zeros(2, 3, 4), torch.zeros(2, 2, 4)]}, ValueError, r"x must have shape \(R, 3, C\), got"),
+        ({"x": [torch.zeros(2, 3, 4)] * 2, "index": None}, ValueError, "index must be given for one x per expert"),
+        ({"index": PAIRS.sample[:2]}, ValueError, r"index must have shape \(3\), got \(2,\)"),
+        ({"index": PAIRS.sample.float()}, TypeError, r"index must be int64, got torch\.float32"),
+        ({"index": None}, ValueError, r"x must have shape \(3, 3, C\), got \(2, 3, 4\)"),
+        ({"norms": [(torch.ones(3), torch.zeros(4))] * 2}, ValueError, r"norms\[0\]\[0\] must have shape \(4\), got"),
+        ({"norms": [(torch.ones(4), torch.zeros(1))] * 2}, ValueError, r"norms\[0\]\[1\] must have shape \(4\), got"),
+        ({"norms": [(torch.ones(4), torch.zeros(4))] * 3}, ValueError, "norms must have 2 entries, got 3"),
+        ({"weights": [[torch.randn(5, 4)]]}, ValueError, "weights must have 2 per projection"),
+        ({"weights": [[torch.randn(5, 4), torch.randn(6, 4)]]}, ValueError, r"weights of expert 1 must have shape"),
+        ({"biases": [[torch.randn(1)] * 2]}, ValueError, r"biases of expert 0 must have shape \(5\), got \(1,\)"),
+        ({"biases": [[torch.randn(5)]]}, ValueError, "biases must have 2 per projection"),
+    ],
+)
+def test_bad_input(change, error, message) -> None:
+    with pytest.raises(error, match=message):
+        ragged_linear(**{**GOOD, **change})
