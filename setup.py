@@ -78,14 +78,15 @@ def find_nvcc():
         return None, f"switched off by MOVA_CUDA={wanted}"
     places = [("CUDACXX", os.environ.get("CUDACXX"))]
     places += [(v, os.path.join(os.environ[v], "bin", "nvcc")) for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    places += [("PATH", shutil.which("nvcc")), ("the usual place", "/usr/local/cuda/bin/nvcc")]
+    places += [("PATH", shutil.which("nvcc")), ("default", "/usr/local/cuda/bin/nvcc")]
     rejected = []
     for place, path in places:
         version = tool_version(path, r"release (\d+)\.(\d+)") if path else None
         if version and version >= MIN_CUDA:
             return path, f"CUDA {version[0]}.{version[1]}, found through {place}"
-        rejected.append(f"{place}: {path or 'not set' if place != 'PATH' else path or 'nothing'}")
-    why = f"no nvcc of CUDA {MIN_CUDA[0]}.{MIN_CUDA[1]} or newer was found ({', '.join(rejected)})"
+        if path:
+            rejected.append(f"{place}: {path} " + ("is CUDA {}.{}".format(*version) if version else "does not run"))
+    why = "no nvcc of CUDA {}.{} or newer was found ({})".format(*MIN_CUDA, ", ".join(rejected))
     if wanted in ON:
         raise SystemExit(f"mova_kernels: MOVA_CUDA={wanted}, but {why}")
     return None, why
@@ -176,9 +177,11 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if NATIVE else "any"
 
 
+version = re.search(r'__version__ = "(.+)"', (ROOT / "mova_kernels" / "_version.py").read_text())[1]
 missing = [] if find_cmake() else ["cmake>=3.28,<5"]
 missing += [] if find_ninja() else ["ninja"]
 setup(
+    version=version,
     ext_modules=[Extension("mova_kernels._lib", [])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
     setup_requires=missing if NATIVE else [],

@@ -1,7 +1,6 @@
 """The MoV-Adapter of MoVA (arXiv 2404.13046) as ordinary modules under the official parameter names."""
 
-from __future__ import annotations
-
+# No "from __future__ import annotations" here: the hub mixin reads the annotation of __init__'s config at run time.
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,6 +140,11 @@ class MoVAdapter(
                 state[f"{name}.rope.freqs_cos"] = self.rope.cos.clone()
                 state[f"{name}.rope.freqs_sin"] = self.rope.sin.clone()
         return state
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **arguments: Any) -> "MoVAdapter":
+        # The mixin's default is to leave out silently what a file lacks.
+        return super()._from_pretrained(strict=strict, **arguments)
 
     def _check_base(self, base: Tensor) -> None:
         config = self.config
@@ -307,13 +311,14 @@ class AdapterBlock(nn.Module):
                 f"{unusual} is hooked, wrapped or replaced, so the experts' modules must be called one by one, which "
                 "needs the routing on the host: not inside torch.compile, torch.export or a CUDA graph"
             )
+        fused = x
         for e, attention in enumerate(self.cross_attn):
-            start, stop = pairs.bounds[e], pairs.bounds[e + 1]
-            if stop > start:
-                sample, row = pairs.sample[start:stop], pairs.row[start:stop]
+            pair = slice(pairs.bounds[e], pairs.bounds[e + 1])
+            if pair.start < pair.stop:
+                sample, row = pairs.sample[pair], pairs.row[pair]
                 out = attention(self.norm1[e](x[sample]), self.norm2[e](features[e][row]), cos, sin)
-                x = x.index_add(0, sample, (gate[start:stop, None, None].to(out.dtype) * out).to(x.dtype))
-        return x
+                fused = fused.index_add(0, sample, (gate[pair, None, None].to(out.dtype) * out).to(x.dtype))
+        return fused
 
 
 class Attention(nn.Module):
@@ -449,7 +454,7 @@ class RopeTable(nn.Module):
         for name, table in zip(("cos", "sin"), ops.rope2d_table(*self.size), strict=True):
             self.register_buffer(name, table, persistent=False)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> RopeTable:
+    def _apply(self, fn: Any, recurse: bool = True) -> "RopeTable":
         super()._apply(fn, recurse)
         # Casting would round them, to_empty would lose them: computed afresh wherever the module has moved.
         self.cos, self.sin = ops.rope2d_table(*self.size, device=self.cos.device)

@@ -42,7 +42,7 @@ CPU_SECONDS = 85.0  # aimed at by a demo on a CPU, which may take two minutes on
 CPU_ORDER = (0, 2, 1, 3)  # in which samples join the dense side: also two of them have many experts and few
 CUDA_PASSES = (2, 10)  # to warm up, to time
 
-Tick = Callable[[], object]
+Tick = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The demo's options."""
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on CUDA")
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="for mova-demo.png and mova-demo.svg")
+    parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="for mova-demo.png and .svg")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
     parser.add_argument("--quick", action="store_true", help="a toy size, to see that everything works")
     parser.set_defaults(main=main)
@@ -135,7 +135,7 @@ def run(config: MoVAdapterConfig, grids: Sequence[int], dtype: str, device: torc
     else:
         name, warm_up, timed = f"{cpu_name()}, {torch.get_num_threads()} threads", 0, 1
         conditions = "one pass of each side, after one block on one sample to warm up"
-        with _progress("warming up", 2) as tick:
+        with _progress("warming up", 1 + batch.dense_steps(1)) as tick:
             batch.ours_one_block()
             tick()
             trial = time.perf_counter()
@@ -148,7 +148,7 @@ def run(config: MoVAdapterConfig, grids: Sequence[int], dtype: str, device: torc
     if device.type != "cuda":
         left = CPU_SECONDS - (time.perf_counter() - start)
         samples = tuple(sorted(CPU_ORDER[: max(1, int(left / dense_seconds))]))
-    with _progress("dense", batch.dense_steps * (warm_up + timed)) as tick:
+    with _progress("dense", batch.dense_steps(config.num_layers) * (warm_up + timed)) as tick:
         compute = batch.dense(samples)
         dense, *dense_costs = _measure(lambda: compute(tick), device, warm_up, timed)
 
@@ -170,7 +170,7 @@ def run(config: MoVAdapterConfig, grids: Sequence[int], dtype: str, device: torc
 def report(result: Result) -> str:
     """The result as text."""
     config, ours, dense = result.config, result.ours, result.dense
-    features = {n: f"{n} {s}x{s}x{c}" for n, s, c in zip(EXPERTS, result.grids, config.expert_channels, strict=True)}
+    features = {n: f"{n} {_grid(s)}x{c}" for n, s, c in zip(EXPERTS, result.grids, config.expert_channels, strict=True)}
     pairs = sum(map(len, SELECTED))
     scaled = f"timed on {result.part} and scaled to {len(SELECTED)}" if result.part else ""
     underestimate = f"measured on {result.part}: an underestimate" if result.part and dense.peak_bytes else ""
@@ -185,8 +185,8 @@ def report(result: Result) -> str:
     compared = ", ".join(map(str, dense.samples))
     return "\n".join(
         (
-            f"MoV-Adapter: {config.num_layers} blocks, {config.num_heads} heads, {config.resolution}x{config.resolution}"
-            f" tokens of width {config.in_channels} -> {config.out_channels}, {result.parameters / 1e6:.1f} M parameters",
+            f"MoV-Adapter: {config.num_layers} blocks, {config.num_heads} heads, {_grid(config.resolution)} tokens of "
+            f"width {config.in_channels} -> {config.out_channels}, {result.parameters / 1e6:.1f} M parameters",
             f"{result.dtype} on {result.device}",
             "",
             "sample  selected experts, with the grid and width of their features",
@@ -208,7 +208,7 @@ def draw(result: Result, directory: Path) -> tuple[Path, Path]:
     from matplotlib.figure import Figure
 
     ink, ours_color, dense_color = "#7f8893", "#1a8fe3", "#d98a1f"
-    config, ours, dense = result.config, result.ours, result.dense
+    ours, dense = result.ours, result.dense
     panels: list[tuple[str, float, float, Callable[[Any], str], str]] = [
         ("Time of a forward pass", ours.seconds, result.dense_seconds, _seconds, f"{result.speedup:.1f}x faster")
     ]
@@ -240,7 +240,9 @@ class _Batch:
         self, config: MoVAdapterConfig, grids: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.adapter = MoVAdapter(config).eval()
+        with torch.device("meta"):  # the official initial state would be overwritten anyway
+            self.adapter = MoVAdapter(config).eval()
+        self.adapter.to_empty(device="cpu")
         for name, parameter in self.adapter.named_parameters():
             parameter.copy_(_as_if_trained(name, torch.randn(parameter.shape, generator=generator)))
         self.adapter.to(device, dtype)
@@ -257,7 +259,6 @@ class _Batch:
         self.rope: RopeTables = rope_tables(config, device, dtype)
         self.state = self.adapter.state_dict()
         self.our_steps = 2 * config.num_layers + 2
-        self.dense_steps = sum(map(_Watched.marks, self.state))
 
     def ours(self) -> Tensor:
         """Only the features of the selected experts go in."""
@@ -284,6 +285,10 @@ class _Batch:
             _Watched(self.state, tick), config, base, features, routing, text, rope=self.rope
         )
 
+    def dense_steps(self, num_layers: int) -> int:
+        """How often a dense pass over so many blocks ticks: for each attention, feed-forward, and at the end."""
+        return (len(EXPERTS) + 2) * num_layers + 1
+
     @contextmanager
     def watched(self, tick: Tick) -> Iterator[None]:
         """Tick ``our_steps`` times in each pass of the adapter."""
@@ -298,18 +303,16 @@ class _Batch:
 
 
 class _Watched(dict[str, Tensor]):
-    """Parameters which tell how far a function without hooks has come, by those which it reads."""
+    """Parameters that tell how far a function without hooks has come, by what it reads."""
+
+    LAST = (".proj.weight", ".w3.weight", "mlp.2.weight")  # of an attention, a feed-forward, and the adapter
 
     def __init__(self, state: dict[str, Tensor], tick: Tick) -> None:
         super().__init__(state)
         self._tick = tick
 
-    @staticmethod
-    def marks(name: str) -> bool:
-        return name.endswith((".proj.weight", ".w3.weight", "mlp.2.weight"))
-
     def __getitem__(self, name: str) -> Tensor:
-        if self.marks(name):
+        if name.endswith(self.LAST):
             self._tick()
         return super().__getitem__(name)
 
@@ -372,7 +375,15 @@ def _progress(what: str, total: int) -> Iterator[Tick]:
     from tqdm import tqdm
 
     with tqdm(total=total, desc=f"{what:20}", file=sys.stderr) as bar:
-        yield bar.update
+
+        def tick() -> None:
+            bar.update()
+
+        yield tick
+
+
+def _grid(side: int) -> str:
+    return f"{side}x{side}"
 
 
 def _largest(x: Tensor) -> float:

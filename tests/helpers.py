@@ -15,10 +15,12 @@ Function = Callable[..., Tensor]
 def value_and_gradients(function: Function, inputs: Sequence[Tensor], cotangent: Tensor | None = None) -> list[Tensor]:
     """function(*inputs), then the gradient of each input; zeros for an input that was not used.
 
-    The cotangent is random by default: a sum would hide errors that cancel.
+    The cotangent is random by default: a sum would hide errors that cancel. An empty result may be detached.
     """
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     output = function(*leaves)
+    if not output.numel() and not output.requires_grad:
+        return [output, *map(torch.zeros_like, inputs)]
     if cotangent is None:
         cotangent = cotangent_like(output)
     gradients = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True)

@@ -97,7 +97,7 @@ def test_taps():
 
 
 def test_longest_axis():
-    """The products of the tap arithmetic just fit in 31 bits. (torch's own positions are off by 1e-3 here, in fp64 too.)"""
+    """The products of the tap arithmetic just fit in 31 bits. (Here torch itself is off by 1e-3, in fp64 too.)"""
     n = 32767
     for m in (n - 1, n, 3):
         outputs = [0, 1, m // 3, m // 2, m - 2, m - 1]

@@ -1,7 +1,7 @@
 // For the driver of an op: threads, and the choice between loops that were compiled once per instruction set.
 #pragma once
 
-#include "host.h"
+#include "common/host.h"
 
 #if defined(__x86_64__)
 #define MK_FOR_EACH_ISA(X, ...) X(__VA_ARGS__, base) X(__VA_ARGS__, avx2) X(__VA_ARGS__, avx512)

@@ -1,4 +1,4 @@
-#include "cuda.h"
+#include "common/cuda.h"
 
 MK_API int mk_cuda_runtime_version(void) { return CUDART_VERSION; }
 

@@ -5,7 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "host.h"
+#include "common/host.h"
 
 namespace mk {
 

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "mova_kernels.h"
+#include "common/mova_kernels.h"
 
 namespace mk {
 

@@ -1,9 +1,9 @@
 // The checks that the CPU and the CUDA entry points share.
 #pragma once
 
-#include "feature_resample.h"
-#include "host.h"
-#include "taps.h"
+#include "common/host.h"
+#include "feature_resample/feature_resample.h"
+#include "feature_resample/taps.h"
 
 namespace mk {
 

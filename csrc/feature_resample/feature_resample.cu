@@ -1,7 +1,7 @@
-#include "checks.h"
-#include "cuda.h"
-#include "feature_resample.h"
-#include "taps.h"
+#include "common/cuda.h"
+#include "feature_resample/checks.h"
+#include "feature_resample/feature_resample.h"
+#include "feature_resample/taps.h"
 
 namespace {
 

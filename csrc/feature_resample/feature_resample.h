@@ -4,7 +4,7 @@
 // that keeps its size is copied.
 #pragma once
 
-#include "mova_kernels.h"
+#include "common/mova_kernels.h"
 
 // Every field has 8 bytes. Strides are in elements; the stride of a channel is 1. The two tensors must not overlap.
 struct mk_feature_resample_args {

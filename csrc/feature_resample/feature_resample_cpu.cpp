@@ -1,11 +1,11 @@
-#include "feature_resample_cpu.h"
+#include "feature_resample/feature_resample_cpu.h"
 
 #include <vector>
 
-#include "checks.h"
-#include "cpu.h"
-#include "feature_resample.h"
-#include "taps.h"
+#include "common/cpu.h"
+#include "feature_resample/checks.h"
+#include "feature_resample/feature_resample.h"
+#include "feature_resample/taps.h"
 
 MK_DECLARE_LOOPS(mk::ResampleLoops, feature_resample_loops)
 

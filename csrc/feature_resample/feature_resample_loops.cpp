@@ -1,7 +1,7 @@
 // Compiled once per instruction set; see common/simd.h for what that forbids.
-#include "cpu.h"
-#include "feature_resample_cpu.h"
-#include "simd.h"
+#include "common/cpu.h"
+#include "common/simd.h"
+#include "feature_resample/feature_resample_cpu.h"
 
 namespace {
 

@@ -8,9 +8,6 @@
 
 #include <stdint.h>
 
-#include "feature_resample.h"
-#include "host.h"
-
 #if defined(__CUDACC__)
 #define MK_HD __host__ __device__
 #else

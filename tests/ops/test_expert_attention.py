@@ -1,0 +1,130 @@
+"""expert_attention against the explicit softmax of rotated scores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_true_to, assert_within_budget, value_and_gradients
+from torch import Tensor
+
+from mova_kernels.ops import expert_attention, rope2d_table
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# pairs, grid side, heads, head width
+SHAPES = {
+    "usual": (2, 3, 2, 8),
+    "one head": (1, 3, 1, 4),
+    "one token attends to itself": (3, 1, 2, 4),
+    "more tokens than one tile of a kernel": (1, 9, 1, 4),
+}
+shapes = pytest.mark.parametrize(("num_pairs", "side", "heads", "width"), SHAPES.values(), ids=SHAPES)
+
+
+def problem(num_pairs: int, side: int, heads: int, width: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    return list(torch.randn(3, num_pairs, side * side, heads * width)), rope2d_table(side, width)
+
+
+def op(tables: tuple[Tensor, Tensor], heads: int):
+    return lambda q, k, v: expert_attention(q, k, v, *tables, heads)
+
+
+def truth(tables: tuple[Tensor, Tensor], heads: int):
+    """Per pair, head and query token: complex rotation, exponentials over their sum, weighted values."""
+    factor = torch.complex(tables[0].double(), tables[1].double())[:, ::2]
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        width = q.shape[-1] // heads
+        outputs = []
+        for h in range(heads):
+            part = slice(h * width, (h + 1) * width)
+            turned_q, turned_k = (torch.view_as_complex(t[..., part].unflatten(-1, (-1, 2))) * factor for t in (q, k))
+            scores = torch.einsum("psc,ptc->pst", turned_q, turned_k.conj()).real / width**0.5
+            odds = (scores - scores.amax(-1, keepdim=True).detach()).exp()
+            outputs.append(torch.einsum("pst,ptd->psd", odds / odds.sum(-1, keepdim=True), v[..., part]))
+        return torch.cat(outputs, -1)
+
+    return function
+
+
+def plain(tables: tuple[Tensor, Tensor], heads: int):
+    """The official formula in the working dtype: scores are stored and rounded, tables are rounded."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cos, sin = (t.to(q.dtype) for t in tables)
+        q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k = (t * cos + torch.stack((-t[..., 1::2], t[..., ::2]), -1).flatten(-2) * sin for t in (q, k))
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    return function
+
+
+@shapes
+def test_reference_is_the_explicit_softmax(num_pairs, side, heads, width) -> None:
+    inputs, tables = problem(num_pairs, side, heads, width)
+    assert_true_to(truth(tables, heads), op(tables, heads), [t.double() for t in inputs])
+
+
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_budget(num_pairs, side, heads, width, dtype) -> None:
+    inputs, tables = problem(num_pairs, side, heads, width)
+    assert_within_budget(truth(tables, heads), op(tables, heads), plain(tables, heads), inputs, dtype)
+
+
+def test_gradcheck() -> None:
+    inputs, tables = problem(2, 2, 2, 4)
+    torch.autograd.gradcheck(op(tables, 2), [t.double().requires_grad_() for t in inputs])
+
+
+def test_pairs_do_not_see_each_other() -> None:
+    inputs, tables = problem(3, 3, 2, 8)
+    together = op(tables, 2)(*inputs)
+    inputs = [t.clone() for t in inputs]
+    for t in inputs:
+        t[1] = torch.nan
+    others = op(tables, 2)(*inputs)
+    torch.testing.assert_close(others[::2], together[::2])
+
+
+def test_large_scores_do_not_overflow() -> None:
+    (q, k, v), tables = problem(1, 3, 1, 4)
+    y = op(tables, 1)(1e4 * q, 1e4 * k, v)
+    assert y.isfinite().all()
+
+
+def test_strides_are_honoured() -> None:
+    """Queries, keys and values may be slices of one projection."""
+    inputs, tables = problem(2, 3, 2, 8)
+    views = torch.cat(inputs, -1).split(16, -1)
+    expected, found = (value_and_gradients(op(tables, 2), x) for x in (inputs, views))
+    torch.testing.assert_close(found, expected)
+
+
+def test_no_pair() -> None:
+    inputs, tables = problem(0, 3, 2, 8)
+    value, *gradients = value_and_gradients(op(tables, 2), inputs)
+    assert value.shape == (0, 9, 16) and all(g.shape == (0, 9, 16) for g in gradients)
+
+
+Q, TABLE = torch.zeros(2, 9, 16), torch.zeros(9, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((None, Q, Q, TABLE, TABLE, 2), TypeError, "q must be a tensor, got 'NoneType'"),
+        ((Q[0], Q, Q, TABLE, TABLE, 2), ValueError, r"q must have shape \(P, L, H\*D\), got \(9, 16\)"),
+        ((Q, Q[:1], Q, TABLE, TABLE, 2), ValueError, r"k must have shape \(2, 9, 16\), got \(1, 9, 16\)"),
+        ((Q, Q, Q[:, :4], TABLE, TABLE, 2), ValueError, r"v must have shape \(2, 9, 16\), got \(2, 4, 16\)"),
+        ((Q, Q, Q, TABLE[:1], TABLE, 2), ValueError, r"cos must have shape \(9, 8\), got \(1, 8\)"),
+        ((Q, Q, Q, TABLE, TABLE[:, :2], 2), ValueError, r"sin must have shape \(9, 8\), got \(9, 2\)"),
+        ((Q, Q, Q, TABLE, TABLE, 3), ValueError, "num_heads must divide 16, got 3"),
+        ((Q, Q, Q, TABLE, TABLE, 0), ValueError, "num_heads must divide 16, got 0"),
+        ((Q.long(), Q, Q, TABLE, TABLE, 2), TypeError, r"q must be floating point, got torch\.int64"),
+    ],
+)
+def test_bad_input(arguments, error, message) -> None:
+    with pytest.raises(error, match=message):
+        expert_attention(*arguments)
