@@ -32,6 +32,4 @@ def check_like(argument: str, value: Tensor, reference_name: str, reference: Ten
     """``value`` must live on the device of ``reference`` and, outside autocast, have its dtype."""
     check(value.device == reference.device, argument, f"must be on {reference_name}'s {reference.device}", value.device)
     if not torch.is_autocast_enabled(reference.device.type):
-        check(
-            value.dtype == reference.dtype, argument, f"must have {reference_name}'s {reference.dtype}", value.dtype
-        )
+        check(value.dtype == reference.dtype, argument, f"must have {reference_name}'s {reference.dtype}", value.dtype)

@@ -1,8 +1,8 @@
 """The MoV-Adapter of MoVA (arXiv 2404.13046) as ordinary modules under the official parameter names."""
 
 # No "from __future__ import annotations" here: the hub mixin reads the annotation of __init__'s config at run time.
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -124,12 +124,13 @@ class MoVAdapter(
         pairs = RaggedPairs.from_routing(selected, packed, base.device)
 
         x = base + self.pos_embed
-        for block in self.blocks:
+        blocks = cast(list[AdapterBlock], list(self.blocks))
+        for block in blocks:
             x = block(x, text, features, pairs, self.rope.cos, self.rope.sin)
         x = self.mlp(self.downsample((x + base) / 2))
         if self.idle_expert_gradients and pairs.bounds is not None and torch.is_grad_enabled():
             idle = [e for e in range(config.num_experts) if pairs.bounds[e] == pairs.bounds[e + 1]]
-            x = _ZeroGradients.apply(x, *(p for block in self.blocks for p in block.expert_parameters(idle)))
+            x = _ZeroGradients.apply(x, *(p for block in blocks for p in block.expert_parameters(idle)))
         return x
 
     def official_state_dict(self) -> dict[str, Tensor]:
@@ -199,11 +200,11 @@ class MoVAdapter(
                     torch._assert_async(selected[:, e].sum() == rows, f"{name} {rule}, got {rows}")
             grid = None if grids is None else grids[e]
             if grid is None:
-                side = _square_root(tokens)
-                check(side is not None, name, "must have a square number of tokens, or a grid in grids", tokens)
-                grid = (side, side)  # type: ignore[assignment]
+                side = round(tokens**0.5)
+                check(side * side == tokens, name, "must have a square number of tokens, or a grid in grids", tokens)
+                grid = (side, side)
             check(grid[0] * grid[1] == tokens, f"grids[{e}]", f"must hold {name}'s {tokens} tokens", grid)
-            sizes.append((int(grid[0]), int(grid[1])))
+            sizes.append((grid[0], grid[1]))
         return sizes
 
     def _check_text(self, base: Tensor, text: Tensor | None, selected: Tensor) -> Tensor | None:
@@ -229,7 +230,8 @@ class MoVAdapter(
         features, packed = [], []
         for e, (feature, size) in enumerate(zip(experts, sizes, strict=True)):
             if feature is None or size is None:
-                feature, size = self.pos_embed.new_empty(0, self.config.num_tokens, self.config.expert_channels[e]), target
+                size = target
+                feature = self.pos_embed.new_empty(0, self.config.num_tokens, self.config.expert_channels[e])
             is_packed = feature.shape[0] != num_samples
             rows = None
             if size != target and not is_packed:
@@ -294,18 +296,26 @@ class AdapterBlock(nn.Module):
         unusual = [name for name, m in self.named_modules() if _is_of_experts(name) and not _is_plain(m)]
         if unusual:
             return self._fuse_by_module(x, features, pairs, gate, cos, sin, unusual[0])
-        cross = list(self.cross_attn)
+        cross = cast(list[Attention], list(self.cross_attn))
         queries = [a.q_proj.weight for a in cross]
         keys, values = [a.k_proj.weight for a in cross], [a.v_proj.weight for a in cross]
         (q,) = ops.ragged_linear(x, pairs.sample, pairs, _affine(self.norm1), [queries])
         k, v = ops.ragged_linear(features, pairs.row, pairs, _affine(self.norm2), [keys, values])
         attended = ops.expert_attention(q, k, v, cos, sin, cross[0].num_heads)
-        inner = _affine([a.inner_attn_ln for a in cross])
-        proj = [a.proj for a in cross]
-        return ops.gated_combine(x, attended, gate, pairs, inner, [p.weight for p in proj], [p.bias for p in proj])
+        inner, proj = _affine(a.inner_attn_ln for a in cross), _affine(a.proj for a in cross)
+        return ops.gated_combine(x, attended, gate, pairs, inner, [p[0] for p in proj], [p[1] for p in proj])
 
-    def _fuse_by_module(self, x, features, pairs, gate, cos, sin, unusual: str) -> Tensor:
-        """The same through the modules' own forward: for hooks, LoRA, parametrisations, DTensor and quantised layers."""
+    def _fuse_by_module(
+        self,
+        x: Tensor,
+        features: Sequence[Tensor],
+        pairs: RaggedPairs,
+        gate: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        unusual: str,
+    ) -> Tensor:
+        """The same, calling the modules: for hooks, LoRA, parametrisations, DTensor and quantised layers."""
         if pairs.bounds is None:
             raise RuntimeError(
                 f"{unusual} is hooked, wrapped or replaced, so the experts' modules must be called one by one, which "
@@ -322,7 +332,7 @@ class AdapterBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of queries (P, L, C) to a context (P, L, C_e) with rotary positions and a LayerNorm before the output."""
+    """Attention to a context, with rotary positions and a LayerNorm before the output projection."""
 
     def __init__(self, width: int, context: int, num_heads: int) -> None:
         super().__init__()
@@ -373,7 +383,8 @@ class Downsample(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(B, R*R, C) -> (B, (R // 2)**2, C)."""
         if all(_is_plain(m) for m in self.modules() if m is not self):
-            return ops.token_downsample(x, self.resolution, (self[0].b1.weights(), self[2].b1.weights()), EPS)
+            first, _, second = cast(list[RegStage], list(self))
+            return ops.token_downsample(x, self.resolution, (first.b1.weights(), second.b1.weights()), EPS)
         grid = super().forward(x.unflatten(1, (self.resolution, self.resolution)).permute(0, 3, 1, 2))
         return grid.permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -406,12 +417,11 @@ class Bottleneck(nn.Module):
 
     def weights(self) -> ops.StageWeights:
         """The parameters as token_downsample takes them."""
-        norms = [(c.bn.weight, c.bn.bias) for c in (self.conv1, self.conv2, self.conv3)]
-        fc1, fc2 = self.se.fc1, self.se.fc2
+        norms = _affine(c.bn for c in (self.conv1, self.conv2, self.conv3))
+        squeeze, excite = _affine((self.se.fc1, self.se.fc2))
         return ops.StageWeights(
             conv1=self.conv1.conv.weight, norm1=norms[0], conv2=self.conv2.conv.weight, norm2=norms[1],
-            squeeze=(fc1.weight, fc1.bias), excite=(fc2.weight, fc2.bias),
-            conv3=self.conv3.conv.weight, norm3=norms[2],
+            squeeze=squeeze, excite=excite, conv3=self.conv3.conv.weight, norm3=norms[2],
         )  # fmt: skip
 
 
@@ -507,6 +517,7 @@ def _is_plain(module: nn.Module) -> bool:
     )
     return (
         type(module) in _PLAIN
+        and getattr(module, "eps", EPS) == EPS
         and not any(hooks)
         and "forward" not in vars(module)
         and all(p is None or type(p) in _PLAIN_TENSORS for p in module._parameters.values())
@@ -517,10 +528,5 @@ def _is_of_experts(name: str) -> bool:
     return name.partition(".")[0] in ("cross_attn", "norm1", "norm2")
 
 
-def _affine(norms: Any) -> list[tuple[Tensor, Tensor]]:
-    return [(norm.weight, norm.bias) for norm in norms]
-
-
-def _square_root(tokens: int) -> int | None:
-    side = int(tokens**0.5 + 0.5)
-    return side if side * side == tokens else None
+def _affine(modules: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
+    return [(module.weight, module.bias) for module in modules]

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def _cuda() -> dict[str, Any] | str:
         return f"none: {built}"
     answer: dict[str, Any] = {"runtime": torch.version.cuda, "driver": _probe(_driver_version)}
     for index in range(torch.cuda.device_count()):
-        answer[f"cuda:{index}"] = _probe(lambda index=index: _cuda_device(index))
+        answer[f"cuda:{index}"] = _probe(partial(_cuda_device, index))
     return answer
 
 
@@ -104,7 +105,7 @@ def _backends() -> dict[str, Any]:
     present = {"cpu, float32": ("cpu", torch.float32)}
     if torch.cuda.is_available():
         present["cuda, bfloat16"] = ("cuda", torch.bfloat16)
-    return {name: _probe(lambda where=where: backends.explain(*where)) for name, where in present.items()}
+    return {name: _probe(partial(backends.explain, *where)) for name, where in present.items()}
 
 
 def _lines(value: dict[str, Any], indent: str = "") -> list[str]:

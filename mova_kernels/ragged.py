@@ -47,7 +47,9 @@ class RaggedPairs:
     _row_table: Tensor  # (B, N): the row of every (sample, expert), for select(); on the host if bounds is not None
 
     @classmethod
-    def from_routing(cls, routing: Tensor, packed: Sequence[bool] | None = None, device=None) -> RaggedPairs:
+    def from_routing(
+        cls, routing: Tensor, packed: Sequence[bool] | None = None, device: torch.device | str | None = None
+    ) -> RaggedPairs:
         """The pairs of a routing mask.
 
         Args:
@@ -117,7 +119,7 @@ def validated_routing(routing: Tensor, device: torch.device) -> Tensor:
 
 def _build(kept: Tensor, row_table: Tensor, most_per_sample: int, device: torch.device) -> RaggedPairs:
     """Tables for the pairs in ``kept``: exact if the host may see values, else padded to B * most_per_sample."""
-    num_samples, num_experts = kept.shape
+    num_samples = kept.shape[0]
     by_expert = kept.t().reshape(-1)
     per_expert, per_sample = kept.sum(0), kept.sum(1)
     expert_offsets, sample_offsets = _offsets(per_expert), _offsets(per_sample)

@@ -1,4 +1,4 @@
-"""Settings for all tests: no cached graphs, fixed seeds, and memory in which nobody can mistake leftovers for results."""
+"""Settings for all tests: no cached graphs, fixed seeds, and memory whose leftovers nobody takes for results."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import tiny
@@ -65,7 +66,14 @@ def test_meta_device_and_to_empty():
 
 # A leaf, a container, a norm: whatever has a hook is called, and the result stays the same.
 @pytest.mark.parametrize(
-    "name", ["blocks.0.cross_attn.1.k_proj", "blocks.0.cross_attn.1", "blocks.1.norm2.1", "downsample.0.b1.se", "blocks.0.mlp.ffn_ln"]
+    "name",
+    [
+        "blocks.0.cross_attn.1.k_proj",
+        "blocks.0.cross_attn.1",
+        "blocks.1.norm2.1",
+        "downsample.0.b1.se",
+        "blocks.0.mlp.ffn_ln",
+    ],
 )
 def test_a_hooked_module_is_called(name):
     adapter, called = tiny.adapter(), []
@@ -116,7 +124,9 @@ def test_fsdp2_shards_an_adapter(wrapped):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-4 * float(p.grad.abs().max()), msg=name)
 
 
-@pytest.mark.parametrize("target", ["q_proj", "v_proj", "cross_attn.1.proj", "w1", "gate.0", "downsample.0.b1.conv1.conv"])
+@pytest.mark.parametrize(
+    "target", ["q_proj", "v_proj", "cross_attn.1.proj", "w1", "gate.0", "downsample.0.b1.conv1.conv"]
+)
 def test_lora_changes_the_output_and_is_trained(target):
     peft = pytest.importorskip("peft")
     expected = run(tiny.adapter())
@@ -137,8 +147,7 @@ def test_activation_checkpointing_of_a_block():
 
     plain, saved = tiny.adapter(), tiny.adapter()
     for block in saved.blocks:
-        forward = type(block).forward
-        block.forward = lambda *args, block=block: checkpoint(forward, block, *args, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     for adapter in (plain, saved):
         run(adapter).square().sum().backward()
     for p, q in zip(plain.parameters(), saved.parameters(), strict=True):

@@ -38,11 +38,35 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
-// `n` neighbouring elements, loaded and stored by one instruction where they fill 16 bytes.
+// `n` neighbouring elements. Where they fill 16 bytes they must be aligned to that, and move as one uint4: the compiler
+// tends to split the access otherwise.
 template <class T, int n>
-struct alignas(sizeof(T) * n) Pack {
+struct Pack {
   T element[n];
 };
+
+template <class T, int n>
+__device__ Pack<T, n> load(const T* p) {
+  Pack<T, n> pack;
+  if constexpr (sizeof pack == sizeof(uint4)) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    memcpy(&pack, &raw, sizeof pack);
+  } else {
+    for (int i = 0; i < n; ++i) pack.element[i] = p[i];
+  }
+  return pack;
+}
+
+template <class T, int n>
+__device__ void store(T* p, const Pack<T, n>& pack) {
+  if constexpr (sizeof pack == sizeof(uint4)) {
+    uint4 raw;
+    memcpy(&raw, &pack, sizeof pack);
+    *reinterpret_cast<uint4*>(p) = raw;
+  } else {
+    for (int i = 0; i < n; ++i) p[i] = pack.element[i];
+  }
+}
 
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }

@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int warps_per_block = 8;
+constexpr int threads = 32 * warps_per_block, blocks_per_sm = 4;  // leaves 64 registers to a thread: no spills
 
 // A warp writes one token, lane by lane along its channels, so everything about taps is uniform in the warp and is
 // computed once for all the rows and channels. Both directions gather: there are no atomics, results are reproducible.
@@ -28,7 +29,7 @@ __device__ void store(T* dst, const float (&sum)[n]) {
   mk::Pack<T, n> value;
 #pragma unroll
   for (int i = 0; i < n; ++i) value.element[i] = mk::from_float<T>(sum[i]);
-  *reinterpret_cast<mk::Pack<T, n>*>(dst) = value;
+  mk::store(dst, value);
 }
 
 // -0 is the neutral element of a sum: a single tap of weight 1 returns -0 as -0.
@@ -39,7 +40,7 @@ __device__ void clear(float (&sum)[n], float neutral) {
 }
 
 template <class T, int n>
-__global__ void __launch_bounds__(32 * warps_per_block, 4) forward(Resample p) {
+__global__ void __launch_bounds__(threads, blocks_per_sm) forward(Resample p) {
   const int32_t token = blockIdx.x * warps_per_block + threadIdx.y;
   if (token >= p.h.out * p.w.out) return;
   const int32_t y = token / p.w.out, x = token % p.w.out;
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(32 * warps_per_block, 4) forward(Resample p) {
         for (int j = 0; j < 2; ++j) {
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
-            value[j][k] = *reinterpret_cast<const mk::Pack<T, n>*>(src + tap[j][k] * p.src_stride_token);
+            value[j][k] = mk::load<T, n>(src + tap[j][k] * p.src_stride_token);
           }
         }
         clear(sum, -0.0f);
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(32 * warps_per_block, 4) forward(Resample p) {
 }
 
 template <class T, int n>
-__global__ void __launch_bounds__(32 * warps_per_block, 4) backward(Resample p) {
+__global__ void __launch_bounds__(threads, blocks_per_sm) backward(Resample p) {
   const int32_t token = blockIdx.x * warps_per_block + threadIdx.y;
   if (token >= p.h.in * p.w.in) return;
   const int32_t iy = token / p.w.in, ix = token % p.w.in;
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(32 * warps_per_block, 4) backward(Resample p) 
         const float weight_y = p.h.weight(y, iy);
         for (int32_t x = x_begin; x < x_end; ++x) {
           const int64_t offset = ((int64_t)y * p.w.out + x) * p.src_stride_token;
-          accumulate(sum, weight_y * p.w.weight(x, ix), *reinterpret_cast<const mk::Pack<T, n>*>(src + offset));
+          accumulate(sum, weight_y * p.w.weight(x, ix), mk::load<T, n>(src + offset));
         }
       }
       store(dst + c, sum);
@@ -117,7 +118,7 @@ cudaError_t launch(const Resample& p, bool adjoint, cudaStream_t stream) {
   const int64_t tokens = adjoint ? (int64_t)p.h.in * p.w.in : (int64_t)p.h.out * p.w.out;
   const dim3 grid((unsigned)((tokens + warps_per_block - 1) / warps_per_block), (unsigned)(p.M < 65535 ? p.M : 65535));
   const dim3 block(32, warps_per_block);
-  // One number is a multiple of n exactly when all of those or-ed into it are: n is a power of two.
+  // n is a power of two, so numbers are all multiples of it exactly when their bitwise or is.
   constexpr int n = 16 / sizeof(T);
   const int64_t elements = p.C | p.src_stride_row | p.src_stride_token | p.dst_stride_row | p.dst_stride_token;
   const bool aligned = elements % n == 0 && ((uintptr_t)p.src | (uintptr_t)p.dst) % 16 == 0;

@@ -66,9 +66,12 @@ def test_reference_is_the_explicit_softmax(num_pairs, side, heads, width) -> Non
     assert_true_to(truth(tables, heads), op(tables, heads), [t.double() for t in inputs])
 
 
-@shapes
+# With one token the gradients of q and k are differences of equals. Stored scores give an exact 0, fused kernels only
+# its rounding, so that there is nothing to measure a budget by.
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "one token attends to itself"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_budget(num_pairs, side, heads, width, dtype) -> None:
+def test_error_budget(name, dtype) -> None:
+    num_pairs, side, heads, width = SHAPES[name]
     inputs, tables = problem(num_pairs, side, heads, width)
     assert_within_budget(truth(tables, heads), op(tables, heads), plain(tables, heads), inputs, dtype)
 

@@ -222,11 +222,11 @@ def test_exported_program_serves_other_batches() -> None:
         def forward(self, x: Tensor, rows: Tensor) -> Tensor:
             return feature_resample(x, (2, 3), (4, 5), rows)
 
-    x, rows = torch.randn(3, 6, 4), tensor_rows([2, -1])
+    examples = torch.randn(3, 6, 4), tensor_rows([2, -1])
     dynamic = ({0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC})
-    program = torch.export.export(Module(), (x, rows), dynamic_shapes=dynamic)
-    for x, rows in ((x, rows), (torch.randn(5, 6, 4), tensor_rows([4, 4, 0]))):
-        assert torch.equal(program.module()(x, rows), Module()(x, rows))
+    program = torch.export.export(Module(), examples, dynamic_shapes=dynamic)
+    for inputs in (examples, (torch.randn(5, 6, 4), tensor_rows([4, 4, 0]))):
+        assert torch.equal(program.module()(*inputs), Module()(*inputs))
 
 
 def test_torch_func_sees_the_same_gradient(backend) -> None:

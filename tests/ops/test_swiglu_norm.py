@@ -21,7 +21,9 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 def problem(shape: tuple[int, int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """gate, up, weight, bias."""
-    return [t.to(dtype) for t in (torch.randn(shape), torch.randn(shape), 1 + torch.randn(shape[2]) / 4, torch.randn(shape[2]))]
+    gate, up = torch.randn(2, *shape)
+    weight, bias = torch.randn(2, shape[2])
+    return [t.to(dtype) for t in (gate, up, 1 + weight / 4, bias)]
 
 
 def truth(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -62,8 +64,9 @@ def test_mixed_precision_keeps_the_tokens_dtype() -> None:
 
 
 def test_large_gates_do_not_overflow() -> None:
-    gate, up, weight, bias = problem((1, 2, 5), torch.float32)
-    assert swiglu_norm(torch.tensor([-1e4, -100.0, 0, 100, 1e4]).expand(1, 2, 5), up, weight, bias).isfinite().all()
+    _, *others = problem((1, 2, 5), torch.float32)
+    gate = torch.tensor([-1e4, -100.0, 0, 100, 1e4]).expand(1, 2, 5)
+    assert swiglu_norm(gate, *others).isfinite().all()
 
 
 def test_strides_are_honoured() -> None:

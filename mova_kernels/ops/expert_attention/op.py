@@ -25,7 +25,7 @@ def expert_attention(
         backend: see :mod:`mova_kernels.backends`.
 
     Returns:
-        (P, L, H*D) in the dtype of ``q``. Source: MoVA (arXiv 2404.13046), the MoV-Adapter; FlashAttention (2205.14135).
+        (P, L, H*D) in the dtype of ``q``. Source: the MoV-Adapter of MoVA (arXiv 2404.13046).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.

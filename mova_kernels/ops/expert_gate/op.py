@@ -12,9 +12,7 @@ from . import reference
 backends.register("expert_gate")
 
 
-def expert_gate(
-    logits: Tensor, selected: Tensor, topk: int, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Softmax over the selected experts, the best ``topk`` of them kept, renormalised to a sum of one.
 
     Args:
@@ -26,8 +24,9 @@ def expert_gate(
     Returns:
         weights: (B, N) fp32 (fp64 for fp64 logits), exactly 0 where not kept; a row without experts is all 0.
         kept: (B, N) bool.
-        Source: MoVA (arXiv 2404.13046), the MoV-Adapter's gate. Softmax, top-k and renormalisation in one: the softmax over the
-        kept logits. The official code adds -1e6 to unselected logits instead; the weights differ by at most 1.2e-7.
+        Source: the gate of the MoV-Adapter, MoVA (arXiv 2404.13046). Softmax, top-k and renormalisation are the
+        softmax over the kept logits. The official code adds -1e6 to unselected logits instead, which changes the
+        weights by at most 1.2e-7.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape, or topk below 1.

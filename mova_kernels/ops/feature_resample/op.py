@@ -164,4 +164,4 @@ class _FeatureResampleFunctorch(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.arguments = (x.shape[0], in_size, out_size, backend)
 
-    backward = _FeatureResample.backward
+    backward = _FeatureResample.backward  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ def gated_combine(x: Tensor, projected: Tensor, gate: Tensor, sample: Tensor, bo
     contribution = (gate.to(projected.dtype)[:, None, None] * projected).to(x.dtype)
     if bounds is None:
         return x.index_add(0, sample, contribution)
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         if stop > start:  # a sample occurs once per expert: the order of additions is fixed on every device
             x = x.index_add(0, sample[start:stop], contribution[start:stop])
     return x

@@ -53,11 +53,12 @@ def ragged_linear(
     for source in sources:
         check_tensor("x", source, ("R", sources[0].shape[1], "C"))
     check(index is not None or isinstance(x, Tensor), "index", "must be given for one x per expert", index)
-    check(all(len(w) == num_experts for w in weights), "weights", f"must have {num_experts} per projection", weights)
-    for e, (norm_weight, norm_bias) in enumerate(norms):
+    lengths = [len(projection) for projection in (*weights, *biases)]
+    check(set(lengths) == {num_experts}, "weights and biases", f"must have {num_experts} per projection", lengths)
+    for e, norm in enumerate(norms):
         width = sources[e if len(sources) > 1 else 0].shape[2]
-        check_tensor(f"norms[{e}][0]", norm_weight, (width,))
-        check_tensor(f"norms[{e}][1]", norm_bias, (width,))
+        check_tensor(f"norms[{e}][0]", norm[0], (width,))
+        check_tensor(f"norms[{e}][1]", norm[1], (width,))
         for projection in weights:
             check_tensor(f"weights of expert {e}", projection[e], (projection[0].shape[0], width))
     device = sources[0].device
@@ -91,9 +92,7 @@ def _forward_fake(x, index, offsets, norm_weight, norm_bias, eps, weight, bias):
 
 def _backward_kernel(grads, x, index, offsets, norm_weight, norm_bias, eps, weight, bias, needs_x):
     bounds = offsets.tolist()
-    return reference.ragged_linear_backward(
-        grads, x, index, bounds, norm_weight, norm_bias, eps, weight, bias, needs_x
-    )
+    return reference.ragged_linear_backward(grads, x, index, bounds, norm_weight, norm_bias, eps, weight, bias, needs_x)
 
 
 def _backward_fake(grads, x, index, offsets, norm_weight, norm_bias, eps, weight, bias, needs_x):
@@ -125,8 +124,9 @@ class _RaggedLinear(torch.autograd.Function):
         index, offsets, *tensors = ctx.saved_tensors
         x, norm_weight, norm_bias, weight, bias = _split(tensors, ctx.sizes)
         needs_x = any(ctx.needs_input_grad[4 : 4 + len(x)])
-        grads = [g.contiguous() for g in grads]
-        found = _bwd(grads, x, index, offsets, norm_weight, norm_bias, ctx.eps, weight, bias, needs_x)
+        found = _bwd(
+            [g.contiguous() for g in grads], x, index, offsets, norm_weight, norm_bias, ctx.eps, weight, bias, needs_x
+        )
         return None, None, None, None, *(() if needs_x else (None,) * len(x)), *found
 
 

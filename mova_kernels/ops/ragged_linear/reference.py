@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -82,11 +83,9 @@ def ragged_linear_backward(
     return [*grad_x, *grad_norm_weight, *grad_norm_bias, *grad_weight, *grad_bias]
 
 
-def _experts(
-    x: Sequence[Tensor], index: Tensor | None, offsets: Sequence[int]
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _experts(x: Sequence[Tensor], index: Tensor | None, offsets: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(expert, its tokens, the rows of its pairs) for every expert which has pairs."""
-    for e, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for e, (start, stop) in enumerate(pairwise(offsets)):
         if stop > start:
             source = x[e] if len(x) > 1 else x[0]
             rows = torch.arange(start, stop, device=source.device) if index is None else index[start:stop]
