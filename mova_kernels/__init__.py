@@ -1,7 +1,7 @@
 """mova_kernels: gated cross-attention of image tokens to the vision experts that each image selected."""
 
 from . import backends, ops
-from ._native import ABI_VERSION as ABI_VERSION
+from ._version import __version__
 from .adapter import AdapterBlock, MoVAdapter, split_concatenated
 from .backends import BackendError, use_backend
 from .config import MoVAdapterConfig
@@ -13,6 +13,7 @@ __all__ = [
     "MoVAdapter",
     "MoVAdapterConfig",
     "RaggedPairs",
+    "__version__",
     "backends",
     "ops",
     "split_concatenated",

@@ -14,7 +14,7 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -74,7 +74,9 @@ def set_cpu_isa(name: str) -> None:
         RuntimeError: this processor does not have it, or the library is missing.
     """
     library = _require("cpu")
-    _raise_on_error(library, library.mk_set_cpu_isa(name.encode()))
+    status = library.mk_set_cpu_isa(name.encode())
+    if status:
+        _raise(library, status)
 
 
 def function(name: str, layout: str, library: str = "cpu") -> Callable[..., None]:
@@ -93,18 +95,16 @@ def function(name: str, layout: str, library: str = "cpu") -> Callable[..., None
     """
     block = struct.Struct("=" + layout)
     pack, size = block.pack, block.size
-    loaded: ctypes.CDLL | None = None
     entry: Any = None
 
     def call(*fields: int | float) -> None:
-        nonlocal loaded, entry
+        nonlocal entry
         if entry is None:
-            loaded = _require(library)
-            entry = getattr(loaded, name)
+            entry = getattr(_require(library), name)
             entry.argtypes = (ctypes.c_char_p, ctypes.c_uint64)
         status = entry(pack(*fields), size)
         if status:
-            _raise_on_error(loaded, status)
+            _raise(_require(library), status)
 
     return call
 
@@ -155,9 +155,8 @@ def _last_error(library: ctypes.CDLL) -> str:
     return library.mk_last_error().decode(errors="replace")
 
 
-def _raise_on_error(library: ctypes.CDLL | None, status: int) -> None:
-    if status and library is not None:
-        raise (ValueError if status == _BAD_ARG else RuntimeError)(_last_error(library))
+def _raise(library: ctypes.CDLL, status: int) -> NoReturn:
+    raise (ValueError if status == _BAD_ARG else RuntimeError)(_last_error(library))
 
 
 def _dotted(version: int) -> str:

@@ -64,7 +64,7 @@ class Result:
         grids: side of the square grid of each expert's tokens.
         difference: the largest between the outputs, over the samples that both sides computed.
         magnitude: the largest in the dense side's outputs.
-        expert_effect: the largest change of sample 0's output if its experts are left out.
+        expert_effect: the largest change of the first sample's output if its experts are left out.
         conditions: under which the time was measured.
     """
 
@@ -96,11 +96,14 @@ class Result:
 
     @property
     def caveats(self) -> list[str]:
-        """What keeps the two sides from being measured alike, in sentences."""
-        if not self.part:
-            return []
-        memory = ", its memory measured on those: an underestimate" if self.memory_ratio else ""
-        return [f"The dense side was timed on {self.part} and scaled to {len(SELECTED)}{memory}."]
+        """What limits the meaning of the numbers, in sentences."""
+        sentences = []
+        if self.config != OFFICIAL[0]:
+            sentences.append("A toy size: its time and memory say nothing about the official one.")
+        if self.part:
+            memory = ", its memory measured on those: an underestimate" if self.memory_ratio else ""
+            sentences.append(f"The dense side was timed on {self.part} and scaled to {len(SELECTED)}{memory}.")
+        return sentences
 
     @property
     def part(self) -> str | None:
@@ -131,6 +134,8 @@ def main(args: argparse.Namespace) -> None:
     torch.backends.cudnn.allow_tf32 = False
     dtype = args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")
     config, grids = QUICK if args.quick else OFFICIAL
+    if args.quick:
+        torch.set_num_threads(1)  # at that size more threads only wait for each other
     result = run(config, grids, dtype, args.device, args.seed)
     print(report(result))
     print("chart:", *draw(result, args.output))
@@ -148,7 +153,7 @@ def run(config: MoVAdapterConfig, grids: Sequence[int], dtype: str, device: torc
         name, samples, (warm_up, timed) = torch.cuda.get_device_name(device), everybody, CUDA_PASSES
         conditions = f"median of {timed} passes after {warm_up} to warm up"
     else:
-        name, warm_up, timed = f"{cpu_name()}, {torch.get_num_threads()} threads", 0, 1
+        name, warm_up, timed = f"{cpu_name()}, {_count(torch.get_num_threads(), 'thread')}", 0, 1
         conditions = "one pass of each side, after one block on one sample to warm up"
         with _progress("warming up", 1 + batch.dense_steps(1)) as tick:
             batch.ours_one_block()
@@ -187,19 +192,18 @@ def report(result: Result) -> str:
     config, ours, dense = result.config, result.ours, result.dense
     features = {n: f"{n} {_grid(s)}x{c}" for n, s, c in zip(EXPERTS, result.grids, config.expert_channels, strict=True)}
     pairs, all_pairs = sum(map(len, SELECTED)), len(SELECTED) * len(EXPERTS)
-    smaller = f"{result.memory_ratio:.2f}x less" if result.memory_ratio else ""
+    smaller = _gain(result.memory_ratio, "less", "more") if result.memory_ratio else ""
     rows = [
         ("", "mova_kernels", "dense", ""),
-        ("expert attentions per block", f"{pairs}", f"{all_pairs}", f"{all_pairs / pairs:.2f}x fewer"),
-        ("time", _seconds(ours.seconds), _seconds(result.dense_seconds), f"{result.speedup:.2f}x faster"),
+        ("expert attentions per block", f"{pairs}", f"{all_pairs}", _gain(all_pairs / pairs, "fewer", "more")),
+        ("time", _seconds(ours.seconds), _seconds(result.dense_seconds), _gain(result.speedup, "faster", "slower")),
         ("peak memory", _size(ours.peak_bytes), _size(dense.peak_bytes), smaller),
     ]
-    compared = ", ".join(str(i + 1) for i in dense.samples)
+    compared = f"sample{'s' if len(dense.samples) > 1 else ''} {', '.join(str(i + 1) for i in dense.samples)}"
     lines = [
         f"MoV-Adapter: {config.num_layers} blocks, {config.num_heads} heads, {_grid(config.resolution)} tokens of "
         f"width {config.in_channels} -> {config.out_channels}, {result.parameters / 1e6:.1f} M parameters",
         f"{result.dtype} on {result.device}",
-        *([] if config == OFFICIAL[0] else ["a toy size: its time and memory say nothing about the official one"]),
         "",
         "sample  selected experts, with the grid and width of their features",
         *(f"{i:6}  {', '.join(features[n] for n in names) or 'none'}" for i, names in enumerate(SELECTED, 1)),
@@ -208,7 +212,7 @@ def report(result: Result) -> str:
         "",
         f"Time: {result.conditions}. Peak memory: beyond weights and inputs.",
         *result.caveats,
-        f"Largest difference of the outputs, samples {compared}: {result.difference:.1e} absolute, "
+        f"Largest difference of the outputs, {compared}: {result.difference:.1e} absolute, "
         f"{result.difference / result.magnitude:.1e} of the largest magnitude.",
         f"Without its experts, the output of sample 1 changes by {result.expert_effect / result.magnitude:.2f} of it.",
     ]
@@ -223,11 +227,13 @@ def draw(result: Result, directory: Path) -> tuple[Path, Path]:
     ours, dense = result.ours, result.dense
     part = result.part or ""
     panels: list[tuple[str, tuple[float, float], Callable[[Any], str], str]] = [
-        (f"{result.speedup:.1f}x faster", (ours.seconds, result.dense_seconds), _seconds, part and "scaled"),
+        (_gain(result.speedup, "faster", "slower"), (ours.seconds, result.dense_seconds), _seconds, part and "scaled"),
     ]
-    if ours.peak_bytes and dense.peak_bytes:
-        panels.append((f"{result.memory_ratio:.1f}x less memory", (ours.peak_bytes, dense.peak_bytes), _size, part))
-    figure = Figure(figsize=(10, 3.4), dpi=200)
+    if ours.peak_bytes and dense.peak_bytes and result.memory_ratio:
+        panels.append(
+            (_gain(result.memory_ratio, "less memory", "more memory"), (ours.peak_bytes, dense.peak_bytes), _size, part)
+        )
+    figure = Figure(figsize=(10, 3.6), dpi=200)
     FigureCanvasAgg(figure)
     figure.patch.set_alpha(0)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -251,9 +257,13 @@ def draw(result: Result, directory: Path) -> tuple[Path, Path]:
         f"MoV-Adapter on {len(SELECTED)} images that selected {', '.join(others)} and {last} of {len(EXPERTS)} experts"
     )
     figure.text(0.012, 0.92, title, color=INK, size=14, weight="bold")
-    notes = [f"{result.dtype} on {result.device}. Peak memory: beyond weights and inputs.", *result.caveats]
-    figure.text(0.012, 0.12, "\n".join(notes), color=INK, size=9, va="top", linespacing=1.5)
-    figure.subplots_adjust(left=0.15, right=0.99, top=0.72, bottom=0.18, wspace=0.06)
+    notes = [
+        "dense: every expert for every image, scores materialised, as in the official code",
+        f"{result.dtype} on {result.device}. Peak memory: beyond weights and inputs.",
+        *result.caveats,
+    ]
+    figure.text(0.012, 0.18, "\n".join(notes), color=INK, size=9, va="top", linespacing=1.5)
+    figure.subplots_adjust(left=0.15, right=0.99, top=0.74, bottom=0.23, wspace=0.06)
     paths = directory / "mova-demo.png", directory / "mova-demo.svg"
     for path in paths:
         figure.savefig(path)
@@ -407,6 +417,14 @@ def _progress(what: str, total: int) -> Iterator[Tick]:
             bar.update()
 
         yield tick
+
+
+def _gain(ratio: float, better: str, worse: str) -> str:
+    return f"{ratio:.1f}x {better}" if ratio >= 1 else f"{1 / ratio:.1f}x {worse}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def _grid(side: int) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mova_kernels import RaggedPairs
 
 Function = Callable[..., Tensor]
+DRAWS = 4
 
 
 def value_and_gradients(function: Function, inputs: Sequence[Tensor], cotangent: Tensor | None = None) -> list[Tensor]:
@@ -41,21 +42,28 @@ def assert_true_to(truth: Function, function: Function, inputs: Sequence[Tensor]
 
 
 def assert_within_budget(
-    truth: Function, function: Function, plain: Function, inputs: Sequence[Tensor], dtype: torch.dtype
+    truth: Function, function: Function, plain: Function, draw: Callable[[], Sequence[Tensor]], dtype: torch.dtype
 ) -> None:
-    """Values and gradients in ``dtype`` err from the fp64 truth at most twice as much as plain torch in ``dtype``."""
-    narrow = [x.to(dtype) for x in inputs]
-    wide = [x.double() for x in narrow]
-    actual = value_and_gradients(function, narrow)
-    cotangent = cotangent_like(actual[0])
-    expected = value_and_gradients(truth, wide, cotangent)
-    rival = value_and_gradients(plain, narrow, cotangent)
-    for i, results in enumerate(zip(actual, expected, rival, strict=True)):
-        check_budget(_name(i), *results)
+    """Values and gradients in ``dtype`` err from the fp64 truth at most twice as much as plain torch in ``dtype``.
+
+    Taken together over several draws of inputs, and for gradients in the L2 norm alone: the worst of a few numbers,
+    each the sum of many, is luck on either side.
+    """
+    results = []
+    for _ in range(DRAWS):
+        narrow = [x.to(dtype) for x in draw()]
+        wide = [x.double() for x in narrow]
+        actual = value_and_gradients(function, narrow)
+        cotangent = cotangent_like(actual[0])
+        expected = value_and_gradients(truth, wide, cotangent)
+        results.append((actual, expected, value_and_gradients(plain, narrow, cotangent)))
+    for i in range(len(results[0][0])):
+        stacks = (torch.stack([result[side][i] for result in results]) for side in range(3))
+        check_budget(_name(i), *stacks, norms=(2,) if i else (2, torch.inf))
 
 
-def check_budget(name: str, actual: Tensor, truth: Tensor, plain: Tensor) -> None:
-    """The largest error and the L2 error of ``actual`` are at most twice those of ``plain``.
+def check_budget(name: str, actual: Tensor, truth: Tensor, plain: Tensor, norms: Sequence[float]) -> None:
+    """The error of ``actual`` is in each of the ``norms`` at most twice that of ``plain``.
 
     Rounding the truth to the dtype costs half a unit in the last place, by which plain torch may have been luckier:
     that much is allowed on top.
@@ -66,7 +74,7 @@ def check_budget(name: str, actual: Tensor, truth: Tensor, plain: Tensor) -> Non
         return
     rounding = torch.finfo(actual.dtype).eps / 2
     error, plain_error = actual.double() - truth, plain.double() - truth
-    for norm in (torch.inf, 2):
+    for norm in norms:
         found, allowed, size = (torch.linalg.vector_norm(t, norm) for t in (error, plain_error, truth))
         allowed = 2 * allowed + rounding * size
         assert found <= allowed, (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -60,12 +62,11 @@ def test_pairs_leave_other_ops_on_auto(source, monkeypatch) -> None:
     request = "toy=reference, other_toy=cuda"
     if source == "environment":
         monkeypatch.setenv(ENVIRONMENT_VARIABLE, request)
-    with use_backend(request) if source == "use_backend" else use_backend("auto" if source == "never" else request):
+    with use_backend(request) if source == "use_backend" else nullcontext():
+        backends.register("third_toy", Backend("cpu", lambda device, dtype: None))
         assert choose("toy", None, CPU, F32) == "reference"
         assert choose("other_toy", None, CPU, F32) == "cuda"
-        assert choose("rope2d", None, CPU, F32) == "reference"
-    with use_backend("other_toy=reference"):
-        assert choose("toy", None, CPU, F32) == "cpu"
+        assert choose("third_toy", None, CPU, F32) == "cpu"
 
 
 def test_use_backend_nests_and_restores_after_an_exception() -> None:
@@ -91,7 +92,7 @@ def test_unknown_names_are_answered_with_the_choices(monkeypatch) -> None:
     for request in ("tritn", "toy=tritn"):
         with pytest.raises(ValueError, match=f"request {CHOICES}"), use_backend(request):
             pass
-    with pytest.raises(ValueError, match="request must name one of the ops .*toy, .*got 'toi'"), use_backend("toi=cpu"):
+    with pytest.raises(ValueError, match=r"request must name .*toy, .*got 'toi'"), use_backend("toi=cpu"):
         pass
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "tritn")
     with pytest.raises(ValueError, match=f"{ENVIRONMENT_VARIABLE} {CHOICES}"):
@@ -99,7 +100,7 @@ def test_unknown_names_are_answered_with_the_choices(monkeypatch) -> None:
 
 
 def test_use_backend_refuses_a_backend_which_the_op_does_not_have() -> None:
-    with pytest.raises(ValueError, match="rope2d.*triton"), use_backend("rope2d=triton"):
+    with pytest.raises(ValueError, match=r"rope2d.*triton"), use_backend("rope2d=triton"):
         pass
 
 
@@ -159,10 +160,9 @@ def test_explanation_names_one_that_runs_and_reasons_for_the_others(device, dtyp
     assert tuple(answer) == backends.ops()
     for op, entries in answer.items():
         assert "reference" in entries
-        assert [b for b, reason in entries.items() if reason == "runs"] == [
-            choose(op, None, torch.device(device), dtype)
-        ]
-        assert all(reason for reason in entries.values())
+        running = [b for b, reason in entries.items() if reason == "runs"]
+        assert running == [choose(op, None, torch.device(device), dtype)]
+        assert all(entries.values())
 
 
 def test_explanation_honours_requests() -> None:

@@ -67,11 +67,8 @@ def test_importing_parts_finds_what_it_should(tmp_path, monkeypatch) -> None:
 
 @each_op
 def test_op_has_its_files(op) -> None:
-    for path in (
-        PACKAGE / "ops" / op / "op.py",
-        PACKAGE / "ops" / op / "reference.py",
-        TESTS / "ops" / f"test_{op}.py",
-    ):
+    folder = PACKAGE / "ops" / op
+    for path in (folder / "op.py", folder / "reference.py", TESTS / "ops" / f"test_{op}.py"):
         assert path.is_file(), path.relative_to(ROOT)
 
 
@@ -94,9 +91,8 @@ def test_every_op_test_belongs_to_an_op() -> None:
 def test_op_has_a_row_in_the_readme(op) -> None:
     readme = ROOT / "README.md"
     assert readme.is_file(), "README.md is missing"
-    assert re.search(rf"^\|[^|\n]*\b{op}\b[^|\n]*\|", readme.read_text(), re.MULTILINE), (
-        f"no table row starts with {op}"
-    )
+    row = re.search(rf"^\|[^|\n]*\b{op}\b[^|\n]*\|", readme.read_text(), re.MULTILINE)
+    assert row, f"no table row starts with {op}"
 
 
 @pytest.mark.parametrize("folder", C_FOLDERS)
@@ -129,9 +125,7 @@ def test_reference_knows_only_references(path) -> None:
     assert not parts(path) & {"op", "_native", "native_impl", "triton", "triton_impl", "backends", "_library"}
 
 
-@pytest.mark.parametrize(
-    "path", modules_of_ops("native_impl", "triton_impl"), ids=lambda p: f"{p.parent.name}/{p.stem}"
-)
+@pytest.mark.parametrize("path", modules_of_ops("native_impl", "triton_impl"), ids=lambda p: p.parent.name)
 def test_implementation_knows_neither_contract_nor_autograd(path) -> None:
     assert not parts(path) & {"op", "autograd", "backends", "_library", "_checks"}
     used = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}

@@ -149,12 +149,8 @@ def test_routings_of_every_dtype_are_equal(dtype, form) -> None:
 @forms
 def test_strides_of_the_routing_are_honoured(form) -> None:
     selected = mask("x.x", "...", "xx.", "x.x")
-    for view, equal in (
-        (selected.t(), selected.t()),
-        (selected[:, ::2], selected[:, ::2]),
-        (selected[:1].expand(3, 3), mask(*["x.x"] * 3)),
-    ):
-        check_tables(form(view), equal.contiguous(), expected_rows(equal, [True] * view.shape[1]))
+    for view in (selected.t(), selected[:, ::2], selected[:1].expand(3, 3)):
+        check_tables(form(view), view.contiguous(), expected_rows(view, [True] * view.shape[1]))
 
 
 def test_routing_stays_as_it_was() -> None:

@@ -99,19 +99,18 @@ def test_error_budget(in_size, out_size, dtype, backend) -> None:
         lambda x: four_taps(x, in_size, out_size),
         lambda x: feature_resample(x, in_size, out_size, backend=backend),
         lambda x: interpolate(x, in_size, out_size),
-        [torch.randn(2, math.prod(in_size), WIDTH)],
+        lambda: [torch.randn(2, math.prod(in_size), WIDTH)],
         dtype,
     )
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_backends_agree_on_rows(rows, backend) -> None:
-    x = torch.randn(3, 6, WIDTH)
     assert_within_budget(
         lambda x: four_taps(x, (2, 3), (4, 5), rows),
         lambda x: feature_resample(x, (2, 3), (4, 5), tensor_rows(rows), backend=backend),
         lambda x: feature_resample(x, (2, 3), (4, 5), tensor_rows(rows), backend="reference"),
-        [x],
+        lambda: [torch.randn(3, 6, WIDTH)],
         torch.float32,
     )
 

@@ -96,12 +96,12 @@ def test_reference_is_the_modules_on_images(side) -> None:
 @sides
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_budget(side, dtype) -> None:
-    assert_within_budget(images(side), op(side), images(side), problem(side, torch.float32), dtype)
+    assert_within_budget(images(side), op(side), images(side), lambda: problem(side), dtype)
 
 
 def test_gradcheck() -> None:
     inputs = [t.requires_grad_() for t in problem(2)]
-    torch.autograd.gradcheck(op(2), [inputs[0][:1].detach().requires_grad_(), *inputs[1:]])
+    torch.autograd.gradcheck(op(2), inputs, fast_mode=True)  # 500 parameters
 
 
 def test_eps_is_that_of_all_norms() -> None:

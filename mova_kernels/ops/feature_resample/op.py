@@ -79,6 +79,7 @@ def feature_resample(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.
+        RuntimeError: a value in ``rows`` is not below R (on a GPU: a device-side assertion).
         backends.BackendError: the requested backend cannot run here.
     """
     for name, size in (("in_size", in_size), ("out_size", out_size)):
@@ -100,7 +101,10 @@ def feature_resample(
 
 
 def _forward_kernel(x: Tensor, rows: Tensor | None, in_size: list[int], out_size: list[int], backend: str | None):
-    return _FORWARD[backends.choose("feature_resample", backend, x.device, x.dtype)](x, rows, in_size, out_size)
+    implementation = _FORWARD[backends.choose("feature_resample", backend, x.device, x.dtype)]
+    if rows is not None and rows.numel() > 0:  # on a GPU the assertion runs on the stream
+        torch._assert_async((rows < x.shape[0]).all(), f"rows must be below x's {x.shape[0]} rows")
+    return implementation(x, rows, in_size, out_size)
 
 
 def _backward_kernel(grad: Tensor, in_size: list[int], out_size: list[int], backend: str | None):
