@@ -10,7 +10,6 @@ from torch import Tensor
 from mova_kernels import RaggedPairs
 
 Function = Callable[..., Tensor]
-DRAWS = 4
 
 
 def value_and_gradients(function: Function, inputs: Sequence[Tensor], cotangent: Tensor | None = None) -> list[Tensor]:
@@ -42,7 +41,12 @@ def assert_true_to(truth: Function, function: Function, inputs: Sequence[Tensor]
 
 
 def assert_within_budget(
-    truth: Function, function: Function, plain: Function, draw: Callable[[], Sequence[Tensor]], dtype: torch.dtype
+    truth: Function,
+    function: Function,
+    plain: Function,
+    draw: Callable[[], Sequence[Tensor]],
+    dtype: torch.dtype,
+    draws: int = 4,
 ) -> None:
     """Values and gradients in ``dtype`` err from the fp64 truth at most twice as much as plain torch in ``dtype``.
 
@@ -50,7 +54,7 @@ def assert_within_budget(
     each the sum of many, is luck on either side.
     """
     results = []
-    for _ in range(DRAWS):
+    for _ in range(draws):
         narrow = [x.to(dtype) for x in draw()]
         wide = [x.double() for x in narrow]
         actual = value_and_gradients(function, narrow)

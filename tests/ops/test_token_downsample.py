@@ -47,9 +47,9 @@ def on_channels(norm: nn.LayerNorm, image: Tensor) -> Tensor:
 
 def images(side: int):
     """The op as modules; flat parameters in the order of nn.Module.parameters()."""
+    stage = Stage(torch.float32)
 
     def function(x: Tensor, *flat: Tensor) -> Tensor:
-        stage = Stage(x.dtype)
         names = [name for name, _ in stage.named_parameters()]
         first, second = (dict(zip(names, flat[i : i + len(names)], strict=True)) for i in (0, PARAMETERS_PER_STAGE))
         image = torch.func.functional_call(stage, first, x.transpose(1, 2).unflatten(2, (side, side)))
@@ -93,10 +93,11 @@ def test_reference_is_the_modules_on_images(side) -> None:
     assert_true_to(images(side), op(side), problem(side))
 
 
-@sides
+@pytest.mark.parametrize("side", [4, 5], ids=["even", "odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_budget(side, dtype) -> None:
-    assert_within_budget(images(side), op(side), images(side), lambda: problem(side), dtype)
+    # Where a norm amplifies rounding, the ratio of two gradients' errors reaches 27 in one draw, and 1.4 over 24.
+    assert_within_budget(images(side), op(side), images(side), lambda: problem(side), dtype, draws=24)
 
 
 def test_gradcheck() -> None:
