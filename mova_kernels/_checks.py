@@ -28,6 +28,13 @@ def check_tensor(argument: str, value: object, shape: tuple[int | str, ...]) -> 
         raise ValueError(f"{argument} must have shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}")
 
 
+def check_floats(argument: str, value: object, shape: tuple[int | str, ...]) -> None:
+    """:func:`check_tensor`, and the dtype must be a floating point one."""
+    check_tensor(argument, value, shape)
+    assert isinstance(value, Tensor)
+    check(value.is_floating_point(), argument, "must be floating point", value.dtype, TypeError)
+
+
 def check_like(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     """``value`` must live on the device of ``reference`` and, outside autocast, have its dtype."""
     check(value.device == reference.device, argument, f"must be on {reference_name}'s {reference.device}", value.device)

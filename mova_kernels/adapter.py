@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
-from ._checks import check, check_like, check_tensor
+from ._checks import check, check_floats, check_like, check_tensor
 from .config import MoVAdapterConfig
 from .ragged import RaggedPairs, host_sees_values, validated_routing
 
@@ -149,8 +149,7 @@ class MoVAdapter(
 
     def _check_base(self, base: Tensor) -> None:
         config = self.config
-        check_tensor("base", base, ("B", config.num_tokens, config.in_channels))
-        check(base.is_floating_point(), "base", "must be floating point", base.dtype, TypeError)
+        check_floats("base", base, ("B", config.num_tokens, config.in_channels))
         check_like("base", base, "the adapter", self.pos_embed)
 
     def _selected(self, base: Tensor, experts: Sequence[Tensor | None], routing: Tensor | None) -> Tensor:
@@ -269,7 +268,7 @@ class AdapterBlock(nn.Module):
         """(B, L, C) tokens, (B, text_channels), the experts' features on the base grid -> (B, L, C)."""
         if text is not None and pairs.num_pairs > 0:
             weights, kept = self._gate(x, text, pairs.selected)
-            pairs = pairs.select(kept, self.topk)
+            pairs = pairs.topk(kept, self.topk)
             gate = weights[pairs.sample, pairs.expert]
             x = self._fuse(x, features, pairs, gate, cos, sin)
         normed = self.norm3(x)

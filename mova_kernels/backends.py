@@ -124,8 +124,9 @@ def _parse(request: str, source: str) -> dict[str, str]:
         op, _, name = item.strip().rpartition("=")
         if op and op not in _TABLE:
             raise ValueError(f"{source} must name one of the ops {', '.join(_TABLE)}, got {op!r}")
-        if name not in (*BACKENDS, "auto"):
-            raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
+        choices = ("auto", *(_TABLE[op] if op else BACKENDS))
+        if name not in choices:
+            raise ValueError(f"{source}{f' for {op}' if op else ''} must be one of {', '.join(choices)}, got {name!r}")
         requests[op or "*"] = name
     return requests
 

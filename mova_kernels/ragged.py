@@ -44,7 +44,7 @@ class RaggedPairs:
     sample_offsets: Tensor
     bounds: tuple[int, ...] | None
     most_per_sample: int
-    _row_table: Tensor  # (B, N): the row of every (sample, expert), for select(); on the host if bounds is not None
+    _row_table: Tensor  # (B, N): the row of every (sample, expert), for topk(); on the host if bounds is not None
 
     @classmethod
     def from_routing(
@@ -60,6 +60,8 @@ class RaggedPairs:
         Raises:
             TypeError, ValueError: see :func:`validated_routing`; or ``packed`` has not one entry per expert.
         """
+        check_tensor("routing", routing, ("B", "N"))
+        check(routing.shape[1] >= 1, "routing", "must have a column for at least one expert", tuple(routing.shape))
         device = routing.device if device is None else torch.device(device)
         selected = validated_routing(routing, device)
         packed = [True] * selected.shape[1] if packed is None else packed
@@ -70,6 +72,16 @@ class RaggedPairs:
         return _build(selected, torch.stack(rows, 1).clamp(min=0), selected.shape[1], device)
 
     @property
+    def num_samples(self) -> int:
+        """B."""
+        return self.selected.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        """N."""
+        return self.selected.shape[1]
+
+    @property
     def num_pairs(self) -> int:
         """P, with padding where the host does not know the routing."""
         return self.sample.shape[0]
@@ -78,15 +90,15 @@ class RaggedPairs:
         """``expert_offsets`` as integers; synchronises with the device only where ``bounds`` is None."""
         return self.bounds if self.bounds is not None else tuple(self.expert_offsets.tolist())
 
-    def select(self, kept: Tensor, most_per_sample: int) -> RaggedPairs:
-        """The subset of the pairs in ``kept`` (B, N) bool, of which no row has more than ``most_per_sample`` entries.
+    def topk(self, kept: Tensor, k: int) -> RaggedPairs:
+        """The pairs in ``kept``, (B, N) bool: of each sample k of its experts, or all of them where it has no more.
 
-        Costs one device synchronisation unless no sample has selected more than that, or the host has no part in it.
+        Costs one device synchronisation unless no sample has selected more than k, or the host has no part in it.
         """
-        if self.bounds is not None and self.most_per_sample <= most_per_sample:
+        if self.bounds is not None and self.most_per_sample <= k:
             return self
         kept = kept.cpu() if self.bounds is not None else kept
-        return _build(kept, self._row_table, min(most_per_sample, kept.shape[1]), self.sample.device)
+        return _build(kept, self._row_table, min(k, kept.shape[1]), self.sample.device)
 
 
 def host_sees_values(device: torch.device) -> bool:

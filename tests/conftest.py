@@ -16,6 +16,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread, which small tensors are fastest with on a busy machine; ``@pytest.mark.all_threads`` for the rest."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if request.node.get_closest_marker("all_threads") else 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill every fresh allocation with NaN (integers: the largest one), so that an element nobody wrote shows."""

@@ -90,7 +90,7 @@ def test_unknown_names_are_answered_with_the_choices(monkeypatch) -> None:
     with pytest.raises(ValueError, match=f"backend {CHOICES}"):
         choose("toy", "tritn", CPU, F32)
     for request in ("tritn", "toy=tritn"):
-        with pytest.raises(ValueError, match=f"request {CHOICES}"), use_backend(request):
+        with pytest.raises(ValueError, match=f"request (for toy )?{CHOICES}"), use_backend(request):
             pass
     with pytest.raises(ValueError, match=r"request must name .*toy, .*got 'toi'"), use_backend("toi=cpu"):
         pass

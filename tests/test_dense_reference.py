@@ -69,6 +69,7 @@ def test_official_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.all_threads
 def test_official_outputs_at_official_dimensions() -> None:
     golden = Golden("official_dims")
     trace: dict[str, list[Tensor]] = {}

@@ -105,34 +105,28 @@ def test_row_is_the_rank_or_the_sample(packed, form) -> None:
 
 @forms
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_select_keeps_the_rows_of_the_features(form, most) -> None:
+def test_topk_keeps_the_rows_of_the_features(form, most) -> None:
     """A gate that keeps fewer experts does not pack the features anew."""
     for selected in RANDOM[:: 10 if form is RaggedPairs.from_routing else 40]:
         packed = [e % 2 == 0 for e in range(selected.shape[1])]
         scores = torch.where(selected, torch.rand(selected.shape), -1)
         best = scores.topk(min(most, selected.shape[1])).indices
         kept = selected & torch.zeros_like(selected).scatter(1, best, True)
-        check_tables(form(selected, packed).select(kept, most), kept, expected_rows(selected, packed))
+        check_tables(form(selected, packed).topk(kept, most), kept, expected_rows(selected, packed))
 
 
-def test_select_of_everything_is_free() -> None:
+def test_topk_of_few_experts_is_free() -> None:
     selected = mask("xx.", "..x")
     pairs = RaggedPairs.from_routing(selected)
-    assert pairs.select(selected, 2) is pairs
+    assert pairs.topk(selected, 2) is pairs
 
 
-def test_select_drops_pairs_also_where_no_sample_has_too_many() -> None:
-    selected, kept = mask("xx.", "..x"), mask("x..", "..x")
-    pairs = RaggedPairs.from_routing(selected).select(kept, 2)
-    check_tables(pairs, kept, expected_rows(selected, [True] * 3))
-
-
-def test_select_under_compile() -> None:
+def test_topk_under_compile() -> None:
     selected, kept = mask("xxx", "..x", "x.x"), mask("x.x", "..x", "x..")
     torch._dynamo.reset()
 
     def build(selected: Tensor, kept: Tensor) -> RaggedPairs:
-        return RaggedPairs.from_routing(selected).select(kept, 2)
+        return RaggedPairs.from_routing(selected).topk(kept, 2)
 
     pairs = torch.compile(build, fullgraph=True, backend="eager")(selected, kept)
     assert pairs.num_pairs == 6, "the table shrinks to B * topk"
@@ -155,7 +149,7 @@ def test_strides_of_the_routing_are_honoured(form) -> None:
 
 def test_routing_stays_as_it_was() -> None:
     selected = mask("x.x", "xx.")
-    RaggedPairs.from_routing(selected).select(mask("x..", "x.."), 1)
+    RaggedPairs.from_routing(selected).topk(mask("x..", "x.."), 1)
     assert torch.equal(selected, mask("x.x", "xx."))
 
 

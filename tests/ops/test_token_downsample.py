@@ -96,8 +96,7 @@ def test_reference_is_the_modules_on_images(side) -> None:
 @pytest.mark.parametrize("side", [4, 5], ids=["even", "odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_budget(side, dtype) -> None:
-    # Where a norm amplifies rounding, the ratio of two gradients' errors reaches 27 in one draw, and 1.4 over 24.
-    assert_within_budget(images(side), op(side), images(side), lambda: problem(side), dtype, draws=24)
+    assert_within_budget(images(side), op(side), images(side), lambda: problem(side), dtype, draws=25)
 
 
 def test_gradcheck() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check, check_tensor
+from ..._checks import check, check_floats, check_tensor
 from . import reference
 
 backends.register("expert_attention")
@@ -30,7 +30,7 @@ def expert_attention(
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.
     """
-    check_tensor("q", q, ("P", "L", "H*D"))
+    check_floats("q", q, ("P", "L", "H*D"))
     check_tensor("k", k, tuple(q.shape))
     check_tensor("v", v, tuple(q.shape))
     check(num_heads >= 1 and q.shape[2] % num_heads == 0, "num_heads", f"must divide {q.shape[2]}", num_heads)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check, check_tensor
+from ..._checks import check, check_floats, check_tensor
 from . import reference
 
 backends.register("expert_gate")
@@ -31,7 +31,7 @@ def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | N
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape, or topk below 1.
     """
-    check_tensor("logits", logits, ("B", "N"))
+    check_floats("logits", logits, ("B", "N"))
     check_tensor("selected", selected, tuple(logits.shape))
     check(selected.dtype == torch.bool, "selected", "must be bool", selected.dtype, TypeError)
     check(topk >= 1, "topk", "must be at least 1", topk)

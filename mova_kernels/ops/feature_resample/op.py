@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import _native, backends
-from ..._checks import check, check_tensor
+from ..._checks import check, check_floats, check_tensor
 from ..._library import define, functorch_active
 from . import native_impl, reference
 
@@ -84,8 +84,7 @@ def feature_resample(
     """
     for name, size in (("in_size", in_size), ("out_size", out_size)):
         check(len(size) == 2 and min(size) >= 1, name, "must be two positive integers", tuple(size))
-    check_tensor("x", x, ("R", in_size[0] * in_size[1], "C"))
-    check(x.is_floating_point(), "x", "must be floating point", x.dtype, TypeError)
+    check_floats("x", x, ("R", in_size[0] * in_size[1], "C"))
     if rows is not None:
         check_tensor("rows", rows, ("M",))
         check(rows.dtype == torch.int64, "rows", "must be int64", rows.dtype, TypeError)

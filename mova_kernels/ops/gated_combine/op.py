@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check_tensor
+from ..._checks import check_floats, check_tensor
 from ...ragged import RaggedPairs
 from ..ragged_linear import ragged_linear
 from . import reference
@@ -46,9 +46,12 @@ def gated_combine(
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.
     """
-    check_tensor("x", x, ("B", "L", "C"))
-    check_tensor("attended", attended, (pairs.num_pairs, x.shape[1], "I"))
-    check_tensor("gate", gate, (pairs.num_pairs,))
+    check_floats("x", x, (pairs.num_samples, "L", "C"))
+    check_floats("attended", attended, (pairs.num_pairs, x.shape[1], "I"))
+    check_floats("gate", gate, (pairs.num_pairs,))
+    for e, (weight, bias) in enumerate(zip(weights, biases, strict=False)):
+        check_tensor(f"weights[{e}]", weight, (x.shape[2], attended.shape[2]))
+        check_tensor(f"biases[{e}]", bias, (x.shape[2],))
     backends.choose("gated_combine", backend, x.device, x.dtype)
     (projected,) = ragged_linear(attended, None, pairs, norms, [weights], [biases], eps)
     return reference.gated_combine(x, projected, gate, pairs.sample, pairs.bounds)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check, check_tensor
+from ..._checks import check, check_floats, check_tensor
 from ..._library import define
 from ...ragged import RaggedPairs
 from . import reference
@@ -48,19 +48,32 @@ def ragged_linear(
         TypeError, ValueError: an argument of the wrong type or shape.
     """
     sources = [x] if isinstance(x, Tensor) else list(x)
-    num_experts = len(norms)
+    num_experts = pairs.num_experts
+    lengths = {"norms": len(norms), "weights": [len(w) for w in weights], "biases": [len(b) for b in biases]}
+    right = {"norms": num_experts, "weights": [num_experts] * len(weights), "biases": [num_experts] * len(biases)}
+    check(
+        lengths == right, "norms, weights and biases", f"must have one entry for each of {num_experts} experts", lengths
+    )
+    check(
+        len(biases) in (0, len(weights)), "biases", f"must be as many as weights, {len(weights)}, or none", len(biases)
+    )
     check(len(sources) in (1, num_experts), "x", f"must be one tensor or {num_experts}", len(sources))
     for source in sources:
-        check_tensor("x", source, ("R", sources[0].shape[1], "C"))
-    check(index is not None or isinstance(x, Tensor), "index", "must be given for one x per expert", index)
-    lengths = [len(projection) for projection in (*weights, *biases)]
-    check(set(lengths) == {num_experts}, "weights and biases", f"must have {num_experts} per projection", lengths)
+        check_floats("x", source, ("R", sources[0].shape[1], "C"))
+    if index is None:
+        check(isinstance(x, Tensor), "index", "must be given with one x per expert", index)
+        check_tensor("x", sources[0], (pairs.num_pairs, "L", "C"))
+    else:
+        check_tensor("index", index, (pairs.num_pairs,))
+        check(index.dtype == torch.int64, "index", "must be int64", index.dtype, TypeError)
     for e, norm in enumerate(norms):
         width = sources[e if len(sources) > 1 else 0].shape[2]
         check_tensor(f"norms[{e}][0]", norm[0], (width,))
         check_tensor(f"norms[{e}][1]", norm[1], (width,))
-        for projection in weights:
-            check_tensor(f"weights of expert {e}", projection[e], (projection[0].shape[0], width))
+        for i, projection in enumerate(weights):
+            check_tensor(f"weights[{i}][{e}]", projection[e], (projection[0].shape[0], width))
+        for i, projection in enumerate(biases):
+            check_tensor(f"biases[{i}][{e}]", projection[e], (weights[i][0].shape[0],))
     device = sources[0].device
     backends.choose("ragged_linear", backend, device, sources[0].dtype)
 

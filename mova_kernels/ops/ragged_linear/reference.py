@@ -56,7 +56,7 @@ def ragged_linear_backward(
     """
     num_experts = len(norm_weight)
     grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias = (
-        [torch.zeros_like(t) for t in tensors]
+        [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]  # as the fake promises
         for tensors in (x if needs_x else (), norm_weight, norm_bias, weight, bias)
     )
     for e, source, rows in _experts(x, index, offsets):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check_tensor
+from ..._checks import check, check_floats, check_tensor
 from . import reference
 
 backends.register("rope2d")
@@ -26,7 +26,8 @@ def rope2d(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.
     """
-    check_tensor("x", x, ("B", "L", "H", "D"))
+    check_floats("x", x, ("B", "L", "H", "D"))
+    check(x.shape[3] % 2 == 0, "x", "must have an even head width D", x.shape[3])
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, (x.shape[1], x.shape[3]))
     backends.choose("rope2d", backend, x.device, x.dtype)

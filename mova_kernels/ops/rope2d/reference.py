@@ -15,9 +15,9 @@ def rope2d_table(
     turns by position * 10000^(-2k / (D/2)).
     """
     # The official order of operations: t / R * R is not exactly t for every R (it is for 48).
-    position = torch.arange(resolution, device=device) / resolution * resolution
+    position = torch.arange(resolution, dtype=torch.float32, device=device) / resolution * resolution
     width = head_channels // 2
-    exponent = torch.arange(0, width, 2, device=device) / width
+    exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     angle = (position[:, None] * (1.0 / 10000.0**exponent)).repeat_interleave(2, dim=1)  # (R, D/2)
     shape = (resolution, resolution, -1)
     angles = torch.cat([angle[:, None].expand(shape), angle[None].expand(shape)], -1).flatten(0, 1)

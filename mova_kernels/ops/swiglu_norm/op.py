@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check_tensor
+from ..._checks import check_floats, check_tensor
 from . import reference
 
 backends.register("swiglu_norm")
@@ -28,7 +28,7 @@ def swiglu_norm(
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.
     """
-    check_tensor("gate", gate, ("B", "L", "F"))
+    check_floats("gate", gate, ("B", "L", "F"))
     check_tensor("up", up, tuple(gate.shape))
     check_tensor("weight", weight, (gate.shape[2],))
     check_tensor("bias", bias, (gate.shape[2],))
