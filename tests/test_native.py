@@ -239,3 +239,9 @@ def test_cuda_says_why():
     if reason is None:
         pytest.skip("CUDA is available")
     assert reason
+
+
+def test_a_library_of_another_abi_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(_native, "ABI_VERSION", _native.ABI_VERSION + 1)
+    with pytest.raises(ImportError, match=r'has ABI version \d+, mova_kernels needs \d+: re-run "pip install -e \."'):
+        _native._load("cpu")
