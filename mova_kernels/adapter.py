@@ -129,7 +129,9 @@ class MoVAdapter(
             x = block(x, text, features, pairs, self.rope.cos, self.rope.sin)
         x = self.mlp(self.downsample((x + base) / 2))
         if self.idle_expert_gradients and pairs.bounds is not None and torch.is_grad_enabled():
-            idle = [e for e in range(config.num_experts) if pairs.bounds[e] == pairs.bounds[e + 1]]
+            # Where a sample chose more than topk, a block may have dropped an expert of which the pairs know.
+            uncertain, bounds = pairs.most_per_sample > config.topk, pairs.bounds
+            idle = [e for e in range(config.num_experts) if uncertain or bounds[e] == bounds[e + 1]]
             x = _ZeroGradients.apply(x, *(p for block in blocks for p in block.expert_parameters(idle)))
         return x
 
@@ -234,7 +236,7 @@ class MoVAdapter(
             is_packed = feature.shape[0] != num_samples
             rows = None
             if size != target and not is_packed:
-                if selected.device.type == "cpu" and host_sees_values(self.pos_embed.device):
+                if host_sees_values(feature.device):
                     rows = selected[:, e].nonzero().squeeze(1).to(feature.device, non_blocking=True)
                     is_packed = True
                 else:

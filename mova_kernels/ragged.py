@@ -86,10 +86,6 @@ class RaggedPairs:
         """P, with padding where the host does not know the routing."""
         return self.sample.shape[0]
 
-    def host_bounds(self) -> tuple[int, ...]:
-        """``expert_offsets`` as integers; synchronises with the device only where ``bounds`` is None."""
-        return self.bounds if self.bounds is not None else tuple(self.expert_offsets.tolist())
-
     def topk(self, kept: Tensor, k: int) -> RaggedPairs:
         """The pairs in ``kept``, (B, N) bool: of each sample k of its experts, or all of them where it has no more.
 

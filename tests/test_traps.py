@@ -313,8 +313,11 @@ def test_t25_idle_experts_get_no_gradient_or_zeros_when_asked():
     run(adapter, routing).sum().backward()
     for name, p in adapter.named_parameters():
         assert not p.grad.any() if name in idle else torch.equal(p.grad, before[name]), name
-    run(adapter, NONE).sum().backward()
-    assert all(p.grad is not None for p in adapter.parameters())
+    # Nobody selects anything; everybody selects everything, of which each block keeps two.
+    for everybody in (NONE, torch.ones(4, 3)):
+        adapter.zero_grad()
+        run(adapter, everybody).sum().backward()
+        assert all(p.grad is not None for p in adapter.parameters())
 
 
 def test_t26_the_hidden_width_is_the_official_one():
