@@ -194,11 +194,11 @@ class MoVAdapter(
             check_like(name, feature, "base", base)
             rows, tokens = feature.shape[:2]
             if rows != num_samples:
-                rule = f"must have {num_samples} rows, or one for each sample that selected it"
+                rule = "rows, or one for each sample that selected it"
                 if counts is not None:
-                    check(rows == counts[e], name, f"{rule} ({counts[e]})", rows)
-                else:
-                    torch._assert_async(selected[:, e].sum() == rows, f"{name} {rule}, got {rows}")
+                    check(rows == counts[e], name, f"must have {num_samples} {rule} ({counts[e]})", rows)
+                else:  # no sizes in the message: they would become constants of the graph
+                    torch._assert_async(selected[:, e].sum() == rows, f"{name} must have B {rule}")
             grid = None if grids is None else grids[e]
             if grid is None:
                 side = round(tokens**0.5)
@@ -218,7 +218,8 @@ class MoVAdapter(
                 torch._assert_async(~selected.any(), "text must be given when a sample selected an expert")
             return None
         check_tensor("text", text, ("B", self.config.text_channels))
-        check(text.shape[0] in (1, num_samples), "text", f"must have 1 or {num_samples} rows", text.shape[0])
+        if text.shape[0] != 1 and text.shape[0] != num_samples:
+            raise ValueError(f"text must have 1 or {num_samples} rows, got {text.shape[0]}")
         check_like("text", text, "base", base)
         return text.expand(num_samples, -1)
 
