@@ -19,11 +19,11 @@ def check_tensor(argument: str, value: object, shape: tuple[int | str, ...]) -> 
         TypeError: ``value`` is no tensor.
         ValueError: wrong rank or size.
     """
-    check(isinstance(value, Tensor), argument, "must be a tensor", type(value).__name__, TypeError)
-    assert isinstance(value, Tensor)
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or have == want for want, have in zip(shape, value.shape, strict=True)
-    )
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {type(value).__name__!r}")
+    fits = value.dim() == len(shape)
+    for want, have in zip(shape, value.shape, strict=False):
+        fits = fits and (isinstance(want, str) or have == want)
     if not fits:
         raise ValueError(f"{argument} must have shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}")
 

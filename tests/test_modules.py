@@ -82,6 +82,13 @@ def test_a_hooked_module_is_called(name):
     assert called
 
 
+def test_a_changed_eps_is_used():
+    adapter = tiny.adapter()
+    before = run(adapter)
+    adapter.blocks[0].norm2[1].eps = 10.0
+    assert (run(adapter) - before).abs().max() > 1e-3
+
+
 def test_the_module_path_has_the_same_gradients():
     plain, hooked = tiny.adapter(), tiny.adapter()
     for block in hooked.blocks:
