@@ -6,13 +6,14 @@ import importlib.util
 
 import torch
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED_DTYPES = (torch.float32, torch.float16)  # Triton 3.6's interpreter truncates bfloat16 and multiplies its bits
 
 
 @torch.compiler.assume_constant_result
 def declines(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why a Triton kernel cannot run on tensors of this device and dtype, or None. Imports Triton."""
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -22,7 +23,7 @@ def declines(device: torch.device, dtype: torch.dtype) -> str | None:
     # Triton reads TRITON_INTERPRET when its own functions are decorated, and its language must agree with our kernels.
     interpreted = not isinstance(tl.cdiv, triton.JITFunction)
     if device.type == "cpu" and interpreted:
-        return None
+        return None if dtype in INTERPRETED_DTYPES else f"triton's interpreter computes {dtype} wrongly"
     if device.type != "cuda":
         return f"it runs on cuda tensors, not on {device.type} (TRITON_INTERPRET=1 was not set when triton was imported)"
     if not torch.cuda.is_available():
