@@ -7,7 +7,10 @@ import importlib.util
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED_DTYPES = (torch.float32, torch.float16)  # Triton 3.6's interpreter truncates bfloat16 and multiplies its bits
+INTERPRETED_DTYPES = (
+    torch.float32,
+    torch.float16,
+)  # Triton 3.6's interpreter truncates bfloat16 and multiplies its bits
 
 
 @torch.compiler.assume_constant_result
@@ -25,7 +28,7 @@ def declines(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu" and interpreted:
         return None if dtype in INTERPRETED_DTYPES else f"triton's interpreter computes {dtype} wrongly"
     if device.type != "cuda":
-        return f"it runs on cuda tensors, not on {device.type} (TRITON_INTERPRET=1 was not set when triton was imported)"
+        return f"it runs on cuda tensors, not on {device.type} (TRITON_INTERPRET=1 was not set at triton's import)"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -2,10 +2,10 @@
 
     python tools/compile_gate.py [--json FILE] [--only TEXT]
 
-A ``triton_impl.py`` takes part by having ``gate_cases()``, which yields (name, call) pairs; a call runs the launchers on
-meta tensors. The launches are intercepted, so that types, constants, divisibility, warps and stages are the launcher's
-own. Fails if a kernel does not compile, needs more shared memory than a block may have, or spills without being listed
-in MAY_SPILL. What compiles may still be wrong: this is no test of results.
+A ``triton_impl.py`` takes part by having ``gate_cases()``, which yields (name, call) pairs; a call runs the launchers
+on meta tensors. The launches are intercepted, so that types, constants, divisibility, warps and stages are the
+launcher's own. Fails if a kernel does not compile, needs more shared memory than a block may have, or spills without
+being listed in MAY_SPILL. What compiles may still be wrong: this is no test of results.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """expert_attention in Triton: flash attention per (pair, head), with the rotary embedding and its gradient.
 
 Tensors are (P, L, H*D) with free strides of pairs and tokens; log-sum-exp and the sums of the backward pass are
-(P, H, L) fp32. A program handles one tile of tokens of one (pair, head); the tiles of a head are neighbours, so that its
-keys and values stay in the L2 cache.
+(P, H, L) fp32. A program handles one tile of tokens of one (pair, head); the tiles of a head are neighbours, so that
+its keys and values stay in the L2 cache.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -22,11 +23,11 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 # memory and registers of sm_80, sm_90 and sm_100. grad_kv at width 32 must not become (128, 64, ..., 2): Triton 3.6
 # read out of bounds there (triton-lang/triton#10573).
 CONFIGS = {
-    (2, 32): {"forward": (128, 128, 8, 3), "grad_kv": (128, 128, 8, 2), "grad_q": (128, 128, 8, 2)},
-    (2, 64): {"forward": (128, 128, 8, 2), "grad_kv": (128, 64, 8, 2), "grad_q": (128, 64, 8, 2)},
-    (2, 128): {"forward": (128, 64, 8, 2), "grad_kv": (64, 64, 8, 2), "grad_q": (64, 64, 8, 2)},
-    (4, 32): {"forward": (64, 32, 4, 2), "grad_kv": (32, 32, 4, 1), "grad_q": (32, 32, 4, 1)},
-    (4, 64): {"forward": (64, 32, 8, 2), "grad_kv": (32, 32, 4, 1), "grad_q": (32, 32, 4, 1)},
+    (2, 32): {"forward": (128, 128, 8, 3), "grad_kv": (64, 64, 4, 2), "grad_q": (128, 128, 8, 2)},
+    (2, 64): {"forward": (128, 128, 8, 3), "grad_kv": (128, 64, 8, 2), "grad_q": (128, 64, 8, 3)},
+    (2, 128): {"forward": (128, 64, 8, 3), "grad_kv": (64, 64, 8, 2), "grad_q": (64, 64, 8, 2)},
+    (4, 32): {"forward": (64, 32, 4, 2), "grad_kv": (32, 32, 4, 2), "grad_q": (64, 32, 4, 2)},
+    (4, 64): {"forward": (64, 32, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 4, 1)},
     (4, 128): {"forward": (32, 32, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 8, 1)},
 }
 ROWS = 64  # tokens per program of the kernels without a loop
@@ -40,31 +41,36 @@ def _tile(x, pair, head, rows, stride_p, stride_l, D: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, rows, L: tl.constexpr, MASKED: tl.constexpr):
-    if MASKED:
+def _load(pointers, rows, L: tl.constexpr, CUT: tl.constexpr):
+    if CUT:
         return tl.load(pointers, mask=rows[:, None] < L, other=0.0)
     return tl.load(pointers)
 
 
 @triton.jit
-def _store(pointers, x, rows, L: tl.constexpr, MASKED: tl.constexpr):
+def _load_row(pointers, rows, other: tl.constexpr, L: tl.constexpr, CUT: tl.constexpr):
+    if CUT:
+        return tl.load(pointers, mask=rows < L, other=other)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _store(pointers, x, rows, L: tl.constexpr, CUT: tl.constexpr):
     x = x.to(pointers.dtype.element_ty)
-    if MASKED:
+    if CUT:
         tl.store(pointers, x, mask=rows[:, None] < L)
     else:
         tl.store(pointers, x)
 
 
 @triton.jit
-def _turned(
-    x, cos, sin, rows, L: tl.constexpr, D: tl.constexpr, ADJOINT: tl.constexpr, MASKED: tl.constexpr
-):
-    """(rows, D) in fp32, each pair of adjacent channels rotated by its token's angles; ADJOINT: the gradient of that."""
+def _turned(x, cos, sin, rows, L: tl.constexpr, D: tl.constexpr, ADJOINT: tl.constexpr, CUT: tl.constexpr):
+    """(rows, D) in fp32, each pair of adjacent channels turned by its token's angles; ADJOINT: the gradient of that."""
     table = rows[:, None] * D + tl.arange(0, D)[None, :]
     half: tl.constexpr = (x.shape[0], D // 2, 2)
     a, b = tl.split(tl.reshape(x.to(tl.float32), half))
-    cos_a, cos_b = tl.split(tl.reshape(_load(cos + table, rows, L, MASKED), half))
-    sin_a, sin_b = tl.split(tl.reshape(_load(sin + table, rows, L, MASKED), half))
+    cos_a, cos_b = tl.split(tl.reshape(_load(cos + table, rows, L, CUT), half))
+    sin_a, sin_b = tl.split(tl.reshape(_load(sin + table, rows, L, CUT), half))
     if ADJOINT:
         y = tl.join(a * cos_a + b * sin_b, b * cos_b - a * sin_a)
     else:
@@ -88,33 +94,36 @@ def _place(count, H, num_tiles, TILE: tl.constexpr):
 @triton.jit
 def _rotate_kernel(
     x, cos, sin, y, count, stride_xp, stride_xl, stride_yp, stride_yl, H, num_tiles,
-    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """y = rope(x); nothing is written for padding."""
+    TILES_CUT: tl.constexpr = L % TILE != 0
     pair, head, rows, padding = _place(count, H, num_tiles, TILE)
     if padding:
         return
-    turned = _load(_tile(x, pair, head, rows, stride_xp, stride_xl, D), rows, L, MASKED)
-    turned = _turned(turned, cos, sin, rows, L, D, False, MASKED)
-    _store(_tile(y, pair, head, rows, stride_yp, stride_yl, D), turned, rows, L, MASKED)
+    turned = _load(_tile(x, pair, head, rows, stride_xp, stride_xl, D), rows, L, TILES_CUT)
+    turned = _turned(turned, cos, sin, rows, L, D, False, TILES_CUT)
+    _store(_tile(y, pair, head, rows, stride_yp, stride_yl, D), turned, rows, L, TILES_CUT)
 
 
 @triton.jit
 def _forward_kernel(
     q, k, v, cos, sin, out, lse, count,
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_op, stride_ol, H, num_tiles, scale,
-    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse from q as projected and k rotated; zeros for padding."""
+    TILES_CUT: tl.constexpr = L % TILE != 0
+    STEPS_CUT: tl.constexpr = L % STEP != 0
     pair, head, rows, padding = _place(count, H, num_tiles, TILE)
     o_tile = _tile(out, pair, head, rows, stride_op, stride_ol, D)
     lse_row = lse + (pair * H + head) * L + rows
     if padding:
-        _store(o_tile, tl.zeros((TILE, D), tl.float32), rows, L, MASKED)
+        _store(o_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
         tl.store(lse_row, tl.zeros((TILE,), tl.float32), mask=rows < L)
         return
-    q_tile = _load(_tile(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, MASKED)
-    q_tile = _turned(q_tile, cos, sin, rows, L, D, False, MASKED).to(q_tile.dtype)
+    q_tile = _load(_tile(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, TILES_CUT)
+    q_tile = _turned(q_tile, cos, sin, rows, L, D, False, TILES_CUT).to(q_tile.dtype)
 
     columns = tl.arange(0, STEP)
     k_tile = _tile(k, pair, head, columns, stride_kp, stride_kl, D)
@@ -124,33 +133,34 @@ def _forward_kernel(
     total = tl.zeros((TILE,), tl.float32)
     acc = tl.zeros((TILE, D), tl.float32)
     for start in range(0, L, STEP):
-        scores = tl.dot(q_tile, tl.trans(_load(k_tile, start + columns, L, MASKED)), input_precision=PRECISION)
-        if MASKED:
+        scores = tl.dot(q_tile, tl.trans(_load(k_tile, start + columns, L, STEPS_CUT)), input_precision=PRECISION)
+        if STEPS_CUT:
             scores = tl.where((start + columns < L)[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * scale)
         odds = tl.exp2(scores * scale - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(odds, 1)
-        v_now = _load(v_tile, start + columns, L, MASKED)
+        v_now = _load(v_tile, start + columns, L, STEPS_CUT)
         acc = tl.dot(odds.to(v_now.dtype), v_now, acc * shrink[:, None], input_precision=PRECISION)
         largest = larger
         k_tile += k_step
         v_tile += v_step
-    _store(o_tile, acc / total[:, None], rows, L, MASKED)
+    _store(o_tile, acc / total[:, None], rows, L, TILES_CUT)
     tl.store(lse_row, (largest + tl.log2(total)) / LOG2_E, mask=rows < L)
 
 
 @triton.jit
 def _delta_kernel(
     grad, out, delta, count, stride_gp, stride_gl, stride_op, stride_ol, H, num_tiles,
-    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """delta = sum over channels of grad * out, (P, H, L); nothing is written for padding."""
+    TILES_CUT: tl.constexpr = L % TILE != 0
     pair, head, rows, padding = _place(count, H, num_tiles, TILE)
     if padding:
         return
-    grad_tile = _load(_tile(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, MASKED).to(tl.float32)
-    out_tile = _load(_tile(out, pair, head, rows, stride_op, stride_ol, D), rows, L, MASKED).to(tl.float32)
+    grad_tile = _load(_tile(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, TILES_CUT).to(tl.float32)
+    out_tile = _load(_tile(out, pair, head, rows, stride_op, stride_ol, D), rows, L, TILES_CUT).to(tl.float32)
     tl.store(delta + (pair * H + head) * L + rows, tl.sum(grad_tile * out_tile, 1), mask=rows < L)
 
 
@@ -159,18 +169,20 @@ def _grad_kv_kernel(
     q, k, v, grad, lse, delta, cos, sin, grad_k, grad_v, count,
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl,
     stride_dp, stride_dl, H, num_tiles, scale, root,
-    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of grad_k and grad_v, summed over queries in their order; q and k are rotated; zeros for padding."""
+    TILES_CUT: tl.constexpr = L % TILE != 0
+    STEPS_CUT: tl.constexpr = L % STEP != 0
     pair, head, rows, padding = _place(count, H, num_tiles, TILE)
     grad_k_tile = _tile(grad_k, pair, head, rows, stride_dp, stride_dl, D)
     grad_v_tile = _tile(grad_v, pair, head, rows, stride_dp, stride_dl, D)
     if padding:
-        _store(grad_k_tile, tl.zeros((TILE, D), tl.float32), rows, L, MASKED)
-        _store(grad_v_tile, tl.zeros((TILE, D), tl.float32), rows, L, MASKED)
+        _store(grad_k_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
+        _store(grad_v_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
         return
-    k_tile = _load(_tile(k, pair, head, rows, stride_kp, stride_kl, D), rows, L, MASKED)
-    v_tile = _load(_tile(v, pair, head, rows, stride_vp, stride_vl, D), rows, L, MASKED)
+    k_tile = _load(_tile(k, pair, head, rows, stride_kp, stride_kl, D), rows, L, TILES_CUT)
+    v_tile = _load(_tile(v, pair, head, rows, stride_vp, stride_vl, D), rows, L, TILES_CUT)
 
     columns = tl.arange(0, STEP)
     q_tile = _tile(q, pair, head, columns, stride_qp, stride_ql, D)
@@ -180,12 +192,11 @@ def _grad_kv_kernel(
     acc_k = tl.zeros((TILE, D), tl.float32)
     acc_v = tl.zeros((TILE, D), tl.float32)
     for start in range(0, L, STEP):
-        inside = start + columns < L
-        q_now = _load(q_tile, start + columns, L, MASKED)
-        g_now = _load(g_tile, start + columns, L, MASKED)
+        q_now = _load(q_tile, start + columns, L, STEPS_CUT)
+        g_now = _load(g_tile, start + columns, L, STEPS_CUT)
         # Infinity makes the weights of queries behind the last one zero.
-        lse_now = tl.load(lse + start + statistics, mask=inside, other=float("inf")) * LOG2_E
-        delta_now = tl.load(delta + start + statistics, mask=inside, other=0.0)
+        lse_now = _load_row(lse + start + statistics, start + columns, float("inf"), L, STEPS_CUT) * LOG2_E
+        delta_now = _load_row(delta + start + statistics, start + columns, 0.0, L, STEPS_CUT)
         scores = tl.dot(k_tile, tl.trans(q_now), input_precision=PRECISION)
         weights = tl.exp2(scores * scale - lse_now[None, :])
         acc_v = tl.dot(weights.to(g_now.dtype), g_now, acc_v, input_precision=PRECISION)
@@ -194,8 +205,8 @@ def _grad_kv_kernel(
         acc_k = tl.dot(grad_scores.to(q_now.dtype), q_now, acc_k, input_precision=PRECISION)
         q_tile += q_step
         g_tile += g_step
-    _store(grad_v_tile, acc_v, rows, L, MASKED)
-    _store(grad_k_tile, _turned(acc_k * root, cos, sin, rows, L, D, True, MASKED), rows, L, MASKED)
+    _store(grad_v_tile, acc_v, rows, L, TILES_CUT)
+    _store(grad_k_tile, _turned(acc_k * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
 
 
 @triton.jit
@@ -203,19 +214,21 @@ def _grad_q_kernel(
     q, k, v, grad, lse, delta, cos, sin, grad_q, count,
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl,
     stride_dp, stride_dl, H, num_tiles, scale, root,
-    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of grad_q, summed over keys in their order; q and k are rotated; zeros for padding."""
+    TILES_CUT: tl.constexpr = L % TILE != 0
+    STEPS_CUT: tl.constexpr = L % STEP != 0
     pair, head, rows, padding = _place(count, H, num_tiles, TILE)
     grad_q_tile = _tile(grad_q, pair, head, rows, stride_dp, stride_dl, D)
     if padding:
-        _store(grad_q_tile, tl.zeros((TILE, D), tl.float32), rows, L, MASKED)
+        _store(grad_q_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
         return
-    q_tile = _load(_tile(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, MASKED)
-    g_tile = _load(_tile(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, MASKED)
+    q_tile = _load(_tile(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, TILES_CUT)
+    g_tile = _load(_tile(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, TILES_CUT)
     statistics = (pair * H + head) * L + rows
-    lse_row = tl.load(lse + statistics, mask=rows < L, other=0.0) * LOG2_E
-    delta_row = tl.load(delta + statistics, mask=rows < L, other=0.0)
+    lse_row = _load_row(lse + statistics, rows, 0.0, L, TILES_CUT) * LOG2_E
+    delta_row = _load_row(delta + statistics, rows, 0.0, L, TILES_CUT)
 
     columns = tl.arange(0, STEP)
     k_tile = _tile(k, pair, head, columns, stride_kp, stride_kl, D)
@@ -223,10 +236,10 @@ def _grad_q_kernel(
     k_step, v_step = STEP * tl.cast(stride_kl, tl.int64), STEP * tl.cast(stride_vl, tl.int64)
     acc = tl.zeros((TILE, D), tl.float32)
     for start in range(0, L, STEP):
-        k_now = _load(k_tile, start + columns, L, MASKED)
-        v_now = _load(v_tile, start + columns, L, MASKED)
+        k_now = _load(k_tile, start + columns, L, STEPS_CUT)
+        v_now = _load(v_tile, start + columns, L, STEPS_CUT)
         scores = tl.dot(q_tile, tl.trans(k_now), input_precision=PRECISION)
-        if MASKED:
+        if STEPS_CUT:
             scores = tl.where((start + columns < L)[None, :], scores, float("-inf"))
         weights = tl.exp2(scores * scale - lse_row[:, None])
         grad_weights = tl.dot(g_tile, tl.trans(v_now), input_precision=PRECISION)
@@ -234,7 +247,7 @@ def _grad_q_kernel(
         acc = tl.dot(grad_scores.to(k_now.dtype), k_now, acc, input_precision=PRECISION)
         k_tile += k_step
         v_tile += v_step
-    _store(grad_q_tile, _turned(acc * root, cos, sin, rows, L, D, True, MASKED), rows, L, MASKED)
+    _store(grad_q_tile, _turned(acc * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
 
 
 def forward(
@@ -282,21 +295,25 @@ def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
     The official grid has 2304 tokens, which every tile divides; 2300 compiles the masks, too.
     """
-    cases = [
-        (torch.bfloat16, 32, 2304), (torch.bfloat16, 64, 2304), (torch.bfloat16, 64, 2300), (torch.bfloat16, 128, 2304),
-        (torch.float16, 64, 2304), (torch.float32, 32, 2304), (torch.float32, 64, 2304), (torch.float32, 128, 2304),
-    ]  # fmt: skip
-    for dtype, width, length in cases:
-        x = torch.empty(2, length, 2 * width, dtype=dtype, device="meta")
-        table = torch.empty(length, width, device="meta")
-        lse = torch.empty(2, 2, length, device="meta")
-        count = torch.empty(1, dtype=torch.int64, device="meta")
+    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
+    for dtype, width, length, tf32 in (
+        *((dtype, width, 2304, False) for dtype in (bfloat16, float32) for width in (32, 64, 128)),
+        *((dtype, width, 2300, False) for dtype in (bfloat16, float32) for width in (32, 64, 128)),
+        *((float32, width, 2304, True) for width in (32, 64, 128)),
+        (float16, 64, 2304, False),
+    ):
+        name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+        yield f"{name} D={width} L={length}", functools.partial(_gate_case, dtype, width, length, tf32)
 
-        def both(x=x, table=table, lse=lse, count=count) -> None:
-            forward(x, x, x, table, table, 2, count)
-            backward(x, x, x, x, x, lse, table, table, 2, count)
 
-        yield f"{str(dtype).removeprefix('torch.')} D={width} L={length}", both
+def _gate_case(dtype: torch.dtype, width: int, length: int, tf32: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    x = torch.empty(2, length, 2 * width, dtype=dtype, device="meta")
+    table = torch.empty(length, width, device="meta")
+    lse = torch.empty(2, 2, length, device="meta")
+    count = torch.empty(1, dtype=torch.int64, device="meta")
+    forward(x, x, x, table, table, 2, count)
+    backward(x, x, x, x, x, lse, table, table, 2, count)
 
 
 def _adjacent_channels(x: Tensor) -> Tensor:
@@ -320,7 +337,7 @@ def _launch_rows(kernel, tensors, strided: tuple[Tensor, ...], num_heads: int) -
     num_tiles = triton.cdiv(length, ROWS)
     kernel[(num_tiles * num_heads * num_pairs,)](
         *tensors, *strides, num_heads, num_tiles,
-        L=length, D=channels // num_heads, TILE=ROWS, MASKED=length % ROWS != 0,
+        L=length, D=channels // num_heads, TILE=ROWS,
     )  # fmt: skip
 
 
@@ -332,7 +349,7 @@ def _launch(kernel, name: str, tensors, strided: tuple[Tensor, ...], num_heads: 
     num_tiles = triton.cdiv(length, tile)
     kernel[(num_tiles * num_heads * num_pairs,)](
         *tensors, *strides, num_heads, num_tiles, *scales,
-        L=length, D=channels // num_heads, TILE=tile, STEP=step, MASKED=length % tile != 0 or length % step != 0,
+        L=length, D=channels // num_heads, TILE=tile, STEP=step,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
