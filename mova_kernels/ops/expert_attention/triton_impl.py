@@ -20,17 +20,18 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 # (bytes per element, head width) -> for each kernel: own tile, tile of the loop, warps, pipeline stages. "forward" and
 # "grad_q" own queries and loop over keys, "grad_kv" the other way round. tools/compile_gate.py holds them to the shared
-# memory and registers of sm_80, sm_90 and sm_100. grad_kv at width 32 must not become (128, 64, ..., 2): Triton 3.6
-# read out of bounds there (triton-lang/triton#10573).
+# memory and registers of sm_80, sm_90 and sm_100. At width 32 the backward kernels must not have tiles of 64 and 128
+# with two stages: Triton 3.6 reads out of bounds there (triton-lang/triton#10573).
 CONFIGS = {
-    (2, 32): {"forward": (128, 128, 8, 3), "grad_kv": (64, 64, 4, 2), "grad_q": (128, 128, 8, 2)},
+    (2, 32): {"forward": (128, 128, 8, 3), "grad_kv": (64, 64, 4, 2), "grad_q": (128, 64, 8, 3)},
     (2, 64): {"forward": (128, 128, 8, 3), "grad_kv": (128, 64, 8, 2), "grad_q": (128, 64, 8, 3)},
     (2, 128): {"forward": (128, 64, 8, 3), "grad_kv": (64, 64, 8, 2), "grad_q": (64, 64, 8, 2)},
     (4, 32): {"forward": (64, 32, 4, 2), "grad_kv": (32, 32, 4, 2), "grad_q": (64, 32, 4, 2)},
     (4, 64): {"forward": (64, 32, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 4, 1)},
-    (4, 128): {"forward": (32, 32, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 8, 1)},
+    (4, 128): {"forward": (32, 16, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 8, 1)},
 }
 ROWS = 64  # tokens per program of the kernels without a loop
+REGISTERS = 255  # per thread: without a limit ptxas spills some to fit a second block into a multiprocessor
 
 
 @triton.jit
@@ -337,7 +338,7 @@ def _launch_rows(kernel, tensors, strided: tuple[Tensor, ...], num_heads: int) -
     num_tiles = triton.cdiv(length, ROWS)
     kernel[(num_tiles * num_heads * num_pairs,)](
         *tensors, *strides, num_heads, num_tiles,
-        L=length, D=channels // num_heads, TILE=ROWS,
+        L=length, D=channels // num_heads, TILE=ROWS, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
@@ -345,11 +346,13 @@ def _launch(kernel, name: str, tensors, strided: tuple[Tensor, ...], num_heads: 
     x = strided[0]
     num_pairs, length, channels = x.shape
     tile, step, num_warps, num_stages = CONFIGS[x.element_size(), channels // num_heads][name]
+    if name == "grad_kv" and length % step:  # the masks of a pipelined loop do not fit into its registers
+        num_stages = 1
     strides = [s for t in strided for s in t.stride()[:2]]
     num_tiles = triton.cdiv(length, tile)
     kernel[(num_tiles * num_heads * num_pairs,)](
         *tensors, *strides, num_heads, num_tiles, *scales,
         L=length, D=channels // num_heads, TILE=tile, STEP=step,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        num_warps=num_warps, num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages, maxnreg=REGISTERS,
     )  # fmt: skip
