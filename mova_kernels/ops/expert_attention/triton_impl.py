@@ -49,9 +49,9 @@ def _load(pointers, rows, L: tl.constexpr, CUT: tl.constexpr):
 
 
 @triton.jit
-def _load_row(pointers, rows, other: tl.constexpr, L: tl.constexpr, CUT: tl.constexpr):
+def _load_row(pointers, rows, L: tl.constexpr, CUT: tl.constexpr):
     if CUT:
-        return tl.load(pointers, mask=rows < L, other=other)
+        return tl.load(pointers, mask=rows < L, other=0.0)
     return tl.load(pointers)
 
 
@@ -195,9 +195,9 @@ def _grad_kv_kernel(
     for start in range(0, L, STEP):
         q_now = _load(q_tile, start + columns, L, STEPS_CUT)
         g_now = _load(g_tile, start + columns, L, STEPS_CUT)
-        # Infinity makes the weights of queries behind the last one zero.
-        lse_now = _load_row(lse + start + statistics, start + columns, float("inf"), L, STEPS_CUT) * LOG2_E
-        delta_now = _load_row(delta + start + statistics, start + columns, 0.0, L, STEPS_CUT)
+        # Behind the last query q and grad are zeros, which add nothing whatever the weights: no mask is needed.
+        lse_now = _load_row(lse + start + statistics, start + columns, L, STEPS_CUT) * LOG2_E
+        delta_now = _load_row(delta + start + statistics, start + columns, L, STEPS_CUT)
         scores = tl.dot(k_tile, tl.trans(q_now), input_precision=PRECISION)
         weights = tl.exp2(scores * scale - lse_now[None, :])
         acc_v = tl.dot(weights.to(g_now.dtype), g_now, acc_v, input_precision=PRECISION)
@@ -228,8 +228,8 @@ def _grad_q_kernel(
     q_tile = _load(_tile(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, TILES_CUT)
     g_tile = _load(_tile(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, TILES_CUT)
     statistics = (pair * H + head) * L + rows
-    lse_row = _load_row(lse + statistics, rows, 0.0, L, TILES_CUT) * LOG2_E
-    delta_row = _load_row(delta + statistics, rows, 0.0, L, TILES_CUT)
+    lse_row = _load_row(lse + statistics, rows, L, TILES_CUT) * LOG2_E
+    delta_row = _load_row(delta + statistics, rows, L, TILES_CUT)
 
     columns = tl.arange(0, STEP)
     k_tile = _tile(k, pair, head, columns, stride_kp, stride_kl, D)
@@ -262,7 +262,7 @@ def forward(
     if out.numel():
         with torch.cuda.device_of(q):
             # Keys are rotated once, ahead: in the loop every tile of queries would do it again (18 times at 2304
-            # tokens, for about 40 % more instructions), and the copies into shared memory could not be asynchronous.
+            # tokens; by count, 40 % more instructions), and the copies into shared memory could not be asynchronous.
             # Queries are rotated where they are used, which is once.
             k = _rotated(k, cos, sin, num_heads, count)
             tensors = (q, k, v, cos, sin, out, lse, count)
