@@ -303,7 +303,8 @@ class AdapterBlock(nn.Module):
         keys, values = [a.k_proj.weight for a in cross], [a.v_proj.weight for a in cross]
         (q,) = ops.ragged_linear(x, pairs.sample, pairs, _affine(self.norm1), [queries])
         k, v = ops.ragged_linear(features, pairs.row, pairs, _affine(self.norm2), [keys, values])
-        attended = ops.expert_attention(q, k, v, cos, sin, cross[0].num_heads)
+        count = pairs.expert_offsets[-1:] if pairs.bounds is None else None
+        attended = ops.expert_attention(q, k, v, cos, sin, cross[0].num_heads, count=count)
         inner, proj = _affine(a.inner_attn_ln for a in cross), _affine(a.proj for a in cross)
         return ops.gated_combine(x, attended, gate, pairs, inner, [p[0] for p in proj], [p[1] for p in proj])
 

@@ -10,7 +10,7 @@ something else: if it cannot be met, :class:`BackendError` says why.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -68,18 +68,27 @@ def use_backend(request: str) -> Iterator[None]:
         _request = before
 
 
-def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def choose(
+    op: str, backend: str | None, device: torch.device, dtype: torch.dtype, unfit: Mapping[str, str] | None = None
+) -> str:
     """The name of the backend that runs ``op`` on tensors of this device and dtype.
+
+    ``unfit`` holds, per backend that cannot run this very call, the reason: for limits on shapes.
 
     Raises:
         ValueError: unknown backend.
         BackendError: the backend that was asked for cannot run the op here.
     """
     name = _requested(op, backend)
+    unfit = unfit or {}
     if name == "auto":
-        return next(b.name for b in _TABLE[op].values() if not b.only_when_asked and not b.declines(device, dtype))
+        eligible = (b for b in _TABLE[op].values() if not b.only_when_asked and b.name not in unfit)
+        return next(b.name for b in eligible if not b.declines(device, dtype))
     candidate = _TABLE[op].get(name)
-    reason = candidate.declines(device, dtype) if candidate else f"it has no such implementation ({_names(op)})"
+    if candidate is None:
+        reason: str | None = f"it has no such implementation ({_names(op)})"
+    else:
+        reason = candidate.declines(device, dtype) or unfit.get(name)
     if reason:
         raise BackendError(f"backend {name!r} cannot run {op} on {device.type} {dtype}: {reason}")
     return name

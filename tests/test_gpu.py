@@ -9,7 +9,7 @@ from helpers import check_budget
 
 from mova_kernels import backends
 from mova_kernels.dense_reference import dense_adapter, feature_align
-from mova_kernels.ops import feature_resample
+from mova_kernels.ops import expert_attention, feature_resample, rope2d_table
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -93,6 +93,26 @@ def test_feature_resample_runs_on_the_tensors_device():
         y = resample(x, 6, 9)
         assert torch.cuda.current_device() == 0
     torch.testing.assert_close(y, feature_align(x, (6, 6), 9))
+
+
+# The official tokens and head width, which fill every tile; a cut tile; the other head widths.
+@pytest.mark.parametrize(("side", "width"), [(48, 64), (10, 64), (16, 32), (16, 128)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expert_attention_in_triton_and_its_gradients(side, width, dtype):
+    cos, sin = (table.cuda() for table in rope2d_table(side, width))
+    leaves = [torch.randn(2, side * side, 2 * width, dtype=dtype, device="cuda") for _ in range(4)]
+    *qkv, cotangent = leaves
+
+    def by(backend: str, working: torch.dtype) -> list[torch.Tensor]:
+        q, k, v = (t.to(working).requires_grad_() for t in qkv)
+        out = expert_attention(q, k, v, cos, sin, 2, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), cotangent.to(working))]
+
+    actual, again = by("triton", dtype), by("triton", dtype)
+    truth, plain = by("reference", torch.float64), by("reference", dtype)
+    for name, a, b, t, p in zip(("out", "q", "k", "v"), actual, again, truth, plain, strict=True):
+        check_budget(name, a, t, p)
+        assert torch.equal(a, b), f"{name} differs from run to run"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

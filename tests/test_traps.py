@@ -55,9 +55,9 @@ def test_t4_each_block_computes_only_its_own_topk(monkeypatch):
     num_pairs = []
     attend = mova_kernels.ops.expert_attention
 
-    def spy(q, *args):
+    def spy(q, *args, **options):
         num_pairs.append(len(q))
-        return attend(q, *args)
+        return attend(q, *args, **options)
 
     monkeypatch.setattr(mova_kernels.ops, "expert_attention", spy)
     base, experts, text = tiny.inputs()

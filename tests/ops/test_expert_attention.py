@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from helpers import assert_true_to, assert_within_budget, value_and_gradients
 from torch import Tensor
 
+from mova_kernels import BackendError
 from mova_kernels.ops import expert_attention, rope2d_table
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -117,7 +120,26 @@ def test_no_pair() -> None:
     assert value.shape == (0, 9, 16) and all(g.shape == (0, 9, 16) for g in gradients)
 
 
+def test_count_leaves_the_valid_pairs_as_they_are() -> None:
+    inputs, tables = problem(3, 3, 2, 8)
+    found = expert_attention(*inputs, *tables, 2, count=torch.tensor([2]))
+    torch.testing.assert_close(found[:2], op(tables, 2)(*inputs)[:2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [(torch.float32, "triton is not installed|it runs on cuda tensors"), (torch.float64, "it takes float32, bfloat16")],
+)
+def test_triton_is_refused_with_a_reason(dtype, reason) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.float32:
+        pytest.skip("the interpreter takes it")
+    inputs, tables = problem(1, 3, 1, 32)
+    with pytest.raises(BackendError, match=f"backend 'triton' cannot run expert_attention on cpu {dtype}: ({reason})"):
+        expert_attention(*(t.to(dtype) for t in inputs), *tables, 1, backend="triton")
+
+
 Q, TABLE = torch.zeros(2, 9, 16), torch.zeros(9, 8)
+COUNT = torch.tensor([1])
 
 
 @pytest.mark.parametrize(
@@ -137,3 +159,29 @@ Q, TABLE = torch.zeros(2, 9, 16), torch.zeros(9, 8)
 def test_bad_input(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         expert_attention(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "message"),
+    [
+        (1, TypeError, "count must be a tensor, got 'int'"),
+        (COUNT[0], ValueError, r"count must have shape \(1\), got \(\)"),
+        (COUNT.int(), TypeError, r"count must be int64, got torch\.int32"),
+        (COUNT.to("meta"), ValueError, "count must be on q's cpu, got device"),
+    ],
+)
+def test_bad_count(count, error, message) -> None:
+    with pytest.raises(error, match=message):
+        expert_attention(Q, Q, Q, TABLE, TABLE, 2, count=count)
+
+
+@pytest.mark.parametrize(
+    ("k", "error", "message"),
+    [
+        (Q.double(), ValueError, r"k must have q's torch\.float32, got torch\.float64"),
+        (Q.to("meta"), ValueError, "k must be on q's cpu, got device"),
+    ],
+)
+def test_keys_unlike_queries(k, error, message) -> None:
+    with pytest.raises(error, match=message):
+        expert_attention(Q, k, Q, TABLE, TABLE, 2)

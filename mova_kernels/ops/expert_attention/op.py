@@ -2,39 +2,140 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ... import backends
-from ..._checks import check, check_floats, check_tensor
+from ... import _triton, backends
+from ..._checks import check, check_floats, check_like, check_tensor
+from ..._library import define
 from . import reference
 
-backends.register("expert_attention")
+TRITON_WIDTHS = (32, 64, 128)  # head widths D
+
+backends.register(
+    "expert_attention",
+    backends.Backend("triton", _triton.declines, only_when_asked="it has never run on a GPU (docs/gpu-status.md)"),
+)
 
 
 def expert_attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    *,
+    count: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """softmax(rope(q) rope(k)^T / sqrt(D)) v per pair and head; scores are never stored.
 
     A block's self-attention is the case P = B with queries, keys and values from the same tokens.
 
     Args:
-        q, k, v: (P, L, H*D), float: projected tokens, the heads side by side.
-        cos, sin: (L, D) fp32 tables of :func:`rope2d_table`.
+        q, k, v: (P, L, H*D), float: projected tokens, the heads side by side; any strides.
+        cos, sin: (L, D) fp32 tables of :func:`rope2d_table`; constants, they get no gradient from ``triton``.
         num_heads: H.
-        backend: see :mod:`mova_kernels.backends`.
+        count: (1,) int64 on q's device: the pairs behind the first ``count`` are padding, whose rows of the result mean
+            nothing. ``triton`` skips them: zeros in the result and in the gradients. ``reference`` computes them.
+        backend: see :mod:`mova_kernels.backends`. ``triton`` takes head widths D of 32, 64 and 128.
 
     Returns:
         (P, L, H*D) in the dtype of ``q``. Source: the MoV-Adapter of MoVA (arXiv 2404.13046).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.
+        backends.BackendError: the requested backend cannot run here, or not with this head width.
     """
     check_floats("q", q, ("P", "L", "H*D"))
     check_tensor("k", k, tuple(q.shape))
     check_tensor("v", v, tuple(q.shape))
+    check_like("k", k, "q", q)
+    check_like("v", v, "q", q)
     check(num_heads >= 1 and q.shape[2] % num_heads == 0, "num_heads", f"must divide {q.shape[2]}", num_heads)
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, (q.shape[1], q.shape[2] // num_heads))
-    backends.choose("expert_attention", backend, q.device, q.dtype)
-    return reference.expert_attention(q, k, v, cos, sin, num_heads)
+    if count is not None:
+        check_tensor("count", count, (1,))
+        check(count.dtype == torch.int64, "count", "must be int64", count.dtype, TypeError)
+        check(count.device == q.device, "count", f"must be on q's {q.device}", count.device)
+    backend = _choose(backend, q, num_heads)
+    if backend == "reference":
+        return reference.expert_attention(q, k, v, cos, sin, num_heads)
+    k, v = k.to(q.dtype), v.to(q.dtype)  # autocast lets them differ
+    cos, sin = cos.float(), sin.float()
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _ExpertAttention.apply(q, k, v, cos, sin, num_heads, count, backend)[0]
+    return _fwd(q, k, v, cos, sin, num_heads, count, backend)[0]
+
+
+def _choose(backend: str | None, q: Tensor, num_heads: int) -> str:
+    width = q.shape[2] // num_heads
+    unfit = {} if width in TRITON_WIDTHS else {"triton": f"it takes head widths 32, 64 and 128, not {width}"}
+    return backends.choose("expert_attention", backend, q.device, q.dtype, unfit)
+
+
+def _implementation(backend: str, q: Tensor, num_heads: int):
+    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
+    check(backend == "triton", "backend", "must be 'triton'", backend)
+    _choose(backend, q, num_heads)
+    from . import triton_impl
+
+    return triton_impl
+
+
+def _forward_kernel(q, k, v, cos, sin, num_heads, count, backend):
+    return _implementation(backend, q, num_heads).forward(q, k, v, cos, sin, num_heads, count)
+
+
+def _backward_kernel(grad, q, k, v, out, lse, cos, sin, num_heads, count, backend):
+    implementation = _implementation(backend, q, num_heads)
+    return implementation.backward(grad, q, k, v, out, lse, cos, sin, num_heads, count)
+
+
+def _forward_fake(q, k, v, cos, sin, num_heads, count, backend):
+    lse = q.new_empty((q.shape[0], num_heads, q.shape[1]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+def _backward_fake(grad, q, k, v, out, lse, cos, sin, num_heads, count, backend):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+_fwd = define(
+    "expert_attention_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, SymInt num_heads, Tensor? count, str backend)"
+    " -> (Tensor, Tensor)",
+    _forward_kernel,
+    _forward_fake,
+)
+_bwd = define(
+    "expert_attention_bwd",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cos, Tensor sin, SymInt num_heads,"
+    " Tensor? count, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
+class _ExpertAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, cos, sin, num_heads, count, backend):
+        return _fwd(q, k, v, cos, sin, num_heads, count, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, cos, sin, num_heads, count, backend = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, out, lse, cos, sin, count)
+        ctx.arguments = (num_heads, backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        q, k, v, out, lse, cos, sin, count = ctx.saved_tensors
+        num_heads, backend = ctx.arguments
+        grads = _bwd(grad, q, k, v, out, lse, cos, sin, num_heads, count, backend)
+        return *grads, None, None, None, None, None

@@ -1,0 +1,40 @@
+"""Whether Triton kernels can run: on a GPU, or on CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1``)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Triton 3.6's interpreter truncates where a GPU rounds to bfloat16, and multiplies its bits as integers.
+INTERPRETED_DTYPES = (torch.float32, torch.float16)
+
+
+def declines(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why a Triton kernel cannot run on tensors of this device and dtype, or None."""
+    if dtype not in DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {dtype}"
+    if torch.compiler.is_compiling():  # what follows cannot be traced: the opaque op asks again where it runs
+        could = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        return None if could else f"it runs on cuda tensors, not on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and _interpreted():
+        return None if dtype in INTERPRETED_DTYPES else f"triton's interpreter computes {dtype} wrongly"
+    if device.type != "cuda":
+        return f"it runs on cuda tensors, not on {device.type} (TRITON_INTERPRET=1 was not set at triton's import)"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0, {device} has {torch.cuda.get_device_capability(device)}"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether triton decorated its own functions for the interpreter; the kernels' must be of the same kind."""
+    import triton
+    import triton.language as tl
+
+    return not isinstance(tl.cdiv, triton.JITFunction)

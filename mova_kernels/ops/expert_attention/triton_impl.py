@@ -1,0 +1,358 @@
+"""expert_attention in Triton: flash attention per (pair, head), with the rotary embedding and its gradient.
+
+Tensors are (P, L, H*D) with free strides of pairs and tokens; log-sum-exp and the sums of the backward pass are
+(P, H, L) fp32. A program handles one tile of tokens of one (pair, head); the tiles of a head are neighbours, so that
+its keys and values stay in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+# (bytes per element, head width) -> for each kernel: own tile, tile of the loop, warps, pipeline stages. "forward" and
+# "grad_q" own queries and loop over keys, "grad_kv" the other way round. tools/compile_gate.py holds them to the shared
+# memory and registers of sm_80, sm_90 and sm_100. At width 32 the backward kernels must not have tiles of 64 and 128
+# with two stages: Triton 3.6 reads out of bounds there (triton-lang/triton#10573).
+CONFIGS = {
+    (2, 32): {"forward": (128, 128, 8, 3), "grad_kv": (64, 64, 4, 2), "grad_q": (128, 64, 8, 3)},
+    (2, 64): {"forward": (128, 128, 8, 3), "grad_kv": (128, 64, 8, 2), "grad_q": (128, 64, 8, 3)},
+    (2, 128): {"forward": (128, 64, 8, 3), "grad_kv": (64, 64, 8, 2), "grad_q": (64, 64, 8, 2)},
+    (4, 32): {"forward": (64, 32, 4, 2), "grad_kv": (32, 32, 4, 2), "grad_q": (64, 32, 4, 2)},
+    (4, 64): {"forward": (64, 32, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 4, 1)},
+    (4, 128): {"forward": (32, 16, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 8, 1)},
+}
+ROWS = 64  # tokens per program of the kernels without a loop
+REGISTERS = 255  # per thread: without a limit ptxas spills some to fit a second block into a multiprocessor
+
+
+@triton.jit
+def _tile(x, pair, head, rows, stride_p, stride_l, D: tl.constexpr):
+    """Pointers to the (rows, D) part of head ``head`` of (P, L, H*D)."""
+    base = x + pair * stride_p + head * D
+    return base + rows.to(tl.int64)[:, None] * stride_l + tl.arange(0, D)[None, :]
+
+
+@triton.jit
+def _load(pointers, rows, L: tl.constexpr, CUT: tl.constexpr):
+    if CUT:
+        return tl.load(pointers, mask=rows[:, None] < L, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _load_row(pointers, rows, L: tl.constexpr, CUT: tl.constexpr):
+    if CUT:
+        return tl.load(pointers, mask=rows < L, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _store(pointers, x, rows, L: tl.constexpr, CUT: tl.constexpr):
+    x = x.to(pointers.dtype.element_ty)
+    if CUT:
+        tl.store(pointers, x, mask=rows[:, None] < L)
+    else:
+        tl.store(pointers, x)
+
+
+@triton.jit
+def _turned(x, cos, sin, rows, L: tl.constexpr, D: tl.constexpr, ADJOINT: tl.constexpr, CUT: tl.constexpr):
+    """(rows, D) in fp32, each pair of adjacent channels turned by its token's angles; ADJOINT: the gradient of that."""
+    table = rows[:, None] * D + tl.arange(0, D)[None, :]
+    half: tl.constexpr = (x.shape[0], D // 2, 2)
+    a, b = tl.split(tl.reshape(x.to(tl.float32), half))
+    cos_a, cos_b = tl.split(tl.reshape(_load(cos + table, rows, L, CUT), half))
+    sin_a, sin_b = tl.split(tl.reshape(_load(sin + table, rows, L, CUT), half))
+    if ADJOINT:
+        y = tl.join(a * cos_a + b * sin_b, b * cos_b - a * sin_a)
+    else:
+        y = tl.join(a * cos_a - b * sin_a, b * cos_b + a * sin_b)
+    return tl.reshape(y, (x.shape[0], D))
+
+
+@triton.jit
+def _place(count, H, num_tiles, TILE: tl.constexpr):
+    """pair, head and tokens of this program; whether the pair is padding."""
+    program = tl.program_id(0)
+    head = (program // num_tiles) % H
+    pair = (program // num_tiles // H).to(tl.int64)
+    rows = (program % num_tiles) * TILE + tl.arange(0, TILE)
+    padding = False
+    if count is not None:
+        padding = pair >= tl.load(count)
+    return pair, head, rows, padding
+
+
+@triton.jit
+def _rotate_kernel(
+    x, cos, sin, y, count, stride_xp, stride_xl, stride_yp, stride_yl, H, num_tiles,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """y = rope(x); nothing is written for padding."""
+    TILES_CUT: tl.constexpr = L % TILE != 0
+    pair, head, rows, padding = _place(count, H, num_tiles, TILE)
+    if padding:
+        return
+    turned = _load(_tile(x, pair, head, rows, stride_xp, stride_xl, D), rows, L, TILES_CUT)
+    turned = _turned(turned, cos, sin, rows, L, D, False, TILES_CUT)
+    _store(_tile(y, pair, head, rows, stride_yp, stride_yl, D), turned, rows, L, TILES_CUT)
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, v, cos, sin, out, lse, count,
+    stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_op, stride_ol, H, num_tiles, scale,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out and lse from q as projected and k rotated; zeros for padding."""
+    TILES_CUT: tl.constexpr = L % TILE != 0
+    STEPS_CUT: tl.constexpr = L % STEP != 0
+    pair, head, rows, padding = _place(count, H, num_tiles, TILE)
+    o_tile = _tile(out, pair, head, rows, stride_op, stride_ol, D)
+    lse_row = lse + (pair * H + head) * L + rows
+    if padding:
+        _store(o_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
+        tl.store(lse_row, tl.zeros((TILE,), tl.float32), mask=rows < L)
+        return
+    q_tile = _load(_tile(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, TILES_CUT)
+    q_tile = _turned(q_tile, cos, sin, rows, L, D, False, TILES_CUT).to(q_tile.dtype)
+
+    columns = tl.arange(0, STEP)
+    k_tile = _tile(k, pair, head, columns, stride_kp, stride_kl, D)
+    v_tile = _tile(v, pair, head, columns, stride_vp, stride_vl, D)
+    k_step, v_step = STEP * tl.cast(stride_kl, tl.int64), STEP * tl.cast(stride_vl, tl.int64)
+    largest = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    acc = tl.zeros((TILE, D), tl.float32)
+    for start in range(0, L, STEP):
+        scores = tl.dot(q_tile, tl.trans(_load(k_tile, start + columns, L, STEPS_CUT)), input_precision=PRECISION)
+        if STEPS_CUT:
+            scores = tl.where((start + columns < L)[None, :], scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1) * scale)
+        odds = tl.exp2(scores * scale - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(odds, 1)
+        v_now = _load(v_tile, start + columns, L, STEPS_CUT)
+        acc = tl.dot(odds.to(v_now.dtype), v_now, acc * shrink[:, None], input_precision=PRECISION)
+        largest = larger
+        k_tile += k_step
+        v_tile += v_step
+    _store(o_tile, acc / total[:, None], rows, L, TILES_CUT)
+    tl.store(lse_row, (largest + tl.log2(total)) / LOG2_E, mask=rows < L)
+
+
+@triton.jit
+def _delta_kernel(
+    grad, out, delta, count, stride_gp, stride_gl, stride_op, stride_ol, H, num_tiles,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """delta = sum over channels of grad * out, (P, H, L); nothing is written for padding."""
+    TILES_CUT: tl.constexpr = L % TILE != 0
+    pair, head, rows, padding = _place(count, H, num_tiles, TILE)
+    if padding:
+        return
+    grad_tile = _load(_tile(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, TILES_CUT).to(tl.float32)
+    out_tile = _load(_tile(out, pair, head, rows, stride_op, stride_ol, D), rows, L, TILES_CUT).to(tl.float32)
+    tl.store(delta + (pair * H + head) * L + rows, tl.sum(grad_tile * out_tile, 1), mask=rows < L)
+
+
+@triton.jit
+def _grad_kv_kernel(
+    q, k, v, grad, lse, delta, cos, sin, grad_k, grad_v, count,
+    stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl,
+    stride_dp, stride_dl, H, num_tiles, scale, root,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of grad_k and grad_v, summed over queries in their order; q and k are rotated; zeros for padding."""
+    TILES_CUT: tl.constexpr = L % TILE != 0
+    STEPS_CUT: tl.constexpr = L % STEP != 0
+    pair, head, rows, padding = _place(count, H, num_tiles, TILE)
+    grad_k_tile = _tile(grad_k, pair, head, rows, stride_dp, stride_dl, D)
+    grad_v_tile = _tile(grad_v, pair, head, rows, stride_dp, stride_dl, D)
+    if padding:
+        _store(grad_k_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
+        _store(grad_v_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
+        return
+    k_tile = _load(_tile(k, pair, head, rows, stride_kp, stride_kl, D), rows, L, TILES_CUT)
+    v_tile = _load(_tile(v, pair, head, rows, stride_vp, stride_vl, D), rows, L, TILES_CUT)
+
+    columns = tl.arange(0, STEP)
+    q_tile = _tile(q, pair, head, columns, stride_qp, stride_ql, D)
+    g_tile = _tile(grad, pair, head, columns, stride_gp, stride_gl, D)
+    q_step, g_step = STEP * tl.cast(stride_ql, tl.int64), STEP * tl.cast(stride_gl, tl.int64)
+    statistics = (pair * H + head) * L + columns
+    acc_k = tl.zeros((TILE, D), tl.float32)
+    acc_v = tl.zeros((TILE, D), tl.float32)
+    for start in range(0, L, STEP):
+        q_now = _load(q_tile, start + columns, L, STEPS_CUT)
+        g_now = _load(g_tile, start + columns, L, STEPS_CUT)
+        # Behind the last query q and grad are zeros, which add nothing whatever the weights: no mask is needed.
+        lse_now = _load_row(lse + start + statistics, start + columns, L, STEPS_CUT) * LOG2_E
+        delta_now = _load_row(delta + start + statistics, start + columns, L, STEPS_CUT)
+        scores = tl.dot(k_tile, tl.trans(q_now), input_precision=PRECISION)
+        weights = tl.exp2(scores * scale - lse_now[None, :])
+        acc_v = tl.dot(weights.to(g_now.dtype), g_now, acc_v, input_precision=PRECISION)
+        grad_weights = tl.dot(v_tile, tl.trans(g_now), input_precision=PRECISION)
+        grad_scores = weights * (grad_weights - delta_now[None, :])
+        acc_k = tl.dot(grad_scores.to(q_now.dtype), q_now, acc_k, input_precision=PRECISION)
+        q_tile += q_step
+        g_tile += g_step
+    _store(grad_v_tile, acc_v, rows, L, TILES_CUT)
+    _store(grad_k_tile, _turned(acc_k * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
+
+
+@triton.jit
+def _grad_q_kernel(
+    q, k, v, grad, lse, delta, cos, sin, grad_q, count,
+    stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl,
+    stride_dp, stride_dl, H, num_tiles, scale, root,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of grad_q, summed over keys in their order; q and k are rotated; zeros for padding."""
+    TILES_CUT: tl.constexpr = L % TILE != 0
+    STEPS_CUT: tl.constexpr = L % STEP != 0
+    pair, head, rows, padding = _place(count, H, num_tiles, TILE)
+    grad_q_tile = _tile(grad_q, pair, head, rows, stride_dp, stride_dl, D)
+    if padding:
+        _store(grad_q_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
+        return
+    q_tile = _load(_tile(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, TILES_CUT)
+    g_tile = _load(_tile(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, TILES_CUT)
+    statistics = (pair * H + head) * L + rows
+    lse_row = _load_row(lse + statistics, rows, L, TILES_CUT) * LOG2_E
+    delta_row = _load_row(delta + statistics, rows, L, TILES_CUT)
+
+    columns = tl.arange(0, STEP)
+    k_tile = _tile(k, pair, head, columns, stride_kp, stride_kl, D)
+    v_tile = _tile(v, pair, head, columns, stride_vp, stride_vl, D)
+    k_step, v_step = STEP * tl.cast(stride_kl, tl.int64), STEP * tl.cast(stride_vl, tl.int64)
+    acc = tl.zeros((TILE, D), tl.float32)
+    for start in range(0, L, STEP):
+        k_now = _load(k_tile, start + columns, L, STEPS_CUT)
+        v_now = _load(v_tile, start + columns, L, STEPS_CUT)
+        scores = tl.dot(q_tile, tl.trans(k_now), input_precision=PRECISION)
+        if STEPS_CUT:
+            scores = tl.where((start + columns < L)[None, :], scores, float("-inf"))
+        weights = tl.exp2(scores * scale - lse_row[:, None])
+        grad_weights = tl.dot(g_tile, tl.trans(v_now), input_precision=PRECISION)
+        grad_scores = weights * (grad_weights - delta_row[:, None])
+        acc = tl.dot(grad_scores.to(k_now.dtype), k_now, acc, input_precision=PRECISION)
+        k_tile += k_step
+        v_tile += v_step
+    _store(grad_q_tile, _turned(acc * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_heads: int, count: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(P, L, H*D) x 3, fp32 tables (L, D), (1,) int64 or None -> out (P, L, H*D), log-sum-exp (P, H, L) fp32."""
+    q, k, v = (_adjacent_channels(t) for t in (q, k, v))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[0], num_heads, q.shape[1]), dtype=torch.float32)
+    if out.numel():
+        with torch.cuda.device_of(q):
+            # Keys are rotated once, ahead: in the loop every tile of queries would do it again (18 times at 2304
+            # tokens; by count, 40 % more instructions), and the copies into shared memory could not be asynchronous.
+            # Queries are rotated where they are used, which is once.
+            k = _rotated(k, cos, sin, num_heads, count)
+            tensors = (q, k, v, cos, sin, out, lse, count)
+            _launch(_forward_kernel, "forward", tensors, (q, k, v, out), num_heads, (_log2_scale(q, num_heads),))
+    return out, lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor,
+    num_heads: int, count: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of q, k and v, (P, L, H*D), contiguous; bit for bit the same at every call."""
+    grad, q, k, v, out = (_adjacent_channels(t) for t in (grad, q, k, v, out))
+    cos, sin, lse = cos.contiguous(), sin.contiguous(), lse.contiguous()
+    grad_q, grad_k, grad_v = (q.new_empty(q.shape) for _ in range(3))
+    if grad_q.numel():
+        with torch.cuda.device_of(q):
+            delta = torch.empty_like(lse)
+            _launch_rows(_delta_kernel, (grad, out, delta, count), (grad, out), num_heads)
+            q, k = (_rotated(t, cos, sin, num_heads, count) for t in (q, k))
+            scales = (_log2_scale(q, num_heads), (q.shape[2] // num_heads) ** -0.5)
+            operands = (q, k, v, grad, lse, delta, cos, sin)
+            strided = (q, k, v, grad, grad_q)  # the gradients have the same strides
+            _launch(_grad_kv_kernel, "grad_kv", (*operands, grad_k, grad_v, count), strided, num_heads, scales)
+            _launch(_grad_q_kernel, "grad_q", (*operands, grad_q, count), strided, num_heads, scales)
+    return grad_q, grad_k, grad_v
+
+
+def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """What tools/compile_gate.py compiles: names, and calls of the launchers on meta tensors.
+
+    The official grid has 2304 tokens, which every tile divides; 2300 compiles the masks, too.
+    """
+    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
+    for dtype, width, length, tf32 in (
+        *((dtype, width, 2304, False) for dtype in (bfloat16, float32) for width in (32, 64, 128)),
+        *((dtype, width, 2300, False) for dtype in (bfloat16, float32) for width in (32, 64, 128)),
+        *((float32, width, 2304, True) for width in (32, 64, 128)),
+        (float16, 64, 2304, False),
+    ):
+        name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+        yield f"{name} D={width} L={length}", functools.partial(_gate_case, dtype, width, length, tf32)
+
+
+def _gate_case(dtype: torch.dtype, width: int, length: int, tf32: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    x = torch.empty(2, length, 2 * width, dtype=dtype, device="meta")
+    table = torch.empty(length, width, device="meta")
+    lse = torch.empty(2, 2, length, device="meta")
+    count = torch.empty(1, dtype=torch.int64, device="meta")
+    forward(x, x, x, table, table, 2, count)
+    backward(x, x, x, x, x, lse, table, table, 2, count)
+
+
+def _adjacent_channels(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, count: Tensor | None) -> Tensor:
+    y = x.new_empty(x.shape)
+    _launch_rows(_rotate_kernel, (x, cos, sin, y, count), (x, y), num_heads)
+    return y
+
+
+def _log2_scale(q: Tensor, num_heads: int) -> float:
+    """The factor of a score in the argument of exp2."""
+    return (q.shape[2] // num_heads) ** -0.5 * math.log2(math.e)
+
+
+def _launch_rows(kernel, tensors, strided: tuple[Tensor, ...], num_heads: int) -> None:
+    num_pairs, length, channels = strided[0].shape
+    strides = [s for t in strided for s in t.stride()[:2]]
+    num_tiles = triton.cdiv(length, ROWS)
+    kernel[(num_tiles * num_heads * num_pairs,)](
+        *tensors, *strides, num_heads, num_tiles,
+        L=length, D=channels // num_heads, TILE=ROWS, maxnreg=REGISTERS,
+    )  # fmt: skip
+
+
+def _launch(kernel, name: str, tensors, strided: tuple[Tensor, ...], num_heads: int, scales: tuple[float, ...]) -> None:
+    x = strided[0]
+    num_pairs, length, channels = x.shape
+    tile, step, num_warps, num_stages = CONFIGS[x.element_size(), channels // num_heads][name]
+    if name == "grad_kv" and length % step:  # the masks of a pipelined loop do not fit into its registers
+        num_stages = 1
+    strides = [s for t in strided for s in t.stride()[:2]]
+    num_tiles = triton.cdiv(length, tile)
+    kernel[(num_tiles * num_heads * num_pairs,)](
+        *tensors, *strides, num_heads, num_tiles, *scales,
+        L=length, D=channels // num_heads, TILE=tile, STEP=step,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        num_warps=num_warps, num_stages=num_stages, maxnreg=REGISTERS,
+    )  # fmt: skip

@@ -1,0 +1,243 @@
+"""The Triton kernels of expert_attention in Triton's interpreter: TRITON_INTERPRET=1 pytest tests -k triton."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import tiny
+import torch
+from helpers import assert_within_budget, value_and_gradients
+from test_expert_attention import plain, truth
+from torch import Tensor
+
+from mova_kernels import BackendError, _triton, backends, use_backend
+from mova_kernels.ops import expert_attention, rope2d_table
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
+pytest.importorskip("triton")
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "correct_bfloat16")
+
+
+@pytest.fixture
+def correct_bfloat16(monkeypatch) -> None:
+    """The interpreter of Triton 3.6 truncates where a GPU rounds to bfloat16, and multiplies its bits as integers."""
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def nearest(self, source, target):
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        narrow = torch.tensor(source.data).bfloat16().view(torch.int16).numpy()
+        return TensorHandle(narrow.view(np.uint16), tl.bfloat16)
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", nearest)
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    )
+    monkeypatch.setattr(_triton, "INTERPRETED_DTYPES", _triton.DTYPES)
+
+
+def problem(num_pairs: int, length: int, heads: int, width: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """Tokens of the first ``length`` places of a grid."""
+    side = int(length**0.5) + 1
+    tables = tuple(t[:length] for t in rope2d_table(side, width))
+    return list(torch.randn(3, num_pairs, length, heads * width)), tables
+
+
+def op(tables: tuple[Tensor, Tensor], heads: int, count: Tensor | None = None):
+    return lambda q, k, v: expert_attention(q, k, v, *tables, heads, count=count, backend="triton")
+
+
+# pairs, tokens, heads, head width
+SHAPES = {
+    "official width, one tile": (2, 64, 2, 64),
+    "official width, two tiles, the last one cut": (1, 200, 1, 64),
+    "narrow, the last tile cut": (1, 70, 2, 32),
+    "narrow, fewer tokens than the smallest tile": (2, 9, 1, 32),
+    "wide, the last tile cut": (1, 70, 1, 128),
+    "tiles are full": (1, 128, 1, 128),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_budget(name, dtype) -> None:
+    num_pairs, length, heads, width = SHAPES[name]
+    _, tables = problem(num_pairs, length, heads, width)
+    assert_within_budget(
+        truth(tables, heads),
+        op(tables, heads),
+        plain(tables, heads),
+        lambda: problem(num_pairs, length, heads, width)[0],
+        dtype,
+        draws=3,
+    )
+
+
+def test_one_token_attends_to_itself() -> None:
+    """The result is v; the gradients of q and k are differences of equals."""
+    (q, k, v), tables = problem(3, 1, 2, 32)
+    cotangent = torch.randn_like(v)
+    out, grad_q, grad_k, grad_v = value_and_gradients(op(tables, 2), (q, k, v), cotangent)
+    torch.testing.assert_close(out, v)
+    torch.testing.assert_close(grad_v, cotangent)
+    for found in (grad_q, grad_k):
+        torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-5)
+
+
+def test_no_pair() -> None:
+    inputs, tables = problem(0, 9, 2, 32)
+    for part in value_and_gradients(op(tables, 2), inputs):
+        assert part.shape == (0, 9, 64)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    (q, k, v), tables = problem(1, 9, 1, 32)
+    for part in value_and_gradients(op(tables, 1), (1e4 * q, 1e4 * k, v)):
+        assert part.isfinite().all()
+
+
+def test_tables_may_differ_within_a_channel_pair() -> None:
+    """The gradient is the adjoint of whatever the tables say, not only of a rotation."""
+    inputs, _ = problem(1, 9, 1, 32)
+    tables = tuple(torch.randn(2, 9, 32))
+    reference = lambda q, k, v: expert_attention(q, k, v, *tables, 1, backend="reference")  # noqa: E731
+    torch.testing.assert_close(*(value_and_gradients(f, inputs) for f in (op(tables, 1), reference)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_are_honoured(dtype) -> None:
+    """Queries, keys and values may be slices of one projection, transposed, or have channels that are not adjacent."""
+    inputs, tables = problem(2, 40, 2, 32)
+    inputs = [t.to(dtype) for t in inputs]
+    expected = value_and_gradients(op(tables, 2), inputs)
+    packed = torch.cat(inputs, -1).split(64, -1)
+    tokens_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in inputs]
+    channels_first = [t.mT.contiguous().mT for t in inputs]
+    for views in (packed, tokens_first, channels_first):
+        torch.testing.assert_close(value_and_gradients(op(tables, 2), views), expected, rtol=0, atol=0)
+
+
+def test_strided_gradients_are_honoured() -> None:
+    inputs, tables = problem(2, 40, 2, 32)
+    dense = torch.randn(2, 40, 64)
+    strided = torch.cat([dense, dense], -1)[..., :64]
+    expected, found = (value_and_gradients(op(tables, 2), inputs, g) for g in (dense, strided))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    one = torch.ones(())
+    cotangents = one.repeat(2, 40, 64), one.expand(2, 40, 64)
+    expected, found = (value_and_gradients(op(tables, 2), inputs, g) for g in cotangents)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("valid", [0, 1, 3])
+def test_padding_is_skipped(valid) -> None:
+    """What lies behind ``count`` may be NaN; it gets zeros, also in memory that was poisoned."""
+    inputs, tables = problem(3, 40, 2, 32)
+    expected = value_and_gradients(op(tables, 2), [t[:valid] for t in inputs], torch.ones(valid, 40, 64))
+    for t in inputs:
+        t[valid:] = torch.nan
+    cotangent = torch.ones(3, 40, 64)
+    cotangent[valid:] = torch.nan
+    found = value_and_gradients(op(tables, 2, torch.tensor([valid])), inputs, cotangent)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f[:valid], e, rtol=0, atol=0)
+        assert (f[valid:] == 0).all()
+
+
+def test_same_bits_every_time() -> None:
+    inputs, tables = problem(2, 70, 1, 32)
+    first, second = (value_and_gradients(op(tables, 1), inputs) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_only_some_inputs_need_gradients() -> None:
+    (q, k, v), tables = problem(1, 9, 1, 32)
+    (grad,) = torch.autograd.grad(op(tables, 1)(q, k, v.requires_grad_()).sum(), v)
+    assert grad.shape == v.shape
+
+
+def test_torch_func() -> None:
+    (q, k, v), tables = problem(1, 9, 1, 32)
+    expected = torch.autograd.grad(op(tables, 1)(q.requires_grad_(), k, v).sum(), q)[0]
+    torch.testing.assert_close(torch.func.grad(lambda q: op(tables, 1)(q, k, v).sum())(q.detach()), expected)
+
+
+@pytest.mark.parametrize("count", [None, torch.tensor([1])], ids=["all", "padded"])
+def test_opcheck(count) -> None:
+    (q, k, v), tables = problem(2, 9, 2, 32)
+    arguments = (q, k, v, *tables, 2, count, "triton")
+    torch.library.opcheck(torch.ops.mova_kernels.expert_attention_fwd.default, arguments)
+    out, lse = torch.ops.mova_kernels.expert_attention_fwd(*arguments)
+    arguments = (torch.randn_like(out), q, k, v, out, lse, *tables, 2, count, "triton")
+    torch.library.opcheck(torch.ops.mova_kernels.expert_attention_bwd.default, arguments)
+
+
+def test_compile() -> None:
+    inputs, tables = problem(2, 9, 2, 32)
+    count = torch.tensor([1])
+    torch._dynamo.reset()
+    compiled = torch.compile(op(tables, 2, count), fullgraph=True, backend="aot_eager")
+    expected, found = (value_and_gradients(f, inputs) for f in (op(tables, 2, count), compiled))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_log_sum_exp() -> None:
+    (q, k, v), (cos, sin) = problem(2, 40, 2, 32)
+    _, lse = torch.ops.mova_kernels.expert_attention_fwd(q, k, v, cos, sin, 2, None, "triton")
+    factor = torch.complex(cos, sin)[:, None, ::2]
+    q, k = (torch.view_as_complex(t.unflatten(2, (2, 16, 2))) * factor for t in (q, k))
+    scores = torch.einsum("pshc,pthc->phst", q, k.conj()).real / 32**0.5
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+def test_other_widths_are_refused_with_a_reason() -> None:
+    inputs, tables = problem(1, 9, 1, 48)
+    with pytest.raises(BackendError, match=r"cannot run expert_attention .* head widths 32, 64 and 128, not 48"):
+        op(tables, 1)(*inputs)
+    assert backends.choose("expert_attention", None, inputs[0].device, torch.float32) == "reference"
+
+
+def test_wide_floats_are_refused_with_a_reason() -> None:
+    inputs, tables = problem(1, 9, 1, 32)
+    with pytest.raises(BackendError, match=r"it takes float32, bfloat16 and float16, not torch\.float64"):
+        op(tables, 1)(*(t.double() for t in inputs))
+
+
+def test_bfloat16_is_refused_where_the_interpreter_is_wrong_about_it(monkeypatch) -> None:
+    monkeypatch.undo()
+    inputs, tables = problem(1, 9, 1, 32)
+    with pytest.raises(BackendError, match="interpreter"):
+        op(tables, 1)(*(t.bfloat16() for t in inputs))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_adapter(compiled) -> None:
+    """Compiled, the pairs are padded and their number is known on the device alone."""
+    config = tiny.square_config(2, num_layers=1, in_channels=64, num_heads=2)
+    base, experts, text = tiny.inputs(config, 3, ((3, 3), (2, 2)))
+    routing = torch.tensor([[1, 0], [0, 0], [1, 1]]).bool()
+    adapter = tiny.adapter(config)
+    parameters = list(adapter.parameters())
+
+    def outcome(module) -> list[Tensor]:
+        y = module(base, experts, routing, text)
+        gradients = torch.autograd.grad(y, parameters, torch.ones_like(y), allow_unused=True)
+        return [y, *(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))]
+
+    expected = outcome(adapter)
+    torch._dynamo.reset()
+    with use_backend("expert_attention=triton"):
+        module = torch.compile(adapter, fullgraph=True, backend="aot_eager") if compiled else adapter
+        torch.testing.assert_close(outcome(module), expected, rtol=1e-4, atol=1e-5)
