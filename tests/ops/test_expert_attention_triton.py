@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import tiny
 import torch
@@ -11,41 +9,10 @@ from helpers import assert_within_budget, value_and_gradients
 from test_expert_attention import plain, truth
 from torch import Tensor
 
-from mova_kernels import BackendError, _triton, backends, use_backend
+from mova_kernels import BackendError, backends, use_backend
 from mova_kernels.ops import expert_attention, rope2d_table
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
-pytest.importorskip("triton")
-
-import numpy as np
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "correct_bfloat16")
-
-
-@pytest.fixture
-def correct_bfloat16(monkeypatch) -> None:
-    """The interpreter of Triton 3.6 truncates where a GPU rounds to bfloat16, and multiplies its bits as integers."""
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def nearest(self, source, target):
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, target)
-        narrow = torch.tensor(source.data).bfloat16().view(torch.int16).numpy()
-        return TensorHandle(narrow.view(np.uint16), tl.bfloat16)
-
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", nearest)
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-    )
-    monkeypatch.setattr(_triton, "INTERPRETED_DTYPES", _triton.DTYPES)
+pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
 
 
 def problem(num_pairs: int, length: int, heads: int, width: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
@@ -216,7 +183,7 @@ def test_wide_floats_are_refused_with_a_reason() -> None:
 
 
 def test_bfloat16_is_refused_where_the_interpreter_is_wrong_about_it(monkeypatch) -> None:
-    monkeypatch.undo()
+    monkeypatch.undo()  # of the fixture interpreter
     inputs, tables = problem(1, 9, 1, 32)
     with pytest.raises(BackendError, match="interpreter"):
         op(tables, 1)(*(t.bfloat16() for t in inputs))

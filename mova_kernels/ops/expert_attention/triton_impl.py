@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._jit import REGISTERS, adjacent_channels, dot_precision
+
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 # (bytes per element, head width) -> for each kernel: own tile, tile of the loop, warps, pipeline stages. "forward" and
@@ -31,7 +33,6 @@ CONFIGS = {
     (4, 128): {"forward": (32, 16, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 8, 1)},
 }
 ROWS = 64  # tokens per program of the kernels without a loop
-REGISTERS = 255  # per thread: without a limit ptxas spills some to fit a second block into a multiprocessor
 
 
 @triton.jit
@@ -255,7 +256,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_heads: int, count: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(P, L, H*D) x 3, fp32 tables (L, D), (1,) int64 or None -> out (P, L, H*D), log-sum-exp (P, H, L) fp32."""
-    q, k, v = (_adjacent_channels(t) for t in (q, k, v))
+    q, k, v = (adjacent_channels(t) for t in (q, k, v))
     cos, sin = cos.contiguous(), sin.contiguous()
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[0], num_heads, q.shape[1]), dtype=torch.float32)
@@ -275,7 +276,7 @@ def backward(
     num_heads: int, count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, (P, L, H*D), contiguous; bit for bit the same at every call."""
-    grad, q, k, v, out = (_adjacent_channels(t) for t in (grad, q, k, v, out))
+    grad, q, k, v, out = (adjacent_channels(t) for t in (grad, q, k, v, out))
     cos, sin, lse = cos.contiguous(), sin.contiguous(), lse.contiguous()
     grad_q, grad_k, grad_v = (q.new_empty(q.shape) for _ in range(3))
     if grad_q.numel():
@@ -317,10 +318,6 @@ def _gate_case(dtype: torch.dtype, width: int, length: int, tf32: bool) -> None:
     backward(x, x, x, x, x, lse, table, table, 2, count)
 
 
-def _adjacent_channels(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, count: Tensor | None) -> Tensor:
     y = x.new_empty(x.shape)
     _launch_rows(_rotate_kernel, (x, cos, sin, y, count), (x, y), num_heads)
@@ -353,6 +350,6 @@ def _launch(kernel, name: str, tensors, strided: tuple[Tensor, ...], num_heads: 
     kernel[(num_tiles * num_heads * num_pairs,)](
         *tensors, *strides, num_heads, num_tiles, *scales,
         L=length, D=channels // num_heads, TILE=tile, STEP=step,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        PRECISION=dot_precision(),
         num_warps=num_warps, num_stages=num_stages, maxnreg=REGISTERS,
     )  # fmt: skip

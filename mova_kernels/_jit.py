@@ -1,0 +1,29 @@
+"""What several Triton kernels share. Imported by ``triton_impl.py`` files only: this needs triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+REGISTERS = 255  # per thread: without a limit ptxas spills some to fit a second block into a multiprocessor
+
+
+@triton.jit
+def pick(values, i):
+    """values[i] of a tuple of pointers or integers, for an i that only the device knows."""
+    value = values[0]
+    for j in tl.static_range(1, len(values)):
+        value = tl.where(i == j, values[j], value)
+    return value
+
+
+def adjacent_channels(x: Tensor) -> Tensor:
+    """``x``, or a copy whose last dimension has stride 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dot_precision() -> str:
+    """What tl.dot does with fp32 operands: TF32 only if torch's own switch is on."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
