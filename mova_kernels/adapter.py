@@ -120,13 +120,14 @@ class MoVAdapter(
         selected = self._selected(base, experts, routing)
         sizes = self._check_experts(base, experts, selected, grids)
         text = self._check_text(base, text, selected)
-        features, packed = self._align(experts, selected, sizes)
+        blocks = cast(list[AdapterBlock], list(self.blocks))
+        unusual = next((name for block in blocks for name in block.unusual_modules()), None)
+        features, packed = self._align(experts, selected, sizes, normalise=unusual is None)
         pairs = RaggedPairs.from_routing(selected, packed, base.device)
 
         x = base + self.pos_embed
-        blocks = cast(list[AdapterBlock], list(self.blocks))
         for block in blocks:
-            x = block(x, text, features, pairs, self.rope.cos, self.rope.sin)
+            x = block(x, text, features, pairs, self.rope.cos, self.rope.sin, unusual)
         x = self.mlp(self.downsample((x + base) / 2))
         if self.idle_expert_gradients and pairs.bounds is not None and torch.is_grad_enabled():
             # Where a sample chose more than topk, a block may have dropped an expert of which the pairs know.
@@ -224,27 +225,39 @@ class MoVAdapter(
         return text.expand(num_samples, -1)
 
     def _align(
-        self, experts: Sequence[Tensor | None], selected: Tensor, sizes: Sequence[tuple[int, int] | None]
+        self,
+        experts: Sequence[Tensor | None],
+        selected: Tensor,
+        sizes: Sequence[tuple[int, int] | None],
+        normalise: bool,
     ) -> tuple[list[Tensor], list[bool]]:
-        """Each expert's tokens on the base grid, (B or B_e, R*R, C_e), and whether these are only the selected rows."""
+        """Each expert's tokens on the base grid, (B or B_e, R*R, C_e), and whether these are only the selected rows.
+
+        Where the host does not know the routing, what the unselected rows of an expert hold means nothing.
+        """
         target = (self.config.resolution, self.config.resolution)
         num_samples = selected.shape[0]
-        features, packed = [], []
-        for e, (feature, size) in enumerate(zip(experts, sizes, strict=True)):
-            if feature is None or size is None:
-                size = target
+        given: list[Tensor] = []
+        rows: list[Tensor | None] = []
+        packed = []
+        for e, feature in enumerate(experts):
+            row, is_packed = None, False
+            if feature is None:
                 feature = self.pos_embed.new_empty(0, self.config.num_tokens, self.config.expert_channels[e])
-            is_packed = feature.shape[0] != num_samples
-            rows = None
-            if size != target and not is_packed:
-                if host_sees_values(feature.device):
-                    rows = selected[:, e].nonzero().squeeze(1).to(feature.device, non_blocking=True)
-                    is_packed = True
-                else:
-                    rows = torch.where(selected[:, e], torch.arange(num_samples, device=feature.device), -1)
-            features.append(ops.feature_resample(feature, size, target, rows))
+            if feature.shape[0] != num_samples:
+                is_packed = True
+            elif host_sees_values(feature.device):
+                row = selected[:, e].nonzero().squeeze(1).to(feature.device, non_blocking=True)
+                is_packed = True
+            else:
+                row = torch.where(selected[:, e], torch.arange(num_samples, device=feature.device), -1)
+            given.append(feature)
+            rows.append(row)
             packed.append(is_packed)
-        return features, packed
+        grids = [target if size is None else size for size in sizes]
+        if normalise:  # once, for all blocks: their LayerNorms differ in the affine part alone
+            return list(ops.feature_norm(given, grids, target, rows, EPS)), packed
+        return [ops.feature_resample(f, s, target, r) for f, s, r in zip(given, grids, rows, strict=True)], packed
 
 
 class AdapterBlock(nn.Module):
@@ -266,17 +279,35 @@ class AdapterBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, text: Tensor | None, features: Sequence[Tensor], pairs: RaggedPairs, cos: Tensor, sin: Tensor
+        self,
+        x: Tensor,
+        text: Tensor | None,
+        features: Sequence[Tensor],
+        pairs: RaggedPairs,
+        cos: Tensor,
+        sin: Tensor,
+        unusual: str | None = None,
     ) -> Tensor:
-        """(B, L, C) tokens, (B, text_channels), the experts' features on the base grid -> (B, L, C)."""
+        """(B, L, C) tokens, (B, text_channels), the experts' features on the base grid -> (B, L, C).
+
+        The features are normalised (feature_norm) for the ops; they are as they came for the modules, which are called
+        one by one if ``unusual`` names one that the ops must not bypass.
+        """
         if text is not None and pairs.num_pairs > 0:
             weights, kept = self._gate(x, text, pairs.selected)
             pairs = pairs.topk(kept, self.topk)
             gate = weights[pairs.sample, pairs.expert]
-            x = self._fuse(x, features, pairs, gate, cos, sin)
+            if unusual is None:
+                x = self._fuse(x, features, pairs, gate, cos, sin)
+            else:
+                x = self._fuse_by_module(x, features, pairs, gate, cos, sin, unusual)
         normed = self.norm3(x)
         x = x + self.self_attn(normed, normed, cos, sin)
         return x + self.mlp(self.norm4(x))
+
+    def unusual_modules(self) -> list[str]:
+        """The experts' modules whose weights an op must not read behind their back."""
+        return [name for name, m in self.named_modules() if _is_of_experts(name) and not _is_plain(m)]
 
     def expert_parameters(self, experts: Sequence[int]) -> list[nn.Parameter]:
         """The parameters which only these experts use; with all experts, also those of the gate."""
@@ -295,14 +326,11 @@ class AdapterBlock(nn.Module):
     def _fuse(
         self, x: Tensor, features: Sequence[Tensor], pairs: RaggedPairs, gate: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        unusual = [name for name, m in self.named_modules() if _is_of_experts(name) and not _is_plain(m)]
-        if unusual:
-            return self._fuse_by_module(x, features, pairs, gate, cos, sin, unusual[0])
         cross = cast(list[Attention], list(self.cross_attn))
         queries = [a.q_proj.weight for a in cross]
         keys, values = [a.k_proj.weight for a in cross], [a.v_proj.weight for a in cross]
-        (q,) = ops.ragged_linear(x, pairs.sample, pairs, _affine(self.norm1), [queries])
-        k, v = ops.ragged_linear(features, pairs.row, pairs, _affine(self.norm2), [keys, values])
+        (q,) = ops.ragged_linear(F.layer_norm(x, x.shape[2:], eps=EPS), pairs, _affine(self.norm1), [queries])
+        k, v = ops.ragged_linear(features, pairs, _affine(self.norm2), [keys, values])
         count = pairs.expert_offsets[-1:] if pairs.bounds is None else None
         attended = ops.expert_attention(q, k, v, cos, sin, cross[0].num_heads, count=count)
         inner, proj = _affine(a.inner_attn_ln for a in cross), _affine(a.proj for a in cross)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import backends
-from ..._checks import check_floats, check_tensor
+from ..._checks import check, check_floats, check_tensor
 from ...ragged import RaggedPairs
-from ..ragged_linear import ragged_linear
+from ..ragged_linear.op import project
 from . import reference
 
 backends.register("gated_combine")
@@ -49,9 +50,15 @@ def gated_combine(
     check_floats("x", x, (pairs.num_samples, "L", "C"))
     check_floats("attended", attended, (pairs.num_pairs, x.shape[1], "I"))
     check_floats("gate", gate, (pairs.num_pairs,))
-    for e, (weight, bias) in enumerate(zip(weights, biases, strict=False)):
+    lengths = [len(norms), len(weights), len(biases)]
+    rule = f"must have one entry for each of {pairs.num_experts} experts"
+    check(lengths == [pairs.num_experts] * 3, "norms, weights and biases", rule, lengths)
+    for e, (norm, weight, bias) in enumerate(zip(norms, weights, biases, strict=True)):
+        check_tensor(f"norms[{e}][0]", norm[0], (attended.shape[2],))
+        check_tensor(f"norms[{e}][1]", norm[1], (attended.shape[2],))
         check_tensor(f"weights[{e}]", weight, (x.shape[2], attended.shape[2]))
         check_tensor(f"biases[{e}]", bias, (x.shape[2],))
     backends.choose("gated_combine", backend, x.device, x.dtype)
-    (projected,) = ragged_linear(attended, None, pairs, norms, [weights], [biases], eps)
+    normed = F.layer_norm(attended, attended.shape[-1:], eps=eps)
+    (projected,) = project([normed], None, pairs, norms, [weights], [biases])
     return reference.gated_combine(x, projected, gate, pairs.sample, pairs.bounds)

@@ -1,4 +1,4 @@
-"""The definition of ragged_linear, in pure torch: LayerNorm and Linear layers, per expert on the rows of its pairs."""
+"""The definition of ragged_linear, in pure torch: per expert one linear layer on the rows of its pairs."""
 
 from __future__ import annotations
 
@@ -15,27 +15,36 @@ def ragged_linear(
     index: Tensor | None,
     offsets: Sequence[int],
     num_pairs: int,
-    norm_weight: Sequence[Tensor],
-    norm_bias: Sequence[Tensor],
-    eps: float,
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """One (P, L, O) per projection. ``weight`` and ``bias`` list the projections' experts one after the other."""
-    num_experts = len(norm_weight)
+    num_experts = len(scale)
     outputs: list[list[Tensor]] = [[] for _ in range(len(weight) // num_experts)]
     for e, source, rows in _experts(x, index, offsets):
-        normed = _take(source, rows).to(norm_weight[e].dtype)
-        normed = F.layer_norm(normed, normed.shape[-1:], norm_weight[e], norm_bias[e], eps).to(weight[e].dtype)
+        taken = _take(source, rows).to(dtype)
         for i, output in enumerate(outputs):
             j = i * num_experts + e
-            output.append(F.linear(normed, weight[j], bias[j] if bias else None))
+            output.append(F.linear(taken, *folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)))
     padding = num_pairs - offsets[-1]
     for i, output in enumerate(outputs):
-        w = weight[i * num_experts]
         if padding or not output:
-            output.append(w.new_zeros((padding, x[0].shape[1], w.shape[0])))
+            output.append(x[0].new_zeros((padding, x[0].shape[1], weight[i * num_experts].shape[0]), dtype=dtype))
     return [torch.cat(output) for output in outputs]
+
+
+def folded(
+    scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one linear layer that is (x * scale + shift) W^T + b."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    constant = (weight.to(wide) * shift.to(wide)).sum(1)  # not a matrix product, which autocast would make narrow
+    if bias is not None:
+        constant = constant + bias.to(wide)
+    return (weight * scale).to(dtype), constant.to(dtype)
 
 
 def ragged_linear_backward(
@@ -43,44 +52,41 @@ def ragged_linear_backward(
     x: Sequence[Tensor],
     index: Tensor | None,
     offsets: Sequence[int],
-    norm_weight: Sequence[Tensor],
-    norm_bias: Sequence[Tensor],
-    eps: float,
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     needs_x: bool,
 ) -> list[Tensor]:
-    """Gradients of x (nothing if not ``needs_x``), norm_weight, norm_bias, weight and bias, in this order.
+    """Gradients of x (nothing if not ``needs_x``), scale, shift, weight and bias, in this order.
 
-    With n = LN(x): dW = dy^T n, db = sum dy, dn = sum over the projections of dy W, and the rest is LayerNorm's.
+    With V = W diag(scale), dV = dy^T x and s = sum dy: dx = dy V, dW = dV diag(scale) + s shift^T,
+    dscale_c = sum_o dV_oc W_oc, dshift = W^T s and db = s.
     """
-    num_experts = len(norm_weight)
-    grad_x, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias = (
+    num_experts = len(scale)
+    grad_x, grad_scale, grad_shift, grad_weight, grad_bias = (
         [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]  # as the fake promises
-        for tensors in (x if needs_x else (), norm_weight, norm_bias, weight, bias)
+        for tensors in (x if needs_x else (), scale, shift, weight, bias)
     )
     for e, source, rows in _experts(x, index, offsets):
-        taken = _take(source, rows).to(norm_weight[e].dtype)
-        width = taken.shape[-1:]
-        normed, mean, rstd = torch.native_layer_norm(taken, width, norm_weight[e], norm_bias[e], eps)
-        flat = normed.to(weight[e].dtype).flatten(0, 1)
-        grad_normed = torch.zeros_like(flat)
+        taken = _take(source, rows).flatten(0, 1)
         for i, grad in enumerate(grads):
             j = i * num_experts + e
+            w = weight[j]
+            wide = torch.promote_types(w.dtype, torch.float32)
             dy = grad[offsets[e] : offsets[e + 1]].flatten(0, 1)
-            grad_weight[j] = dy.t() @ flat
+            grad_folded = (dy.t() @ taken.to(dy.dtype)).to(wide)
+            total = dy.sum(0, dtype=wide)
+            grad_weight[j].copy_(grad_folded * scale[e] + total[:, None] * shift[e])
+            grad_scale[e] += (grad_folded * w).sum(0)
+            grad_shift[e] += total @ w.to(wide)
             if bias:
-                grad_bias[j] = dy.sum(0)
-            grad_normed = torch.addmm(grad_normed, dy, weight[j])
-        wanted = [needs_x, True, True]
-        dx, dg, db = torch.ops.aten.native_layer_norm_backward(
-            grad_normed.view_as(normed).to(normed.dtype),
-            taken, width, mean, rstd, norm_weight[e], norm_bias[e], wanted,
-        )  # fmt: skip
-        grad_norm_weight[e], grad_norm_bias[e] = dg, db
-        if needs_x:
-            grad_x[e if len(x) > 1 else 0].index_add_(0, rows, dx.to(source.dtype))
-    return [*grad_x, *grad_norm_weight, *grad_norm_bias, *grad_weight, *grad_bias]
+                grad_bias[j].copy_(total)
+            if needs_x:
+                dx = dy @ (w * scale[e]).to(dy.dtype)
+                dx = dx.to(source.dtype).unflatten(0, (len(rows), -1))
+                grad_x[e if len(x) > 1 else 0].index_add_(0, rows, dx)
+    return [*grad_x, *grad_scale, *grad_shift, *grad_weight, *grad_bias]
 
 
 def _experts(x: Sequence[Tensor], index: Tensor | None, offsets: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
