@@ -27,3 +27,8 @@ def adjacent_channels(x: Tensor) -> Tensor:
 def dot_precision() -> str:
     """What tl.dot does with fp32 operands: TF32 only if torch's own switch is on."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def num_multiprocessors(x: Tensor) -> int:
+    """Of the device of ``x``; some number where there is no GPU (interpreter, compile gate)."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3

@@ -7,11 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._checks import check, check_tensor
+
+
+class PairTables(NamedTuple):
+    """The tables of :class:`RaggedPairs` that kernels read on the device."""
+
+    sample: Tensor
+    expert: Tensor
+    row: Tensor
+    expert_offsets: Tensor
+    by_sample: Tensor
+    sample_offsets: Tensor
+
+    @property
+    def num_used(self) -> Tensor:
+        """How many pairs are not padding, (1,)."""
+        return self.expert_offsets[-1:]
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,11 @@ class RaggedPairs:
     def num_pairs(self) -> int:
         """P, with padding where the host does not know the routing."""
         return self.sample.shape[0]
+
+    @property
+    def tables(self) -> PairTables:
+        """What a raw op takes."""
+        return PairTables(*(getattr(self, name) for name in PairTables._fields))
 
     def topk(self, kept: Tensor, k: int) -> RaggedPairs:
         """The pairs in ``kept``, (B, N) bool: of each sample k of its experts, or all of them where it has no more.

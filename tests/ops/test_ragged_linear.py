@@ -37,15 +37,18 @@ class Problem:
     selected: Tensor
     packed: tuple[bool, ...] = (True, True, True)
     shared: bool = False  # all experts read the same tokens, as queries do
+    tokens: int = TOKENS
+    widths: tuple[int, ...] = WIDTHS
+    outputs: tuple[int, ...] = OUTPUTS
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        widths = (WIDTHS[0],) * 3 if self.shared else WIDTHS
+        widths = (self.widths[0],) * 3 if self.shared else self.widths
         counts = [int(n) if p else len(self.selected) for n, p in zip(self.selected.sum(0), self.packed, strict=True)]
         rows = [len(self.selected)] if self.shared else counts
-        x = [torch.randn(r, TOKENS, c) for r, c in zip(rows, widths, strict=False)]
+        x = [torch.randn(r, self.tokens, c) for r, c in zip(rows, widths, strict=False)]
         affine = [1 + torch.randn(c) / 4 for c in widths] + [torch.randn(c) for c in widths]
-        weights = [torch.randn(o, c) for o in OUTPUTS for c in widths]
-        return [t.to(dtype) for t in (*x, *affine, *weights, *(torch.randn(o) for o in OUTPUTS for _ in widths))]
+        weights = [torch.randn(o, c) for o in self.outputs for c in widths]
+        return [t.to(dtype) for t in (*x, *affine, *weights, *(torch.randn(o) for o in self.outputs for _ in widths))]
 
     def split(self, flat: tuple[Tensor, ...]):
         """x, (weight, bias) per expert, weights and biases per projection."""
@@ -60,7 +63,7 @@ class Problem:
             x, affines, weights, biases = self.split(flat)
             outputs = ragged_linear(x[0] if self.shared else x, pairs, affines, weights, biases)
             used = int(self.selected.sum())
-            assert [o.shape for o in outputs] == [(pairs.num_pairs, TOKENS, o) for o in OUTPUTS]
+            assert [o.shape for o in outputs] == [(pairs.num_pairs, self.tokens, o) for o in self.outputs]
             assert not any(o[used:].any() for o in outputs)
             return torch.cat(outputs, -1)[:used]
 
@@ -71,7 +74,7 @@ class Problem:
 
         def function(*flat: Tensor) -> Tensor:
             x, affines, weights, biases = self.split(flat)
-            found = [flat[0].new_zeros(0, TOKENS, sum(OUTPUTS))]
+            found = [flat[0].new_zeros(0, self.tokens, sum(self.outputs))]
             for e in range(3):
                 samples = self.selected[:, e].nonzero().flatten().tolist()
                 for rank, sample in enumerate(samples):
@@ -187,7 +190,7 @@ def raw_arguments(selected: Tensor):
     x, affines, weights, biases = problem.split(tuple(problem.inputs(torch.float32)))
     scale, shift = ([a[i] for a in affines] for i in (0, 1))
     weights, biases = [w for p in weights for w in p], [b for p in biases for b in p]
-    arguments = [list(x), pairs.row, pairs.expert_offsets, scale, shift, weights, biases]
+    arguments = [list(x), "row", list(pairs.tables), scale, shift, weights, biases]
     grads = [torch.randn(pairs.num_pairs, TOKENS, o) for o in OUTPUTS]
     return arguments, grads
 
@@ -195,9 +198,9 @@ def raw_arguments(selected: Tensor):
 @pytest.mark.parametrize("name", ["no pair", "idle expert and sample without experts"])
 def test_opcheck(name) -> None:
     arguments, grads = raw_arguments(ROUTINGS[name])
-    torch.library.opcheck(RAW.ragged_linear_fwd.default, (*arguments, torch.float32))
-    torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *arguments, True))
-    torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *arguments, False))
+    torch.library.opcheck(RAW.ragged_linear_fwd.default, (*arguments, torch.float32, "reference"))
+    torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *arguments, True, "reference"))
+    torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *arguments, False, "reference"))
 
 
 @pytest.mark.parametrize("name", ["no pair", "idle expert and sample without experts"])
@@ -206,7 +209,7 @@ def test_raw_backward_has_the_promised_strides_for_transposed_operands(name) -> 
     arguments, grads = raw_arguments(ROUTINGS[name])
     arguments[0] = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in arguments[0]]
     arguments[5] = [t.t().contiguous().t() for t in arguments[5]]
-    assert all(g.is_contiguous() for g in RAW.ragged_linear_bwd(grads, *arguments, True))
+    assert all(g.is_contiguous() for g in RAW.ragged_linear_bwd(grads, *arguments, True, "reference"))
 
 
 def with_dense_features(selected: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,5 @@
 import torch.nn.functional as F
+
 from ..feature_resample import feature_resample
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import backends
+from ... import _triton, backends
 from ..._checks import check, check_floats, check_tensor
-from ...ragged import RaggedPairs
-from ..ragged_linear.op import project
+from ..._library import define
+from ...ragged import PairTables, RaggedPairs
+from ..ragged_linear.op import project, without_idle
 from . import reference
 
-backends.register("gated_combine")
+backends.register(
+    "gated_combine",
+    backends.Backend("triton", _triton.declines, only_when_asked="it has never run on a GPU (docs/gpu-status.md)"),
+)
 
 
 def gated_combine(
@@ -46,6 +51,7 @@ def gated_combine(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.
+        backends.BackendError: the requested backend cannot run here.
     """
     check_floats("x", x, (pairs.num_samples, "L", "C"))
     check_floats("attended", attended, (pairs.num_pairs, x.shape[1], "I"))
@@ -58,7 +64,69 @@ def gated_combine(
         check_tensor(f"norms[{e}][1]", norm[1], (attended.shape[2],))
         check_tensor(f"weights[{e}]", weight, (x.shape[2], attended.shape[2]))
         check_tensor(f"biases[{e}]", bias, (x.shape[2],))
-    backends.choose("gated_combine", backend, x.device, x.dtype)
+    if backends.choose("gated_combine", backend, x.device, attended.dtype) == "triton":
+        scale, shift = [n[0] for n in norms], [n[1] for n in norms]
+        parameters = (*scale, *shift, *weights, *biases)
+        return _GatedCombine.apply(eps, pairs.bounds, x, attended, gate.float(), *pairs.tables, *parameters)
     normed = F.layer_norm(attended, attended.shape[-1:], eps=eps)
-    (projected,) = project([normed], None, pairs, norms, [weights], [biases])
+    (projected,) = project([normed], "pair", pairs, norms, [weights], [biases], "reference")
     return reference.gated_combine(x, projected, gate, pairs.sample, pairs.bounds)
+
+
+def _forward_kernel(x, attended, gate, tables, scale, shift, weight, bias, eps):
+    return _triton_impl(attended).forward(x, attended, gate, PairTables(*tables), scale, shift, weight, bias, eps)
+
+
+def _backward_kernel(grad, attended, gate, tables, scale, shift, weight, bias, eps):
+    implementation = _triton_impl(attended)
+    return implementation.backward(grad, attended, gate, PairTables(*tables), scale, shift, weight, bias, eps)
+
+
+def _triton_impl(attended: Tensor):
+    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
+    backends.choose("gated_combine", "triton", attended.device, attended.dtype)
+    from . import triton_impl
+
+    return triton_impl
+
+
+def _forward_fake(x, attended, gate, tables, scale, shift, weight, bias, eps):
+    return x.new_empty(x.shape)
+
+
+def _backward_fake(grad, attended, gate, tables, scale, shift, weight, bias, eps):
+    parameters = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*scale, *shift, *weight, *bias)]
+    return attended.new_empty(attended.shape), gate.new_empty(gate.shape), parameters
+
+
+_INPUTS = (
+    "Tensor attended, Tensor gate, Tensor[] tables, Tensor[] scale, Tensor[] shift, Tensor[] weight, Tensor[] bias, "
+    "float eps"
+)
+_fwd = define("gated_combine_fwd", f"(Tensor x, {_INPUTS}) -> Tensor", _forward_kernel, _forward_fake)
+_bwd = define(
+    "gated_combine_bwd", f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor[])", _backward_kernel, _backward_fake
+)
+
+
+class _GatedCombine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, eps, bounds, x, attended, gate, *tensors):
+        ctx.save_for_backward(attended, gate, *tensors)
+        ctx.eps, ctx.bounds = eps, bounds
+        return _fwd(x, attended, gate, *_arguments(tensors), eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        attended, gate, *tensors = ctx.saved_tensors
+        grad_attended, grad_gate, parameters = _bwd(grad, attended, gate, *_arguments(tensors), ctx.eps)
+        parameters = without_idle(parameters, ctx.bounds)
+        return None, None, grad, grad_attended, grad_gate, *(None,) * len(PairTables._fields), *parameters
+
+
+def _arguments(tensors: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+    """tables, scale, shift, weight and bias from one sequence."""
+    tables, parameters = list(tensors[: len(PairTables._fields)]), tensors[len(PairTables._fields) :]
+    n = len(parameters) // 4
+    return tables, *(list(parameters[i * n : (i + 1) * n]) for i in range(4))

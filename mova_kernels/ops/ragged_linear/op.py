@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, pairwise
 
 import torch
 from torch import Tensor
 
-from ... import backends
+from ... import _triton, backends
 from ..._checks import check, check_floats, check_tensor
 from ..._library import define
-from ...ragged import RaggedPairs
+from ...ragged import PairTables, RaggedPairs
 from . import reference
 
-backends.register("ragged_linear")
+backends.register(
+    "ragged_linear",
+    backends.Backend("triton", _triton.declines, only_when_asked="it has never run on a GPU (docs/gpu-status.md)"),
+)
 
 
 def ragged_linear(
@@ -45,6 +49,7 @@ def ragged_linear(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.
+        backends.BackendError: the requested backend cannot run here.
     """
     shared = isinstance(x, Tensor)
     sources = [x] if isinstance(x, Tensor) else list(x)
@@ -54,8 +59,7 @@ def ragged_linear(
         check_floats(name, source, (pairs.num_samples if shared else "R", sources[0].shape[1], "C"))
     widths = [source.shape[2] for source in sources] * (pairs.num_experts if shared else 1)
     _check_parameters(widths, affines, weights, biases)
-    backends.choose("ragged_linear", backend, sources[0].device, sources[0].dtype)
-    return project(sources, pairs.sample if shared else pairs.row, pairs, affines, weights, biases)
+    return project(sources, "sample" if shared else "row", pairs, affines, weights, biases, backend)
 
 
 def _check_parameters(
@@ -81,78 +85,114 @@ def _check_parameters(
 
 def project(
     sources: Sequence[Tensor],
-    index: Tensor | None,
+    rows: str,
     pairs: RaggedPairs,
     affines: Sequence[tuple[Tensor, Tensor]],
     weights: Sequence[Sequence[Tensor]],
     biases: Sequence[Sequence[Tensor]] = (),
+    backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """The reference for one shared source or one per expert; ``index`` None: pair p takes row p.
+    """The op without checks. ``rows`` names what a pair takes of its source.
 
-    Within an expert the index ascends without repeats.
+    It is "sample" (one source), "row" (one per expert) or, for the reference alone, "pair": row p of one source.
     """
     scale, shift = [a[0] for a in affines], [a[1] for a in affines]
     weight, bias = [w for p in weights for w in p], [b for p in biases for b in p]
     device = weight[0].device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight[0].dtype
-    if pairs.bounds is not None:
-        arguments = (sources, index, pairs.bounds, pairs.num_pairs, scale, shift, weight, bias, dtype)
+    backend = backends.choose("ragged_linear", backend, device, dtype)
+    if backend == "reference" and pairs.bounds is not None:
+        arguments = (sources, rows, pairs.tables, pairs.bounds, scale, shift, weight, bias, dtype)
         return tuple(reference.ragged_linear(*arguments))
-    # The host does not know the pairs: the opaque op looks at the offsets when it runs.
     sizes = (len(sources), len(scale), len(weight), len(bias))
-    index = torch.arange(pairs.num_pairs, device=device) if index is None else index
-    return _RaggedLinear.apply(index, pairs.expert_offsets, dtype, sizes, *sources, *scale, *shift, *weight, *bias)
+    sources = [source.to(dtype) for source in sources]
+    settings = (rows, dtype, backend, sizes, pairs.bounds)
+    return _RaggedLinear.apply(settings, *pairs.tables, *sources, *scale, *shift, *weight, *bias)
 
 
-def _forward_kernel(x, index, offsets, scale, shift, weight, bias, dtype):
-    return reference.ragged_linear(x, index, offsets.tolist(), len(index), scale, shift, weight, bias, dtype)
+def _forward_kernel(x, rows, tables, scale, shift, weight, bias, dtype, backend):
+    if backend == "triton":
+        return _triton_impl(x[0], dtype).forward(x, rows, PairTables(*tables), scale, shift, weight, bias, dtype)
+    bounds = tables[3].tolist()  # opaque to the compiler, the op looks at the offsets when it runs
+    return reference.ragged_linear(x, rows, PairTables(*tables), bounds, scale, shift, weight, bias, dtype)
 
 
-def _forward_fake(x, index, offsets, scale, shift, weight, bias, dtype):
+def _backward_kernel(grads, x, rows, tables, scale, shift, weight, bias, needs_x, backend):
+    parameters = (scale, shift, weight, bias, needs_x)
+    if backend == "triton":
+        return _triton_impl(x[0], x[0].dtype).backward(grads, x, rows, PairTables(*tables), *parameters)
+    return reference.ragged_linear_backward(grads, x, rows, PairTables(*tables), tables[3].tolist(), *parameters)
+
+
+def _triton_impl(x: Tensor, dtype: torch.dtype):
+    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
+    backends.choose("ragged_linear", "triton", x.device, dtype)
+    from . import triton_impl
+
+    return triton_impl
+
+
+def _forward_fake(x, rows, tables, scale, shift, weight, bias, dtype, backend):
     firsts = weight[:: len(scale)]
-    return [w.new_empty((index.shape[0], x[0].shape[1], w.shape[0]), dtype=dtype) for w in firsts]
+    return [w.new_empty((tables[0].shape[0], x[0].shape[1], w.shape[0]), dtype=dtype) for w in firsts]
 
 
-def _backward_kernel(grads, x, index, offsets, scale, shift, weight, bias, needs_x):
-    return reference.ragged_linear_backward(grads, x, index, offsets.tolist(), scale, shift, weight, bias, needs_x)
-
-
-def _backward_fake(grads, x, index, offsets, scale, shift, weight, bias, needs_x):
+def _backward_fake(grads, x, rows, tables, scale, shift, weight, bias, needs_x, backend):
     inputs = (*(x if needs_x else ()), *scale, *shift, *weight, *bias)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
 
 
-_INPUTS = "Tensor[] x, Tensor index, Tensor offsets, Tensor[] scale, Tensor[] shift, Tensor[] weight, Tensor[] bias"
-_fwd = define("ragged_linear_fwd", f"({_INPUTS}, ScalarType dtype) -> Tensor[]", _forward_kernel, _forward_fake)
-_bwd = define(
-    "ragged_linear_bwd", f"(Tensor[] grads, {_INPUTS}, bool needs_x) -> Tensor[]", _backward_kernel, _backward_fake
+_INPUTS = "Tensor[] x, str rows, Tensor[] tables, Tensor[] scale, Tensor[] shift, Tensor[] weight, Tensor[] bias"
+_fwd = define(
+    "ragged_linear_fwd", f"({_INPUTS}, ScalarType dtype, str backend) -> Tensor[]", _forward_kernel, _forward_fake
 )
+_bwd = define(
+    "ragged_linear_bwd",
+    f"(Tensor[] grads, {_INPUTS}, bool needs_x, str backend) -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
+)
+_NUM_TABLES = len(PairTables._fields)
 
 
 class _RaggedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, index, offsets, dtype, sizes, *tensors):
-        ctx.save_for_backward(index, offsets, *tensors)
-        ctx.sizes = sizes
-        return tuple(_fwd(*_arguments(index, offsets, tensors, sizes), dtype))
+    def forward(ctx, settings, *tensors):
+        ctx.settings = settings
+        ctx.save_for_backward(*tensors)
+        rows, dtype, backend, sizes, _ = settings
+        return tuple(_fwd(*_arguments(rows, sizes, tensors), dtype, backend))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        index, offsets, *tensors = ctx.saved_tensors
-        num_sources = ctx.sizes[0]
-        needs_x = any(ctx.needs_input_grad[4 : 4 + num_sources])
-        found = _bwd([g.contiguous() for g in grads], *_arguments(index, offsets, tensors, ctx.sizes), needs_x)
-        return None, None, None, None, *(() if needs_x else (None,) * num_sources), *found
+        rows, _, backend, sizes, bounds = ctx.settings
+        num_sources = sizes[0]
+        needs_x = any(ctx.needs_input_grad[1 + _NUM_TABLES :][:num_sources])
+        found = _bwd(list(grads), *_arguments(rows, sizes, ctx.saved_tensors), needs_x, backend)
+        of_x, of_parameters = (found[:num_sources], found[num_sources:]) if needs_x else ([None] * num_sources, found)
+        of_parameters = without_idle(of_parameters, bounds)
+        return None, *(None,) * _NUM_TABLES, *of_x, *of_parameters
 
 
-def _arguments(index: Tensor, offsets: Tensor, tensors: Sequence[Tensor], sizes: tuple[int, int, int, int]) -> tuple:
-    """What the raw ops take first; ``tensors`` are x, scale, shift, weight and bias in one sequence."""
+def _arguments(rows: str, sizes: tuple[int, int, int, int], tensors: Sequence[Tensor]) -> tuple:
+    """What the raw ops take first; ``tensors`` are tables, x, scale, shift, weight and bias in one sequence."""
     num_sources, num_experts, num_weights, num_biases = sizes
     parts = []
-    for size in (num_sources, num_experts, num_experts, num_weights, num_biases):
+    for size in (_NUM_TABLES, num_sources, num_experts, num_experts, num_weights, num_biases):
         parts.append(list(tensors[:size]))
         tensors = tensors[size:]
-    x, *parameters = parts
-    return x, index, offsets, *parameters
+    tables, x, *parameters = parts
+    return x, rows, tables, *parameters
+
+
+def without_idle(gradients: Sequence[Tensor], bounds: Sequence[int] | None) -> list[Tensor | None]:
+    """None for what belongs to experts without pairs, as the reference has it; nothing changes if nobody knows them.
+
+    ``gradients`` list one tensor per expert, several times over.
+    """
+    if bounds is None:
+        return list(gradients)
+    busy = [start < stop for start, stop in pairwise(bounds)]
+    return [g if b else None for g, b in zip(gradients, cycle(busy), strict=False)]

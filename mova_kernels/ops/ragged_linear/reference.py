@@ -9,27 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...ragged import PairTables
+
 
 def ragged_linear(
     x: Sequence[Tensor],
-    index: Tensor | None,
+    rows: str,
+    tables: PairTables,
     offsets: Sequence[int],
-    num_pairs: int,
     scale: Sequence[Tensor],
     shift: Sequence[Tensor],
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """One (P, L, O) per projection. ``weight`` and ``bias`` list the projections' experts one after the other."""
+    """One (P, L, O) per projection.
+
+    ``rows`` names the row of its source that a pair takes, see project() in op.py; ``offsets`` are expert_offsets on
+    the host; ``weight`` and ``bias`` list the projections' experts one after the other.
+    """
     num_experts = len(scale)
     outputs: list[list[Tensor]] = [[] for _ in range(len(weight) // num_experts)]
-    for e, source, rows in _experts(x, index, offsets):
-        taken = _take(source, rows).to(dtype)
+    for e, source, selected in _experts(x, rows, tables, offsets):
+        taken = _take(source, selected).to(dtype)
         for i, output in enumerate(outputs):
             j = i * num_experts + e
             output.append(F.linear(taken, *folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)))
-    padding = num_pairs - offsets[-1]
+    padding = len(tables.sample) - offsets[-1]
     for i, output in enumerate(outputs):
         if padding or not output:
             output.append(x[0].new_zeros((padding, x[0].shape[1], weight[i * num_experts].shape[0]), dtype=dtype))
@@ -50,7 +56,8 @@ def folded(
 def ragged_linear_backward(
     grads: Sequence[Tensor],
     x: Sequence[Tensor],
-    index: Tensor | None,
+    rows: str,
+    tables: PairTables,
     offsets: Sequence[int],
     scale: Sequence[Tensor],
     shift: Sequence[Tensor],
@@ -68,8 +75,8 @@ def ragged_linear_backward(
         [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]  # as the fake promises
         for tensors in (x if needs_x else (), scale, shift, weight, bias)
     )
-    for e, source, rows in _experts(x, index, offsets):
-        taken = _take(source, rows).flatten(0, 1)
+    for e, source, selected in _experts(x, rows, tables, offsets):
+        taken = _take(source, selected).flatten(0, 1)
         for i, grad in enumerate(grads):
             j = i * num_experts + e
             w = weight[j]
@@ -84,18 +91,19 @@ def ragged_linear_backward(
                 grad_bias[j].copy_(total)
             if needs_x:
                 dx = dy @ (w * scale[e]).to(dy.dtype)
-                dx = dx.to(source.dtype).unflatten(0, (len(rows), -1))
-                grad_x[e if len(x) > 1 else 0].index_add_(0, rows, dx)
+                dx = dx.to(source.dtype).unflatten(0, (len(selected), -1))
+                grad_x[e if len(x) > 1 else 0].index_add_(0, selected, dx)
     return [*grad_x, *grad_scale, *grad_shift, *grad_weight, *grad_bias]
 
 
-def _experts(x: Sequence[Tensor], index: Tensor | None, offsets: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _experts(
+    x: Sequence[Tensor], rows: str, tables: PairTables, offsets: Sequence[int]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(expert, its tokens, the rows of its pairs) for every expert which has pairs."""
+    index = torch.arange(offsets[-1], device=x[0].device) if rows == "pair" else getattr(tables, rows)
     for e, (start, stop) in enumerate(pairwise(offsets)):
         if stop > start:
-            source = x[e] if len(x) > 1 else x[0]
-            rows = torch.arange(start, stop, device=source.device) if index is None else index[start:stop]
-            yield e, source, rows
+            yield e, x[e] if len(x) > 1 else x[0], index[start:stop]
 
 
 def _take(source: Tensor, rows: Tensor) -> Tensor:
