@@ -28,18 +28,20 @@ FORMS = {"exact": RaggedPairs.from_routing, "padded": padded_pairs}
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
-def problem(selected: Tensor, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def problem(
+    selected: Tensor, dtype: torch.dtype = torch.float64, tokens: int = TOKENS, width: int = WIDTH, inner: int = INNER
+) -> list[Tensor]:
     """x, attended, gate, then three times each the norms' weights and biases, the weights and the biases."""
     num_pairs = int(selected.sum())
-    shapes = [(len(selected), TOKENS, WIDTH), (num_pairs, TOKENS, INNER), (num_pairs,)]
-    shapes += [(INNER,)] * 6 + [(WIDTH, INNER)] * 3 + [(WIDTH,)] * 3
+    shapes = [(len(selected), tokens, width), (num_pairs, tokens, inner), (num_pairs,)]
+    shapes += [(inner,)] * 6 + [(width, inner)] * 3 + [(width,)] * 3
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
 def op(pairs: RaggedPairs):
     def function(x: Tensor, attended: Tensor, gate: Tensor, *parameters: Tensor) -> Tensor:
         padding = pairs.num_pairs - len(gate)
-        attended = torch.cat([attended, attended.new_full((padding, TOKENS, INNER), torch.nan)])
+        attended = torch.cat([attended, attended.new_full((padding, *attended.shape[1:]), torch.nan)])
         gate = F.pad(gate, (0, padding))
         norms = list(zip(parameters[:3], parameters[3:6], strict=True))
         return gated_combine(x, attended, gate, pairs, norms, parameters[6:9], parameters[9:])

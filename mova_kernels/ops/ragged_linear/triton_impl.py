@@ -452,11 +452,8 @@ def grad_weights(
         **config,
     )  # fmt: skip
     sums = partial.sum(1)
-    affine = [
-        part.to(t.dtype)
-        for ts, s in ((scale, sums[0]), (shift, sums[1]))
-        for t, part in zip(ts, s.split(widths), strict=True)
-    ]
+    affine = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*scale, *shift)]
+    torch._foreach_copy_(affine, [*sums[0].split(widths), *sums[1].split(widths)])
     return [*affine, *grad_weight, *grad_bias]
 
 
