@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from .backends import Backend
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton 3.6's interpreter truncates where a GPU rounds to bfloat16, and multiplies its bits as integers.
 INTERPRETED_DTYPES = (torch.float32, torch.float16)
@@ -38,3 +40,16 @@ def _interpreted() -> bool:
     import triton.language as tl
 
     return not isinstance(tl.cdiv, triton.JITFunction)
+
+
+def _interpreter_only(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "triton's interpreter is for tests"
+
+
+BACKEND = Backend(
+    "triton",
+    declines,
+    only_when_asked=_interpreter_only,
+    caution="mova_kernels runs Triton kernels that have not yet been tested on a GPU, see docs/gpu-status.md; "
+    "MOVA_KERNELS_BACKEND=reference avoids them",
+)

@@ -9,7 +9,9 @@ something else: if it cannot be met, :class:`BackendError` says why.
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,11 +30,19 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of one op: ``declines`` gives the reason why it cannot run, or None."""
+    """One implementation of one op.
+
+    Attributes:
+        name: one of :data:`BACKENDS`.
+        declines: gives the reason why it cannot run on a device and dtype, or None.
+        only_when_asked: gives the reason why auto does not take it on a device although it could run, or None.
+        caution: what a warning says, once per process, where auto takes it.
+    """
 
     name: str
     declines: Declines
-    only_when_asked: str | None = None  # the reason why auto never takes it
+    only_when_asked: Callable[[torch.device], str | None] = lambda device: None
+    caution: str | None = None
 
 
 _TABLE: dict[str, dict[str, Backend]] = {}
@@ -82,8 +92,11 @@ def choose(
     name = _requested(op, backend)
     unfit = unfit or {}
     if name == "auto":
-        eligible = (b for b in _TABLE[op].values() if not b.only_when_asked and b.name not in unfit)
-        return next(b.name for b in eligible if not b.declines(device, dtype))
+        eligible = (b for b in _TABLE[op].values() if not b.only_when_asked(device) and b.name not in unfit)
+        taken = next(b for b in eligible if not b.declines(device, dtype))
+        if taken.caution and not torch.compiler.is_compiling():
+            _warn(taken.caution)
+        return taken.name
     candidate = _TABLE[op].get(name)
     if candidate is None:
         reason: str | None = f"it has no such implementation ({_names(op)})"
@@ -108,7 +121,7 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
             chosen = None
         answer[op] = {}
         for b in implementations.values():
-            idle = b.only_when_asked if _requested(op, None) == "auto" else None
+            idle = b.only_when_asked(device) if _requested(op, None) == "auto" else None
             reason = b.declines(device, dtype) or idle or f"could run, but {chosen or _requested(op, None)} was chosen"
             answer[op][b.name] = "runs" if b.name == chosen else reason
     return answer
@@ -138,6 +151,11 @@ def _parse(request: str, source: str) -> dict[str, str]:
             raise ValueError(f"{source}{f' for {op}' if op else ''} must be one of {', '.join(choices)}, got {name!r}")
         requests[op or "*"] = name
     return requests
+
+
+@functools.cache  # once
+def _warn(caution: str) -> None:
+    warnings.warn(caution, stacklevel=2)
 
 
 def _names(op: str) -> str:

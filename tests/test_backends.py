@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -25,7 +26,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
             op,
             Backend("cpu", lambda device, dtype: None if dtype == F32 else f"it takes float32, not {dtype}"),
             Backend("triton", lambda device, dtype: None if device.type == "cuda" else "it needs a GPU"),
-            Backend("cuda", lambda device, dtype: None, only_when_asked="it is shy"),
+            Backend("cuda", lambda device, dtype: None, only_when_asked=lambda device: "it is shy"),
         )
 
 
@@ -33,6 +34,19 @@ def test_auto_takes_the_first_that_accepts() -> None:
     assert choose("toy", None, CUDA, F32) == "triton"
     assert choose("toy", None, CPU, F32) == "cpu"
     assert choose("toy", None, CPU, F64) == "reference"
+
+
+def test_a_caution_is_said_once_and_only_where_auto_takes_the_backend() -> None:
+    backends.register("toy", Backend("triton", lambda device, dtype: None, caution="mind the gap"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("toy", "triton", CUDA, F32) == "triton"
+        assert choose("toy", "reference", CUDA, F32) == "reference"
+    with pytest.warns(UserWarning, match="mind the gap"):
+        assert choose("toy", None, CUDA, F32) == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("toy", None, CUDA, F32) == "triton"
 
 
 def test_argument_beats_use_backend_beats_environment_beats_auto(monkeypatch) -> None:

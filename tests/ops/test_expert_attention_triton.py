@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from helpers import assert_within_budget, value_and_gradients
 from test_expert_attention import plain, truth
 from torch import Tensor
 
-from mova_kernels import BackendError, backends, use_backend
+from mova_kernels import BackendError, backends
 from mova_kernels.ops import expert_attention, rope2d_table
 
 pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
@@ -187,24 +186,3 @@ def test_bfloat16_is_refused_where_the_interpreter_is_wrong_about_it(monkeypatch
     inputs, tables = problem(1, 9, 1, 32)
     with pytest.raises(BackendError, match="interpreter"):
         op(tables, 1)(*(t.bfloat16() for t in inputs))
-
-
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_adapter(compiled) -> None:
-    """Compiled, the pairs are padded and their number is known on the device alone."""
-    config = tiny.square_config(2, num_layers=1, in_channels=64, num_heads=2)
-    base, experts, text = tiny.inputs(config, 3, ((3, 3), (2, 2)))
-    routing = torch.tensor([[1, 0], [0, 0], [1, 1]]).bool()
-    adapter = tiny.adapter(config)
-    parameters = list(adapter.parameters())
-
-    def outcome(module) -> list[Tensor]:
-        y = module(base, experts, routing, text)
-        gradients = torch.autograd.grad(y, parameters, torch.ones_like(y), allow_unused=True)
-        return [y, *(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))]
-
-    expected = outcome(adapter)
-    torch._dynamo.reset()
-    with use_backend("expert_attention=triton"):
-        module = torch.compile(adapter, fullgraph=True, backend="aot_eager") if compiled else adapter
-        torch.testing.assert_close(outcome(module), expected, rtol=1e-4, atol=1e-5)

@@ -12,10 +12,7 @@ from . import reference
 
 TRITON_WIDTHS = (32, 64, 128)  # head widths D
 
-backends.register(
-    "expert_attention",
-    backends.Backend("triton", _triton.declines, only_when_asked="it has never run on a GPU (docs/gpu-status.md)"),
-)
+backends.register("expert_attention", _triton.BACKEND)
 
 
 def expert_attention(

@@ -10,15 +10,12 @@ from torch import Tensor
 
 from ... import _triton, backends
 from ..._checks import check, check_floats, check_tensor
-from ..._library import define
+from ..._library import define, functorch_active
 from ...ragged import PairTables, RaggedPairs
 from ..ragged_linear.op import project, without_idle
 from . import reference
 
-backends.register(
-    "gated_combine",
-    backends.Backend("triton", _triton.declines, only_when_asked="it has never run on a GPU (docs/gpu-status.md)"),
-)
+backends.register("gated_combine", _triton.BACKEND)
 
 
 def gated_combine(
@@ -67,7 +64,8 @@ def gated_combine(
     if backends.choose("gated_combine", backend, x.device, attended.dtype) == "triton":
         scale, shift = [n[0] for n in norms], [n[1] for n in norms]
         parameters = (*scale, *shift, *weights, *biases)
-        return _GatedCombine.apply(eps, pairs.bounds, x, attended, gate.float(), *pairs.tables, *parameters)
+        function = _GatedCombineFunctorch if functorch_active() else _GatedCombine
+        return function.apply((eps, pairs.bounds), x, attended, gate.float(), *pairs.tables, *parameters)
     normed = F.layer_norm(attended, attended.shape[-1:], eps=eps)
     (projected,) = project([normed], "pair", pairs, norms, [weights], [biases], "reference")
     return reference.gated_combine(x, projected, gate, pairs.sample, pairs.bounds)
@@ -111,18 +109,32 @@ _bwd = define(
 
 class _GatedCombine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, eps, bounds, x, attended, gate, *tensors):
+    def forward(ctx, settings, x, attended, gate, *tensors):
+        ctx.settings = settings
         ctx.save_for_backward(attended, gate, *tensors)
-        ctx.eps, ctx.bounds = eps, bounds
-        return _fwd(x, attended, gate, *_arguments(tensors), eps)
+        return _fwd(x, attended, gate, *_arguments(tensors), settings[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         attended, gate, *tensors = ctx.saved_tensors
-        grad_attended, grad_gate, parameters = _bwd(grad, attended, gate, *_arguments(tensors), ctx.eps)
-        parameters = without_idle(parameters, ctx.bounds)
-        return None, None, grad, grad_attended, grad_gate, *(None,) * len(PairTables._fields), *parameters
+        eps, bounds = ctx.settings
+        grad_attended, grad_gate, parameters = _bwd(grad, attended, gate, *_arguments(tensors), eps)
+        no_tables = (None,) * len(PairTables._fields)
+        return None, grad, grad_attended, grad_gate, *no_tables, *without_idle(parameters, bounds)
+
+
+class _GatedCombineFunctorch(_GatedCombine):
+    """The same for torch.func, which demands the setup_context form (which torch.compile refuses for *tensors)."""
+
+    @staticmethod
+    def forward(settings, x, attended, gate, *tensors):  # type: ignore[override]
+        return _fwd(x, attended, gate, *_arguments(tensors), settings[0])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.settings, _, *saved = inputs
+        ctx.save_for_backward(*saved)
 
 
 def _arguments(tensors: Sequence[Tensor]) -> tuple[list[Tensor], ...]:

@@ -10,14 +10,11 @@ from torch import Tensor
 
 from ... import _triton, backends
 from ..._checks import check, check_floats, check_tensor
-from ..._library import define
+from ..._library import define, functorch_active
 from ...ragged import PairTables, RaggedPairs
 from . import reference
 
-backends.register(
-    "ragged_linear",
-    backends.Backend("triton", _triton.declines, only_when_asked="it has never run on a GPU (docs/gpu-status.md)"),
-)
+backends.register("ragged_linear", _triton.BACKEND)
 
 
 def ragged_linear(
@@ -108,7 +105,8 @@ def project(
     sizes = (len(sources), len(scale), len(weight), len(bias))
     sources = [source.to(dtype) for source in sources]
     settings = (rows, dtype, backend, sizes, pairs.bounds)
-    return _RaggedLinear.apply(settings, *pairs.tables, *sources, *scale, *shift, *weight, *bias)
+    function = _RaggedLinearFunctorch if functorch_active() else _RaggedLinear
+    return function.apply(settings, *pairs.tables, *sources, *scale, *shift, *weight, *bias)
 
 
 def _forward_kernel(x, rows, tables, scale, shift, weight, bias, dtype, backend):
@@ -161,8 +159,7 @@ class _RaggedLinear(torch.autograd.Function):
     def forward(ctx, settings, *tensors):
         ctx.settings = settings
         ctx.save_for_backward(*tensors)
-        rows, dtype, backend, sizes, _ = settings
-        return tuple(_fwd(*_arguments(rows, sizes, tensors), dtype, backend))
+        return _forward(settings, tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -174,6 +171,24 @@ class _RaggedLinear(torch.autograd.Function):
         of_x, of_parameters = (found[:num_sources], found[num_sources:]) if needs_x else ([None] * num_sources, found)
         of_parameters = without_idle(of_parameters, bounds)
         return None, *(None,) * _NUM_TABLES, *of_x, *of_parameters
+
+
+class _RaggedLinearFunctorch(_RaggedLinear):
+    """The same for torch.func, which demands the setup_context form (which torch.compile refuses for *tensors)."""
+
+    @staticmethod
+    def forward(settings, *tensors):  # type: ignore[override]
+        return _forward(settings, tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.settings = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+
+def _forward(settings: tuple, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    rows, dtype, backend, sizes, _ = settings
+    return tuple(_fwd(*_arguments(rows, sizes, tensors), dtype, backend))
 
 
 def _arguments(rows: str, sizes: tuple[int, int, int, int], tensors: Sequence[Tensor]) -> tuple:

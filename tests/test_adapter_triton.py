@@ -1,0 +1,91 @@
+"""The whole adapter on its Triton kernels, in the interpreter: TRITON_INTERPRET=1 pytest tests -k triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from helpers import check_budget
+from torch import Tensor
+
+from mova_kernels import backends, use_backend
+from mova_kernels.dense_reference import dense_adapter
+
+pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
+
+CONFIG = replace(tiny.CONFIG, topk=1, in_channels=64, expert_channels=(8, 16))
+ROUTINGS = {
+    "mixed, one sample beyond top-k": torch.tensor([[1, 0], [0, 0], [1, 1]]).bool(),
+    "the same expert for everybody": torch.tensor([[0, 1], [0, 1], [0, 1]]).bool(),
+    "nothing": torch.zeros(3, 2, dtype=torch.bool),
+}
+
+
+def on_triton():
+    """Every op which has Triton kernels on them."""
+    ops = [op for op in backends.ops() if "triton" in backends._TABLE[op]]
+    assert {"ragged_linear", "expert_attention", "gated_combine"} <= set(ops)
+    return use_backend(",".join(f"{op}=triton" for op in ops))
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor], Tensor]:
+    return tiny.inputs(CONFIG, 3, ((3, 3), (2, 2)), dtype)
+
+
+def outcome(module, adapter, base: Tensor, experts: list[Tensor], routing: Tensor, text: Tensor) -> list[Tensor]:
+    """The output and the gradients of base, experts and all parameters, zeros for those without."""
+    leaves = [base, *experts, *adapter.parameters()]
+    y = module(base.requires_grad_(), [f.requires_grad_() for f in experts], routing, text)
+    gradients = torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+    return [y.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))]
+
+
+@contextmanager
+def no_host_reads() -> Iterator[None]:
+    """Nothing may ask a tensor for its values, as under a CUDA graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tolist", "item", "__bool__", "__int__", "__index__", "nonzero"):
+            patch.setattr(Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} was called"))
+        yield
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_adapter(name) -> None:
+    adapter = tiny.adapter(CONFIG)
+    base, experts, text = inputs()
+    expected = outcome(adapter, adapter, base, experts, ROUTINGS[name], text)
+    with on_triton():
+        found = outcome(adapter, adapter, base, experts, ROUTINGS[name], text)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_compiled_graph_serves_every_routing_without_asking_the_host() -> None:
+    """The pairs are padded, and their number is known on the device alone: what a CUDA graph needs, too."""
+    adapter = tiny.adapter(CONFIG)
+    base, experts, text = inputs()
+    torch._dynamo.reset()
+    with on_triton():
+        module = torch.compile(adapter, fullgraph=True, backend="aot_eager")
+        outcome(module, adapter, base, experts, ROUTINGS["nothing"], text)
+        for routing in ROUTINGS.values():
+            expected = outcome(adapter, adapter, base, experts, routing, text)
+            with no_host_reads(), torch._dynamo.config.patch(error_on_recompile=True):
+                found = outcome(module, adapter, base, experts, routing, text)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_error_budget(dtype) -> None:
+    """Against fp64; at most twice the error of the official computation in the same dtype."""
+    base, experts, text = inputs(dtype)
+    routing = ROUTINGS["mixed, one sample beyond top-k"]
+    truth = tiny.truth(base, experts, routing, text, CONFIG, ((3, 3), (2, 2)))
+    official = {name: p.to(dtype) for name, p in tiny.parameters(CONFIG).items()}
+    plain = dense_adapter(official, CONFIG, base, experts, routing, text, grids=((3, 3), (2, 2)))
+    with on_triton():
+        output = tiny.adapter(CONFIG, dtype)(base, experts, routing, text)
+    check_budget("output", output.detach(), truth, plain)
