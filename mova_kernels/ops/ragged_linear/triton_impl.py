@@ -124,7 +124,7 @@ def _fold_kernel(
     tl.store(constant + e * TOTAL + rows_of_all, total, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])  # another one every batch: it must not be compiled anew
 def _project_kernel(
     sources, source_strides, token_strides, outs, index, expert, count, folded, constant, num_pairs,
     WIDTHS: tl.constexpr, OUTPUTS: tl.constexpr, TILES: tl.constexpr, TOTAL: tl.constexpr, L: tl.constexpr,
@@ -162,7 +162,7 @@ def _project_kernel(
             tl.store(out, acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_outs"])
 def _collect_kernel(
     a, a_strides, token_strides, a_index, outs, out_index, residual, gate, expert, count, by_sample, sample_offsets,
     folded, constant, num_outs, residual_stride, residual_token_stride,
