@@ -19,6 +19,23 @@ def pick(values, i):
     return value
 
 
+@triton.jit
+def rotate_pairs(x, cos, sin, ADJOINT: tl.constexpr):
+    """(R, D) and tables (R, D): adjacent channels (a, b) -> (a cos - b sin, b cos + a sin) in fp32.
+
+    cos and sin may differ within a pair. ADJOINT: the gradient of that.
+    """
+    pairs: tl.constexpr = (x.shape[0], x.shape[1] // 2, 2)
+    a, b = tl.split(tl.reshape(x.to(tl.float32), pairs))
+    cos_a, cos_b = tl.split(tl.reshape(cos, pairs))
+    sin_a, sin_b = tl.split(tl.reshape(sin, pairs))
+    if ADJOINT:
+        y = tl.join(a * cos_a + b * sin_b, b * cos_b - a * sin_a)
+    else:
+        y = tl.join(a * cos_a - b * sin_a, b * cos_b + a * sin_b)
+    return tl.reshape(y, (x.shape[0], x.shape[1]))
+
+
 def adjacent_channels(x: Tensor) -> Tensor:
     """``x``, or a copy whose last dimension has stride 1."""
     return x if x.stride(-1) == 1 else x.contiguous()

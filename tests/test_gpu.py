@@ -9,7 +9,7 @@ from helpers import check_budget
 
 from mova_kernels import backends
 from mova_kernels.dense_reference import dense_adapter, feature_align
-from mova_kernels.ops import expert_attention, feature_resample, rope2d_table
+from mova_kernels.ops import expert_attention, expert_gate, feature_resample, rope2d, rope2d_table, swiglu_norm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -113,6 +113,52 @@ def test_expert_attention_in_triton_and_its_gradients(side, width, dtype):
     for name, a, b, t, p in zip(("out", "q", "k", "v"), actual, again, truth, plain, strict=True):
         check_budget(name, a, t, p)
         assert torch.equal(a, b), f"{name} differs from run to run"
+
+
+def check_triton(function, inputs: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Value and gradients of function(backend, *inputs) against the reference, and the same bits twice."""
+    inputs = [t.to("cuda", dtype) for t in inputs]
+
+    def by(backend: str, working: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(working).requires_grad_() for t in inputs]
+        out = function(backend, *leaves)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+        return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
+
+    actual, again = by("triton", dtype), by("triton", dtype)
+    truth, plain = by("reference", torch.float64), by("reference", dtype)
+    for i, (a, b, t, p) in enumerate(zip(actual, again, truth, plain, strict=True)):
+        name = f"gradient of input {i - 1}" if i else "value"
+        check_budget(name, a, t, p)
+        assert torch.equal(a, b), f"{name} differs from run to run"
+
+
+# The official width; one that fills its block; as halves of one padded projection.
+@pytest.mark.parametrize(("width", "stride"), [(2730, 2730), (256, 256), (2730, 2752)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_norm_in_triton_and_its_gradients(width, stride, dtype):
+    def function(backend: str, wide, weight, bias) -> torch.Tensor:
+        return swiglu_norm(wide[..., :width], wide[..., stride : stride + width], weight, bias, backend=backend)
+
+    check_triton(function, [torch.randn(2, 300, 2 * stride), 1 + torch.randn(width) / 4, torch.randn(width)], dtype)
+
+
+@pytest.mark.parametrize("num_experts", [7, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expert_gate_in_triton_and_its_gradient(num_experts, dtype):
+    selected = (torch.rand(100, num_experts) < 0.6).cuda()
+    # No two logits of a row are equal, also in bf16, which would leave the choice open.
+    logits = torch.rand(100, num_experts).argsort(1) * 8 / num_experts - 4
+    check_triton(lambda backend, logits: expert_gate(logits, selected, 3, backend=backend)[0], [logits], dtype)
+
+
+# The official tokens and heads; a cut tile and group of heads; a width that fills no block.
+@pytest.mark.parametrize(("side", "heads", "width"), [(48, 16, 64), (5, 3, 64), (5, 3, 12)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope2d_in_triton_and_its_gradient(side, heads, width, dtype):
+    cos, sin = (table.cuda() for table in rope2d_table(side, width))
+    x = torch.randn(2, side * side, heads, width)
+    check_triton(lambda backend, x: rope2d(x, cos, sin, backend=backend), [x], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS, adjacent_channels, dot_precision
+from ..._jit import REGISTERS, adjacent_channels, dot_precision, rotate_pairs
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -69,15 +69,9 @@ def _store(pointers, x, rows, L: tl.constexpr, CUT: tl.constexpr):
 def _turned(x, cos, sin, rows, L: tl.constexpr, D: tl.constexpr, ADJOINT: tl.constexpr, CUT: tl.constexpr):
     """(rows, D) in fp32, each pair of adjacent channels turned by its token's angles; ADJOINT: the gradient of that."""
     table = rows[:, None] * D + tl.arange(0, D)[None, :]
-    half: tl.constexpr = (x.shape[0], D // 2, 2)
-    a, b = tl.split(tl.reshape(x.to(tl.float32), half))
-    cos_a, cos_b = tl.split(tl.reshape(_load(cos + table, rows, L, CUT), half))
-    sin_a, sin_b = tl.split(tl.reshape(_load(sin + table, rows, L, CUT), half))
-    if ADJOINT:
-        y = tl.join(a * cos_a + b * sin_b, b * cos_b - a * sin_a)
-    else:
-        y = tl.join(a * cos_a - b * sin_a, b * cos_b + a * sin_b)
-    return tl.reshape(y, (x.shape[0], D))
+    cos_tile = _load(cos + table, rows, L, CUT)
+    sin_tile = _load(sin + table, rows, L, CUT)
+    return rotate_pairs(x, cos_tile, sin_tile, ADJOINT)
 
 
 @triton.jit

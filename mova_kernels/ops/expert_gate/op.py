@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import backends
+from ... import _triton, backends
 from ..._checks import check, check_floats, check_tensor
+from ..._library import define
 from . import reference
 
-backends.register("expert_gate")
+TRITON_MOST = 1024  # N: a sample's experts are handled by one program
+
+backends.register("expert_gate", _triton.BACKEND)
 
 
 def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -17,9 +20,10 @@ def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | N
 
     Args:
         logits: (B, N), float: the gate's raw scores. Those of unselected experts are ignored, whatever they are.
-        selected: (B, N) bool: the routing.
-        topk: at most this many experts are kept per sample. Among equal logits the choice is torch.topk's.
-        backend: see :mod:`mova_kernels.backends`.
+        selected: (B, N) bool on logits' device: the routing.
+        topk: at most this many experts are kept per sample. Among equal logits the choice is torch.topk's; ``triton``
+            takes those with the lowest indices.
+        backend: see :mod:`mova_kernels.backends`. ``triton`` takes N up to 1024, and no fp64 logits.
 
     Returns:
         weights: (B, N) fp32 (fp64 for fp64 logits), exactly 0 where not kept; a row without experts is all 0.
@@ -29,11 +33,80 @@ def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | N
         weights by at most 1.2e-7.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or shape, or topk below 1.
+        TypeError, ValueError: an argument of the wrong type, shape or device, or topk below 1.
+        backends.BackendError: the requested backend cannot run here, or not with this N.
     """
     check_floats("logits", logits, ("B", "N"))
     check_tensor("selected", selected, tuple(logits.shape))
     check(selected.dtype == torch.bool, "selected", "must be bool", selected.dtype, TypeError)
+    check(selected.device == logits.device, "selected", f"must be on logits' {logits.device}", selected.device)
     check(topk >= 1, "topk", "must be at least 1", topk)
-    backends.choose("expert_gate", backend, logits.device, logits.dtype)
-    return reference.expert_gate(logits, selected, topk)
+    backend = _choose(backend, logits)
+    if backend == "reference":
+        return reference.expert_gate(logits, selected, topk)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _ExpertGate.apply(logits, selected, topk, backend)
+    return _fwd(logits, selected, topk, backend)
+
+
+def _choose(backend: str | None, logits: Tensor) -> str:
+    most = logits.shape[1]
+    unfit = {} if most <= TRITON_MOST else {"triton": f"it takes N up to {TRITON_MOST}, not {most}"}
+    return backends.choose("expert_gate", backend, logits.device, logits.dtype, unfit)
+
+
+def _implementation(backend: str, logits: Tensor):
+    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
+    check(backend == "triton", "backend", "must be 'triton'", backend)
+    _choose(backend, logits)
+    from . import triton_impl
+
+    return triton_impl
+
+
+def _forward_kernel(logits, selected, topk, backend):
+    return _implementation(backend, logits).forward(logits, selected, topk)
+
+
+def _backward_kernel(grad, logits, kept, backend):
+    return _implementation(backend, logits).backward(grad, logits, kept)
+
+
+def _forward_fake(logits, selected, topk, backend):
+    return logits.new_empty(logits.shape, dtype=torch.float32), logits.new_empty(logits.shape, dtype=torch.bool)
+
+
+def _backward_fake(grad, logits, kept, backend):
+    return logits.new_empty(logits.shape)
+
+
+_fwd = define(
+    "expert_gate_fwd",
+    "(Tensor logits, Tensor selected, SymInt topk, str backend) -> (Tensor, Tensor)",
+    _forward_kernel,
+    _forward_fake,
+)
+_bwd = define(
+    "expert_gate_bwd",
+    "(Tensor grad, Tensor logits, Tensor kept, str backend) -> Tensor",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
+class _ExpertGate(torch.autograd.Function):
+    @staticmethod
+    def forward(logits, selected, topk, backend):
+        return _fwd(logits, selected, topk, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, *_, ctx.backend = inputs
+        _, kept = output
+        ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(logits, kept)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        return _bwd(grad, *ctx.saved_tensors, ctx.backend), None, None, None

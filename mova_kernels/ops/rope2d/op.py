@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ... import backends
+from ... import _triton, backends
 from ..._checks import check, check_floats, check_tensor
+from ..._library import define
 from . import reference
 
-backends.register("rope2d")
+backends.register("rope2d", _triton.BACKEND)
 
 
 def rope2d(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:
     """Rotate each adjacent channel pair (2k, 2k + 1) of every head by its token's angle.
 
     Args:
-        x: (B, L, H, D) queries or keys, float.
-        cos, sin: (L, D) tables of :func:`rope2d_table`, fp32 whatever the dtype of ``x``.
+        x: (B, L, H, D) queries or keys, float; any strides.
+        cos, sin: (L, D) tables of :func:`rope2d_table`, fp32 whatever the dtype of ``x``, on x's device; constants,
+            they get no gradient from ``triton``.
         backend: see :mod:`mova_kernels.backends`.
 
     Returns:
@@ -24,11 +27,59 @@ def rope2d(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -
         2104.09864), in the axial form of EVA-02.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or shape.
+        TypeError, ValueError: an argument of the wrong type, shape or device.
+        backends.BackendError: the requested backend cannot run here.
     """
     check_floats("x", x, ("B", "L", "H", "D"))
     check(x.shape[3] % 2 == 0, "x", "must have an even head width D", x.shape[3])
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, (x.shape[1], x.shape[3]))
+        check(table.device == x.device, name, f"must be on x's {x.device}", table.device)
+    backend = backends.choose("rope2d", backend, x.device, x.dtype)
+    if backend == "reference":
+        return reference.rope2d(x, cos, sin)
+    cos, sin = cos.float(), sin.float()
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rope2d.apply(x, cos, sin, backend)
+    return _fwd(x, cos, sin, backend)
+
+
+def _implementation(backend: str, x: Tensor):
+    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
+    check(backend == "triton", "backend", "must be 'triton'", backend)
     backends.choose("rope2d", backend, x.device, x.dtype)
-    return reference.rope2d(x, cos, sin)
+    from . import triton_impl
+
+    return triton_impl
+
+
+def _forward_kernel(x, cos, sin, backend):
+    return _implementation(backend, x).rotated(x, cos, sin, adjoint=False)
+
+
+def _backward_kernel(grad, cos, sin, backend):
+    return _implementation(backend, grad).rotated(grad, cos, sin, adjoint=True)
+
+
+def _fake(x, cos, sin, backend):
+    return x.new_empty(x.shape)
+
+
+_fwd = define("rope2d_fwd", "(Tensor x, Tensor cos, Tensor sin, str backend) -> Tensor", _forward_kernel, _fake)
+_bwd = define("rope2d_bwd", "(Tensor grad, Tensor cos, Tensor sin, str backend) -> Tensor", _backward_kernel, _fake)
+
+
+class _Rope2d(torch.autograd.Function):
+    @staticmethod
+    def forward(x, cos, sin, backend):
+        return _fwd(x, cos, sin, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, cos, sin, ctx.backend = inputs
+        ctx.save_for_backward(cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return _bwd(grad, *ctx.saved_tensors, ctx.backend), None, None, None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ... import backends
-from ..._checks import check_floats, check_tensor
+from ... import _triton, backends
+from ..._checks import check, check_floats, check_tensor
+from ..._library import define
 from . import reference
 
-backends.register("swiglu_norm")
+TRITON_WIDEST = 4096  # F: a row lies in the registers of one program
+
+backends.register("swiglu_norm", _triton.BACKEND)
 
 
 def swiglu_norm(
@@ -17,20 +21,96 @@ def swiglu_norm(
     """LayerNorm(SiLU(gate) * up).
 
     Args:
-        gate, up: (B, L, F), float: the two projections of the tokens.
-        weight, bias: (F,) of the LayerNorm.
+        gate, up: (B, L, F), float: the two projections of the tokens; any strides.
+        weight, bias: (F,) of the LayerNorm, on gate's device; their dtype may be another one (autocast).
         eps: added to the variance.
-        backend: see :mod:`mova_kernels.backends`.
+        backend: see :mod:`mova_kernels.backends`. ``triton`` takes F up to 4096.
 
     Returns:
         (B, L, F) in the dtype of ``gate``. Source: SwiGLU (arXiv 2002.05202) with the sub-LN of EVA-02.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or shape.
+        TypeError, ValueError: an argument of the wrong type, shape or device.
+        backends.BackendError: the requested backend cannot run here, or not with this F.
     """
     check_floats("gate", gate, ("B", "L", "F"))
     check_tensor("up", up, tuple(gate.shape))
     check_tensor("weight", weight, (gate.shape[2],))
     check_tensor("bias", bias, (gate.shape[2],))
-    backends.choose("swiglu_norm", backend, gate.device, gate.dtype)
-    return reference.swiglu_norm(gate, up, weight, bias, eps)
+    for name, tensor in (("up", up), ("weight", weight), ("bias", bias)):
+        check(tensor.device == gate.device, name, f"must be on gate's {gate.device}", tensor.device)
+    backend = _choose(backend, gate)
+    if backend == "reference":
+        return reference.swiglu_norm(gate, up, weight, bias, eps)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (gate, up, weight, bias)):
+        return _SwigluNorm.apply(gate, up, weight, bias, eps, backend)[0]
+    return _fwd(gate, up, weight, bias, eps, backend)[0]
+
+
+def _choose(backend: str | None, gate: Tensor) -> str:
+    width = gate.shape[2]
+    unfit = {} if width <= TRITON_WIDEST else {"triton": f"it takes F up to {TRITON_WIDEST}, not {width}"}
+    return backends.choose("swiglu_norm", backend, gate.device, gate.dtype, unfit)
+
+
+def _implementation(backend: str, gate: Tensor):
+    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
+    check(backend == "triton", "backend", "must be 'triton'", backend)
+    _choose(backend, gate)
+    from . import triton_impl
+
+    return triton_impl
+
+
+def _forward_kernel(gate, up, weight, bias, eps, backend):
+    return _implementation(backend, gate).forward(gate, up, weight, bias, eps)
+
+
+def _backward_kernel(grad, gate, up, weight, mean, rstd, backend):
+    return _implementation(backend, gate).backward(grad, gate, up, weight, mean, rstd)
+
+
+def _forward_fake(gate, up, weight, bias, eps, backend):
+    mean, rstd = (gate.new_empty(gate.shape[:2], dtype=torch.float32) for _ in range(2))
+    return gate.new_empty(gate.shape), mean, rstd
+
+
+def _backward_fake(grad, gate, up, weight, mean, rstd, backend):
+    grad_weight, grad_bias = (weight.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
+    return gate.new_empty(gate.shape), up.new_empty(up.shape), grad_weight, grad_bias
+
+
+_fwd = define(
+    "swiglu_norm_fwd",
+    "(Tensor gate, Tensor up, Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    _forward_kernel,
+    _forward_fake,
+)
+_bwd = define(
+    "swiglu_norm_bwd",
+    "(Tensor grad, Tensor gate, Tensor up, Tensor weight, Tensor mean, Tensor rstd, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
+class _SwigluNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(gate, up, weight, bias, eps, backend):
+        return _fwd(gate, up, weight, bias, eps, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        gate, up, weight, bias, _, ctx.backend = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(gate, up, weight, mean, rstd)
+        ctx.bias_dtype = bias.dtype
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        weight = ctx.saved_tensors[2]
+        grad_gate, grad_up, grad_weight, grad_bias = _bwd(grad, *ctx.saved_tensors, ctx.backend)
+        return grad_gate, grad_up, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype), None, None
