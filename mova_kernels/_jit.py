@@ -27,3 +27,8 @@ def adjacent_channels(x: Tensor) -> Tensor:
 def dot_precision() -> str:
     """What tl.dot does with fp32 operands: TF32 only if torch's own switch is on."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def arithmetic(x: Tensor) -> str:
+    """What a matrix product of tensors like ``x`` is computed in: "16-bit", "tf32" or "ieee", fp32 proper."""
+    return "16-bit" if x.element_size() == 2 else dot_precision()
