@@ -39,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BASELINE = Path(__file__).with_suffix(".json")
 VERSION = ".".join(triton.__version__.split(".")[:2])
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+DEVICES = {80: "NVIDIA-A100-SXM4-80GB", 90: "NVIDIA-H200", 100: "NVIDIA-B200"}  # whose shipped configurations count
 MATRIX = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}
 KEY, FIGURES = ("triton", "op", "case", "kernel", "sm"), ("registers", "local", "shared", "matrix", "loop")
 
@@ -96,6 +97,7 @@ def compile_case(module: str, case: str, capability: int) -> tuple[list[dict], f
             }
         return kernel
 
+    importlib.import_module("mova_kernels._tune").device_name = lambda device: DEVICES[capability]
     triton.runtime.driver.set_active(NoDevice(capability))
     triton.JITFunction.run = compile_only
     try:

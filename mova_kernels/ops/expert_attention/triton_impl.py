@@ -8,6 +8,7 @@ its keys and values stay in the L2 cache.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision
+from ..._tune import bucket, tuned
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -24,7 +26,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 # "grad_q" own queries and loop over keys, "grad_kv" the other way round. Not measured; tools/compile_gate.py holds them
 # to the shared memory and registers of sm_80, sm_90 and sm_100. What they keep to:
 # - wgmma (sm_90) needs tiles of 64 rows; grad_kv in TF32 at width 128 does without, it would spill;
-# - in fp32 the tiles of queries have 32 rows: with more, Triton 3.6 computes the scores of rotated queries in TF32 on
+# - in fp32 forward has tiles of 32 rows: with more, Triton 3.6 computes the scores of its rotated queries in TF32 on
 #   sm_100, whatever precision was asked for;
 # - at width 32 the backward kernels have no tiles of 64 and 128 with two stages: Triton 3.6 reads out of bounds there
 #   (triton-lang/triton#10573).
@@ -39,6 +41,18 @@ CONFIGS = {
     ("ieee", 64): {"forward": (32, 64, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 4, 1)},
     ("ieee", 128): {"forward": (32, 16, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 8, 1)},
 }
+
+
+def _candidates(kind: str, width: int, name: str) -> list[tuple[int, ...]]:
+    """What a search tries (mova_kernels/_tune.py), within the rules above."""
+    tiles = {"16-bit": (64, 128), "tf32": (64, 128), "ieee": (16, 32) if name == "forward" else (32, 64)}[kind]
+    steps = {"16-bit": (32, 64, 128), "tf32": (16, 32, 64), "ieee": (16, 32, 64)}[kind]
+    backward_at_32 = width == 32 and name != "forward"
+    every = itertools.product(tiles, steps, (4, 8), (1, 2, 3))
+    return [c for c in every if not (backward_at_32 and {c[0], c[1]} == {64, 128} and c[3] == 2)]
+
+
+CANDIDATES = {key: {name: _candidates(*key, name) for name in defaults} for key, defaults in CONFIGS.items()}
 ROWS = 64  # tokens per program of the kernels without a loop
 
 
@@ -348,14 +362,20 @@ def _launch_rows(kernel, tensors, strided: tuple[Tensor, ...], num_heads: int) -
 def _launch(kernel, name: str, tensors, strided: tuple[Tensor, ...], num_heads: int, scales: tuple[float, ...]) -> None:
     x = strided[0]
     num_pairs, length, channels = x.shape
-    tile, step, num_warps, num_stages = CONFIGS[arithmetic(x), channels // num_heads][name]
-    if name == "grad_kv" and length % step:  # the masks of a pipelined loop do not fit into its registers
-        num_stages = 1
     strides = [s for t in strided for s in t.stride()[:2]]
-    num_tiles = triton.cdiv(length, tile)
-    kernel[(num_tiles * num_heads * num_pairs,)](
-        *tensors, *strides, num_heads, num_tiles, *scales,
-        L=length, D=channels // num_heads, TILE=tile, STEP=step,
-        PRECISION=dot_precision(),
-        num_warps=num_warps, num_stages=num_stages, maxnreg=REGISTERS,
-    )  # fmt: skip
+    kind = arithmetic(x), channels // num_heads
+
+    def launch(config: tuple[int, ...]) -> None:
+        tile, step, num_warps, num_stages = config
+        if name == "grad_kv" and length % step:  # the masks of a pipelined loop do not fit into its registers
+            num_stages = 1
+        num_tiles = triton.cdiv(length, tile)
+        kernel[(num_tiles * num_heads * num_pairs,)](
+            *tensors, *strides, num_heads, num_tiles, *scales,
+            L=length, D=channels // num_heads, TILE=tile, STEP=step,
+            PRECISION=dot_precision(),
+            num_warps=num_warps, num_stages=num_stages, maxnreg=REGISTERS,
+        )  # fmt: skip
+
+    key, default, candidates = (*kind, bucket(length)), CONFIGS[kind][name], CANDIDATES[kind][name]
+    launch(tuned("expert_attention", name, key, default, candidates, launch, x.device))
