@@ -49,3 +49,8 @@ def dot_precision() -> str:
 def num_multiprocessors(x: Tensor) -> int:
     """Of the device of ``x``; some number where there is no GPU (interpreter, compile gate)."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+
+
+def arithmetic(x: Tensor) -> str:
+    """What a matrix product of tensors like ``x`` is computed in: "16-bit", "tf32" or "ieee", fp32 proper."""
+    return "16-bit" if x.element_size() == 2 else dot_precision()

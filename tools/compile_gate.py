@@ -1,11 +1,20 @@
 """Compile every Triton kernel for GPUs that are not there, and hold it to their limits.
 
-    python tools/compile_gate.py [--json FILE] [--only TEXT]
+    python tools/compile_gate.py [--only TEXT] [--accept]
 
 A ``triton_impl.py`` takes part by having ``gate_cases()``, which yields (name, call) pairs; a call runs the launchers
 on meta tensors. The launches are intercepted, so that types, constants, divisibility, warps and stages are the
-launcher's own. Fails if a kernel does not compile, needs more shared memory than a block may have, or spills without
-being listed in MAY_SPILL. What compiles may still be wrong: this is no test of results.
+launcher's own. What compiles may still be wrong: this is no test of results.
+
+It fails if a kernel does not compile, needs more shared memory than a block may have, uses local memory (spills), has
+no matrix instruction for its tl.dot (on sm_90: no wgmma), or has one where tl.dot was asked for fp32 proper ("ieee").
+
+tools/compile_gate.json holds what the kernels needed before, by Triton's major and minor version; the differences are
+printed and fail nothing. ``--accept`` writes what was found into it, for the version that runs.
+
+Columns: ``local`` in bytes per thread, stack included; ``loop``: instructions in the inner loop (tools/sass.py says how
+they are counted), 0 if there is none; ``matrix``: the matrix instruction in the PTX, "fma" for a tl.dot without one, or
+"-" for a kernel without tl.dot.
 """
 
 from __future__ import annotations
@@ -23,13 +32,19 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
+from sass import loop_instructions
 from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).resolve().parents[1]
+BASELINE = Path(__file__).with_suffix(".json")
+VERSION = ".".join(triton.__version__.split(".")[:2])
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+DEVICES = {80: "NVIDIA-A100-SXM4-80GB", 90: "NVIDIA-H200", 100: "NVIDIA-B200"}  # whose shipped configurations count
+MATRIX = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}
+KEY, FIGURES = ("triton", "op", "case", "kernel", "sm"), ("registers", "local", "shared", "matrix", "loop")
 
-# (architecture, regular expression for "case kernel") -> why it may use local memory
-MAY_SPILL: dict[tuple[int, str], str] = {}
+# (regular expression for "op case kernel sm_90", complaint) -> why it is all right
+ALLOWED: dict[tuple[str, str], str] = {}
 
 
 class NoDevice:
@@ -53,78 +68,159 @@ def modules() -> list[str]:
     return [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in files]
 
 
-def compile_case(module: str, case: str, capability: int) -> list[dict[str, object]]:
-    """One row of the table per kernel that the case launches."""
-    rows: dict[str, dict[str, object]] = {}
-    run = triton.JITFunction.run
+def op_of(module: str) -> str:
+    return module.split(".")[-2]
+
+
+def compile_case(module: str, case: str, capability: int) -> tuple[list[dict], float, str | None]:
+    """A row of the table per kernel that the case launches; the seconds it took; what went wrong."""
+    rows: dict[str, dict] = {}
+    run, op, start, error = triton.JITFunction.run, op_of(module), time.perf_counter(), None
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        start = time.perf_counter()
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in rows:
+            name = self.__name__.strip("_").removesuffix("_kernel")
+            times = sum(row["kernel"].split("#")[0] == name for row in rows.values()) + 1
             rows[kernel.hash] = {
-                "op": module.split(".")[-2],
+                "triton": VERSION,
+                "op": op,
                 "case": case,
-                "kernel": self.__name__.strip("_").removesuffix("_kernel"),
+                "kernel": name if times == 1 else f"{name}#{times}",
                 "sm": capability,
                 **resources(kernel.asm["cubin"]),
                 "shared": kernel.metadata.shared,
+                "loop": inner_loop(kernel.asm["ttir"], kernel.asm["cubin"]),
+                **matrix(kernel.asm["ttir"], kernel.asm["ptx"]),
                 "warps": kernel.metadata.num_warps,
                 "stages": kernel.metadata.num_stages,
-                "seconds": round(time.perf_counter() - start, 1),
             }
         return kernel
 
+    importlib.import_module("mova_kernels._tune").device_name = lambda device: DEVICES[capability]
     triton.runtime.driver.set_active(NoDevice(capability))
     triton.JITFunction.run = compile_only
     try:
         dict(importlib.import_module(module).gate_cases())[case]()
+    except Exception as failure:  # the others are to be seen, too
+        error = f"{op} {case} sm_{capability}: {type(failure).__name__}: {failure}"
     finally:
         triton.JITFunction.run = run
-    return list(rows.values())
+    return list(rows.values()), time.perf_counter() - start, error
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
-    assert found, text
+def resources(cubin: bytes) -> dict:
+    usage = cuobjdump("-res-usage", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found, usage
     registers, stack, local = map(int, found.groups())
     return {"registers": registers, "local": stack + local}
 
 
+def cuobjdump(option: str, cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def inner_loop(ttir: str, cubin: bytes) -> int:
+    has_loop = "scf.for" in ttir or "scf.while" in ttir  # else disassembling it would cost a quarter of a second
+    return loop_instructions(cuobjdump("-sass", cubin)) if has_loop else 0
+
+
+def matrix(ttir: str, ptx: str) -> dict:
+    """The matrix instruction, and what the tl.dots ask for: "fma" if all are fp32 proper, else "matrix"."""
+    dots = re.findall(r"tt\.dot(?:_scaled)? .*", ttir)
+    fp32 = [re.search(r": tensor<\S*xf32>", d) and not re.search(r"inputPrecision = (?!ieee)", d) for d in dots]
+    found = "+".join(name for name, pattern in MATRIX.items() if re.search(pattern, ptx))
+    return {"matrix": found or ("fma" if dots else "-"), "asked": "-" if not dots else "fma" if all(fp32) else "matrix"}
+
+
 def complaint(row: dict) -> str | None:
     if row["shared"] > SHARED_LIMIT[row["sm"]]:
-        return f"shared memory beyond {SHARED_LIMIT[row['sm']]}"
-    allowed = any(row["sm"] == sm and re.search(p, f"{row['case']} {row['kernel']}") for sm, p in MAY_SPILL)
-    return "spills" if row["local"] and not allowed else None
+        found = "too much shared memory"
+    elif row["local"]:
+        found = "spills"
+    elif row["asked"] == "matrix" and row["sm"] == 90 and "wgmma" not in row["matrix"]:
+        found = "no wgmma"
+    elif row["asked"] == "matrix" and row["matrix"] == "fma":
+        found = "no matrix instruction"
+    elif row["asked"] == "fma" and row["matrix"] != "fma":
+        found = "not fp32"
+    else:
+        return None
+    return None if any(re.search(p, label(row)) and found == c for p, c in ALLOWED) else found
+
+
+def label(row: dict) -> str:
+    return f"{row['op']} {row['case']} {row['kernel']} sm_{row['sm']}"
+
+
+def table(rows: list[dict]) -> list[str]:
+    columns = [c for c in (rows or [{}])[0] if c not in ("triton", "asked")]
+    lines = [columns, *([str(row[c]) for c in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    verdicts = ["", *(complaint(row) or "" for row in rows)]
+    return [
+        " ".join([*(cell.rjust(w) for cell, w in zip(line, widths, strict=True)), verdict]).rstrip()
+        for line, verdict in zip(lines, verdicts, strict=True)
+    ]
+
+
+def changes(before: list[dict], after: list[dict]) -> list[str]:
+    """What differs, one line per kernel."""
+    old, new = ({label(row): row for row in rows} for rows in (before, after))
+    lines = [f"{name}: gone" for name in old.keys() - new.keys()] + [f"{name}: new" for name in new.keys() - old.keys()]
+    for name in old.keys() & new.keys():
+        was, now = old[name], new[name]
+        found = [f"{figure} {was[figure]} -> {now[figure]}" for figure in FIGURES if was[figure] != now[figure]]
+        lines += [f"{name}: {', '.join(found)}"] * bool(found)
+    return sorted(lines) or ["nothing"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the table to this file")
-    parser.add_argument("--only", default="", help="compile only cases whose name contains this")
+    parser.add_argument("--only", default="", help="compile only cases of which 'op case' contains this")
+    parser.add_argument("--accept", action="store_true", help=f"write what was found to {BASELINE.name}")
     arguments = parser.parse_args()
     work = [
         (module, case, sm)
         for module in modules()
         for case, _ in importlib.import_module(module).gate_cases()
         for sm in SHARED_LIMIT
-        if arguments.only in case
+        if arguments.only in f"{op_of(module)} {case}"
     ]
+    if not work:
+        parser.error(f"no case contains {arguments.only!r}")
+    start = time.perf_counter()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for found in pool.map(compile_case, *zip(*work, strict=True)) for row in found]
-    columns = list(rows[0])
-    widths = [max(len(c), *(len(str(row[c])) for row in rows)) for c in columns]
-    for line in (dict(zip(columns, columns, strict=True)), *rows):
-        verdict = complaint(line) if line["op"] != "op" else None
-        print(*(str(line[c]).rjust(w) for c, w in zip(columns, widths, strict=True)), verdict or "")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
-    return any(complaint(row) for row in rows)
+        results = list(pool.map(compile_case, *zip(*work, strict=True)))
+    rows = [row for found, _, _ in results for row in found]
+    errors = [error for _, _, error in results if error]
+    errors += [f"{label(row)}: {complaint(row)}" for row in rows if complaint(row)]
+    print(*table(rows), "", sep="\n")
+    for op in dict.fromkeys(op_of(module) for module, _, _ in work):
+        seconds = sum(s for (module, _, _), (_, s, _) in zip(work, results, strict=True) if op_of(module) == op)
+        print(f"{op}: {sum(row['op'] == op for row in rows)} kernels, {seconds:.0f} s of compilation")
+    print(f"triton {triton.__version__}: {time.perf_counter() - start:.0f} s\n")
+
+    baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else []
+    known = {row["triton"] for row in baseline}
+    compared = (
+        VERSION if VERSION in known else max(known, key=lambda v: [int(n) for n in v.split(".")], default=VERSION)
+    )
+    selected = [row for row in baseline if arguments.only in f"{row['op']} {row['case']}"]
+    differences = changes([row for row in selected if row["triton"] == compared], rows)
+    print(f"changed since {BASELINE.name}, triton {compared}:", *differences, sep="\n  ")
+    if arguments.accept:
+        kept = [row for row in baseline if row["triton"] != VERSION or row not in selected]
+        kept += [{k: row[k] for k in KEY + FIGURES} for row in rows]
+        kept.sort(key=lambda row: [row[k] for k in KEY])
+        BASELINE.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
+    print(*["violations:", *errors] if errors else ["no violations"], sep="\n  ")
+    return bool(errors)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ its keys and values stay in the L2 cache.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -16,22 +17,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS, adjacent_channels, dot_precision, rotate_pairs
+from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision, rotate_pairs
+from ..._tune import bucket, tuned
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
-# (bytes per element, head width) -> for each kernel: own tile, tile of the loop, warps, pipeline stages. "forward" and
-# "grad_q" own queries and loop over keys, "grad_kv" the other way round. tools/compile_gate.py holds them to the shared
-# memory and registers of sm_80, sm_90 and sm_100. At width 32 the backward kernels must not have tiles of 64 and 128
-# with two stages: Triton 3.6 reads out of bounds there (triton-lang/triton#10573).
+# (arithmetic, head width) -> for each kernel: own tile, tile of the loop, warps, pipeline stages. "forward" and
+# "grad_q" own queries and loop over keys, "grad_kv" the other way round. Not measured; tools/compile_gate.py holds them
+# to the shared memory and registers of sm_80, sm_90 and sm_100. What they keep to:
+# - wgmma (sm_90) needs tiles of 64 rows; grad_kv in TF32 at width 128 does without, it would spill;
+# - in fp32 forward has tiles of 32 rows: with more, Triton 3.6 computes the scores of its rotated queries in TF32 on
+#   sm_100, whatever precision was asked for;
+# - at width 32 the backward kernels have no tiles of 64 and 128 with two stages: Triton 3.6 reads out of bounds there
+#   (triton-lang/triton#10573).
 CONFIGS = {
-    (2, 32): {"forward": (128, 128, 8, 3), "grad_kv": (64, 64, 4, 2), "grad_q": (128, 64, 8, 3)},
-    (2, 64): {"forward": (128, 128, 8, 3), "grad_kv": (128, 64, 8, 2), "grad_q": (128, 64, 8, 3)},
-    (2, 128): {"forward": (128, 64, 8, 3), "grad_kv": (64, 64, 8, 2), "grad_q": (64, 64, 8, 2)},
-    (4, 32): {"forward": (64, 32, 4, 2), "grad_kv": (32, 32, 4, 2), "grad_q": (64, 32, 4, 2)},
-    (4, 64): {"forward": (64, 32, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 4, 1)},
-    (4, 128): {"forward": (32, 16, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 8, 1)},
+    ("16-bit", 32): {"forward": (128, 128, 8, 3), "grad_kv": (64, 64, 4, 2), "grad_q": (128, 64, 8, 3)},
+    ("16-bit", 64): {"forward": (128, 128, 8, 3), "grad_kv": (128, 64, 8, 2), "grad_q": (128, 64, 8, 3)},
+    ("16-bit", 128): {"forward": (128, 64, 8, 3), "grad_kv": (64, 64, 8, 2), "grad_q": (64, 64, 8, 2)},
+    ("tf32", 32): {"forward": (128, 64, 8, 2), "grad_kv": (64, 32, 4, 2), "grad_q": (64, 32, 4, 2)},
+    ("tf32", 64): {"forward": (128, 64, 8, 2), "grad_kv": (64, 32, 8, 1), "grad_q": (64, 32, 4, 2)},
+    ("tf32", 128): {"forward": (64, 32, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (64, 16, 8, 2)},
+    ("ieee", 32): {"forward": (32, 64, 4, 2), "grad_kv": (32, 32, 4, 2), "grad_q": (64, 32, 4, 2)},
+    ("ieee", 64): {"forward": (32, 64, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 4, 1)},
+    ("ieee", 128): {"forward": (32, 16, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 8, 1)},
 }
+
+
+def _candidates(kind: str, width: int, name: str) -> list[tuple[int, ...]]:
+    """What a search tries (mova_kernels/_tune.py), within the rules above."""
+    tiles = {"16-bit": (64, 128), "tf32": (64, 128), "ieee": (16, 32) if name == "forward" else (32, 64)}[kind]
+    steps = {"16-bit": (32, 64, 128), "tf32": (16, 32, 64), "ieee": (16, 32, 64)}[kind]
+    backward_at_32 = width == 32 and name != "forward"
+    every = itertools.product(tiles, steps, (4, 8), (1, 2, 3))
+    return [c for c in every if not (backward_at_32 and {c[0], c[1]} == {64, 128} and c[3] == 2)]
+
+
+CANDIDATES = {key: {name: _candidates(*key, name) for name in defaults} for key, defaults in CONFIGS.items()}
 ROWS = 64  # tokens per program of the kernels without a loop
 
 
@@ -291,12 +312,11 @@ def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
     The official grid has 2304 tokens, which every tile divides; 2300 compiles the masks, too.
     """
-    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
+    bfloat16, float32 = torch.bfloat16, torch.float32
     for dtype, width, length, tf32 in (
         *((dtype, width, 2304, False) for dtype in (bfloat16, float32) for width in (32, 64, 128)),
-        *((dtype, width, 2300, False) for dtype in (bfloat16, float32) for width in (32, 64, 128)),
-        *((float32, width, 2304, True) for width in (32, 64, 128)),
-        (float16, 64, 2304, False),
+        *((dtype, 64, 2300, False) for dtype in (bfloat16, float32)),
+        (float32, 64, 2304, True),
     ):
         name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
         yield f"{name} D={width} L={length}", functools.partial(_gate_case, dtype, width, length, tf32)
@@ -336,14 +356,20 @@ def _launch_rows(kernel, tensors, strided: tuple[Tensor, ...], num_heads: int) -
 def _launch(kernel, name: str, tensors, strided: tuple[Tensor, ...], num_heads: int, scales: tuple[float, ...]) -> None:
     x = strided[0]
     num_pairs, length, channels = x.shape
-    tile, step, num_warps, num_stages = CONFIGS[x.element_size(), channels // num_heads][name]
-    if name == "grad_kv" and length % step:  # the masks of a pipelined loop do not fit into its registers
-        num_stages = 1
     strides = [s for t in strided for s in t.stride()[:2]]
-    num_tiles = triton.cdiv(length, tile)
-    kernel[(num_tiles * num_heads * num_pairs,)](
-        *tensors, *strides, num_heads, num_tiles, *scales,
-        L=length, D=channels // num_heads, TILE=tile, STEP=step,
-        PRECISION=dot_precision(),
-        num_warps=num_warps, num_stages=num_stages, maxnreg=REGISTERS,
-    )  # fmt: skip
+    kind = arithmetic(x), channels // num_heads
+
+    def launch(config: tuple[int, ...]) -> None:
+        tile, step, num_warps, num_stages = config
+        if name == "grad_kv" and length % step:  # the masks of a pipelined loop do not fit into its registers
+            num_stages = 1
+        num_tiles = triton.cdiv(length, tile)
+        kernel[(num_tiles * num_heads * num_pairs,)](
+            *tensors, *strides, num_heads, num_tiles, *scales,
+            L=length, D=channels // num_heads, TILE=tile, STEP=step,
+            PRECISION=dot_precision(),
+            num_warps=num_warps, num_stages=num_stages, maxnreg=REGISTERS,
+        )  # fmt: skip
+
+    key, default, candidates = (*kind, bucket(length)), CONFIGS[kind][name], CANDIDATES[kind][name]
+    launch(tuned("expert_attention", name, key, default, candidates, launch, x.device))

@@ -1,0 +1,186 @@
+"""Where launch configurations come from. No GPU: a fake clock says how long a configuration takes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mova_kernels import _tune
+from mova_kernels._tune import bucket, tuned
+
+GPU = torch.device("cuda", 0)
+MILLISECONDS = {(1, 1): 3.0, (2, 1): 1.0, (4, 1): 2.0}
+DEFAULT, *CANDIDATES = MILLISECONDS
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch, tmp_path):
+    """A GPU of which nothing is known; ``machine`` is the folder of shipped configurations."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    _tune._known.cache_clear()
+    monkeypatch.delenv(_tune.VARIABLE, raising=False)
+    monkeypatch.setattr(_tune, "SHIPPED", folder)
+    monkeypatch.setattr(_tune, "device_name", lambda device: "GPU" if device.type == "cuda" else None)
+    monkeypatch.setattr(_tune, "_milliseconds", lambda launch: launch())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    yield folder
+    _tune._known.cache_clear()
+
+
+@pytest.fixture
+def launched():
+    return []
+
+
+@pytest.fixture
+def ask(launched):
+    def launch(config):
+        launched.append(config)
+        return MILLISECONDS[config]
+
+    return lambda kernel="forward", device=GPU, candidates=CANDIDATES: tuned(
+        "an_op", kernel, ("16-bit", 64, bucket(2304)), DEFAULT, candidates, launch, device
+    )
+
+
+def next_process():
+    _tune._known.cache_clear()
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (2304, 4096), (4096, 4096)])
+def test_bucket(size, expected):
+    assert bucket(size) == expected
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_nothing_is_searched_unasked(ask, launched, monkeypatch, value):
+    if value is not None:
+        monkeypatch.setenv(_tune.VARIABLE, value)
+    assert ask() == DEFAULT
+    assert not launched
+
+
+def test_a_search_takes_the_fastest_once(ask, launched, monkeypatch, capsys):
+    monkeypatch.setenv(_tune.VARIABLE, "1")
+    assert ask() == ask() == (2, 1)
+    assert launched == list(MILLISECONDS)
+    assert "an_op forward 16-bit 64 4096: (2, 1), 1 ms; default (1, 1), 3 ms" in capsys.readouterr().err
+    ask("backward")
+    assert launched == 2 * list(MILLISECONDS)
+
+
+def test_the_default_may_win(ask, monkeypatch):
+    monkeypatch.setenv(_tune.VARIABLE, "1")
+    monkeypatch.setitem(MILLISECONDS, DEFAULT, 0.5)
+    assert ask() == DEFAULT
+
+
+def test_what_does_not_run_loses_and_is_named(ask, monkeypatch, capsys):
+    monkeypatch.setenv(_tune.VARIABLE, "1")
+    assert ask(candidates=[(8, 1), (4, 1)]) == (4, 1)
+    assert "(8, 1) does not run" in capsys.readouterr().err
+
+
+def test_no_search_on_other_devices(ask, launched, monkeypatch):
+    """Meta tensors in the compile gate, CPU tensors in Triton's interpreter."""
+    monkeypatch.setenv(_tune.VARIABLE, "1")
+    assert ask(device=torch.device("cpu")) == ask(device=torch.device("meta")) == DEFAULT
+    assert not launched
+
+
+def test_no_search_while_a_graph_is_captured(ask, launched, monkeypatch):
+    monkeypatch.setenv(_tune.VARIABLE, "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert ask() == DEFAULT and not launched
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert ask() == (2, 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert ask() == (2, 1)  # known by now
+
+
+def test_one_forgets(ask, launched, monkeypatch, machine):
+    monkeypatch.setenv(_tune.VARIABLE, "1")
+    ask()
+    next_process()
+    ask()
+    assert len(launched) == 2 * len(MILLISECONDS)
+    assert not list(machine.iterdir())
+
+
+def test_a_directory_remembers(ask, launched, monkeypatch, tmp_path):
+    monkeypatch.setenv(_tune.VARIABLE, str(tmp_path / "found"))
+    ask("forward")
+    next_process()
+    ask("backward")
+    launched.clear()
+    next_process()
+    assert ask("forward") == ask("backward") == (2, 1)
+    assert not launched
+    assert json.loads((tmp_path / "found" / "GPU.json").read_text()) == {
+        "an_op backward 16-bit 64 4096": [2, 1],
+        "an_op forward 16-bit 64 4096": [2, 1],
+    }
+    assert [f.name for f in (tmp_path / "found").iterdir()] == ["GPU.json"]
+
+
+def test_what_a_search_wrote_can_be_shipped(ask, launched, monkeypatch, machine):
+    monkeypatch.setenv(_tune.VARIABLE, str(machine))
+    ask()
+    monkeypatch.delenv(_tune.VARIABLE)
+    next_process()
+    launched.clear()
+    assert ask() == (2, 1)
+    assert ask("backward") == DEFAULT  # not in the file
+    assert ask(device=torch.device("cpu")) == DEFAULT  # not this GPU
+    assert not launched
+
+
+def test_ones_own_directory_goes_before_what_was_shipped(ask, monkeypatch, machine, tmp_path):
+    for folder, config in ((machine, (2, 1)), (tmp_path, (4, 1))):
+        (folder / "GPU.json").write_text(json.dumps({"an_op forward 16-bit 64 4096": config}))
+    assert ask() == (2, 1)
+    monkeypatch.setenv(_tune.VARIABLE, str(tmp_path))
+    assert ask() == (4, 1)
+
+
+def test_expert_attention_launches_what_was_shipped(monkeypatch, machine):
+    triton = pytest.importorskip("triton")
+    from mova_kernels.ops.expert_attention import triton_impl
+
+    if not isinstance(triton_impl._forward_kernel, triton.JITFunction):
+        pytest.skip("TRITON_INTERPRET=1: nothing is launched")
+    found = []
+    monkeypatch.setattr(
+        triton.JITFunction, "run", lambda self, *_, grid, warmup, **options: found.append((self.__name__, options))
+    )
+    monkeypatch.setattr(_tune, "device_name", lambda device: "GPU")
+
+    def launches(length):
+        q = torch.empty(2, length, 128, dtype=torch.bfloat16, device="meta")
+        table = torch.empty(length, 64, device="meta")
+        found.clear()
+        triton_impl.forward(q, q, q, table, table, 2, None)
+        return [[o["TILE"], o["STEP"], o["num_warps"], o["num_stages"]] for name, o in found if "forward" in name]
+
+    (default,) = launches(2304)
+    assert default == list(triton_impl.CONFIGS["16-bit", 64]["forward"])
+    (machine / "GPU.json").write_text(json.dumps({"expert_attention forward 16-bit 64 4096": [64, 32, 4, 1]}))
+    next_process()
+    assert launches(2304) == launches(4096) == [[64, 32, 4, 1]]
+    assert launches(2048) == [default]
+
+
+def test_candidates_of_expert_attention_keep_to_the_rules():
+    pytest.importorskip("triton")
+    from mova_kernels.ops.expert_attention.triton_impl import CANDIDATES
+
+    for (kind, width), kernels in CANDIDATES.items():
+        for name, candidates in kernels.items():
+            assert len(set(candidates)) == len(candidates) > 10
+            for tile, step, _, stages in candidates:
+                assert tile >= 64 or kind == "ieee"
+                assert tile <= 32 or (kind, name) != ("ieee", "forward")
+                assert not (width == 32 and name != "forward" and {tile, step} == {64, 128} and stages == 2)

@@ -1,0 +1,69 @@
+"""The inner loop of a kernel in SASS, the GPU's own instructions."""
+
+from __future__ import annotations
+
+import re
+
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/ +(@\S+)? *([A-Z][\w.]*)(.*?);", re.MULTILINE)
+
+
+def loop_instructions(sass: str) -> int:
+    """How many instructions the inner loop of a kernel has; 0 if there is no loop.
+
+    The inner loop is the one that holds most of the arithmetic (instructions named *MMA* or *FMA*), then most
+    instructions. Counted is its natural loop in the control flow, as far as the compiler unrolled it: with parts that
+    the compiler moved away or that not every iteration runs, without loops inside it, such as waits at barriers.
+
+    Args:
+        sass: what ``cuobjdump -sass`` prints of one kernel.
+    """
+    code = INSTRUCTION.findall(sass)
+    after = _successors(code)
+    before: list[list[int]] = [[] for _ in code]
+    for i, successors in enumerate(after):
+        for j in successors:
+            before[j].append(i)
+
+    loops: dict[int, set[int]] = {}  # by their first instruction
+    for last, first in _back_edges(after):
+        body, todo = loops.setdefault(first, {first}), [last]
+        while todo:
+            if (i := todo.pop()) not in body:
+                body.add(i)
+                todo += before[i]
+    own = [body.difference(*(loops[i] for i in body if i in loops and i != first)) for first, body in loops.items()]
+    arithmetic = {i for i, (_, _, name, _) in enumerate(code) if re.search("MMA|FMA", name)}
+    return len(max(own, key=lambda body: (len(body & arithmetic), len(body)), default=()))
+
+
+def _successors(code: list[tuple[str, str, str, str]]) -> list[list[int]]:
+    """Per instruction the places of those that can follow it. Calls return; what is jumped to by a table is unknown."""
+    place = {int(address, 16): i for i, (address, *_) in enumerate(code)}
+    answer = []
+    for i, (_, predicate, name, operands) in enumerate(code):
+        name = name.split(".")[0]
+        jumps = name in ("BRA", "JMP")
+        targets = [place[t] for h in re.findall(r"0x([0-9a-f]+)", operands) if (t := int(h, 16)) in place and jumps]
+        conditional = predicate or (jumps and "," in operands)  # BRA.U UP0, 0x190
+        falls_through = conditional or not (jumps or name in ("EXIT", "RET", "BRX", "JMX"))
+        answer.append(targets + [i + 1] * (falls_through and i + 1 < len(code)))
+    return answer
+
+
+def _back_edges(after: list[list[int]]) -> list[tuple[int, int]]:
+    """The edges to an instruction that a depth-first walk from the first one has entered and not yet left."""
+    found, entered, path, todo = [], {0}, {0}, [(0, iter(after[0]))]
+    while todo:
+        i, rest = todo[-1]
+        for j in rest:
+            if j in path:
+                found.append((i, j))
+            elif j not in entered:
+                entered.add(j)
+                path.add(j)
+                todo.append((j, iter(after[j])))
+                break
+        else:
+            path.remove(i)
+            todo.pop()
+    return found
