@@ -21,17 +21,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS, adjacent_channels, dot_precision, num_multiprocessors, pick
+from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision, num_multiprocessors, pick
+from ..._tune import Config, bucket, tuned
 from ...ragged import PairTables
 
-# (bytes per element, whether tiles of 128 are cut somewhere) -> tile of the result (two sides), step of the loop,
-# warps, stages, programs per multiprocessor. Masks need registers, so cut tiles are smaller. Chosen so that nothing
-# spills on sm_80, sm_90 and sm_100; not measured.
+# (arithmetic, whether tiles of 128 are cut somewhere) -> tile of the result (two sides), step of the loop, warps,
+# stages, programs per multiprocessor. Masks need registers, so cut tiles are smaller. Chosen so that nothing spills on
+# sm_80, sm_90 and sm_100 (tools/compile_gate.py); not measured.
 CONFIGS = {
-    (2, False): (128, 128, 64, 8, 3, 1),
-    (2, True): (64, 128, 64, 8, 3, 1),
-    (4, False): (64, 64, 32, 8, 2, 2),
-    (4, True): (64, 64, 32, 8, 2, 2),
+    ("16-bit", False): (128, 128, 64, 8, 3, 1),
+    ("16-bit", True): (64, 128, 64, 8, 3, 1),
+    ("tf32", False): (64, 64, 32, 4, 3, 2),
+    ("tf32", True): (64, 64, 32, 4, 3, 2),
+    ("ieee", False): (64, 64, 32, 8, 2, 2),
+    ("ieee", True): (64, 64, 32, 8, 2, 2),
+}
+TILES = ((128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
+CANDIDATES = {  # what a search tries (mova_kernels/_tune.py)
+    kind: [
+        (*tile, step, warps, stages, programs)
+        for tile in TILES
+        for step in ((32, 64) if kind == "16-bit" else (16, 32))
+        for warps in (4, 8)
+        for stages in (2, 3, 4)
+        for programs in (1, 2)
+    ]
+    for kind in ("16-bit", "tf32", "ieee")
 }
 FOLD_ROWS, FOLD_COLUMNS = 16, 256
 
@@ -332,7 +347,7 @@ def forward(
         folded = fold(tables, scale, shift, weight, bias, dtype)
         outs = [x[0].new_empty((num_pairs, length, o)) for o in folded.outputs]
         if num_pairs * length:
-            _launch_project(x, getattr(tables, rows), tables, folded, outs)
+            _project(x, getattr(tables, rows), tables, folded, outs)
     return outs
 
 
@@ -403,20 +418,23 @@ def collect(
     length, total = a[0].shape[1], sum(folded.outputs)
     if num_outs * length == 0:
         return
-    config, programs = _config(a[0], (length, *folded.widths, *folded.outputs))
     widths_out = (total,) if transposed else folded.widths
-    n_tiles = triton.cdiv(max(widths_out), config["TILE_N"])
-    num_tiles = triton.cdiv(length, config["TILE_M"]) * n_tiles * num_outs
     residual_strides = (0, 0) if residual is None else residual.stride()[:2]
-    _collect_kernel[(_num_programs(a[0], num_tiles, programs),)](
-        tuple(a), *_strides(a), a_index, tuple(outs), out_index, residual, gate,
-        tables.expert, tables.num_used, tables.by_sample if by_sample else None, tables.sample_offsets,
-        folded.weight, folded.constant, num_outs, *residual_strides,
-        WIDTHS=folded.widths, OUTPUTS=folded.outputs, TOTAL=total, L=length, TRANSPOSED=transposed, N_TILES=n_tiles,
-        CUT=length % config["TILE_M"] != 0 or any(w % config["TILE_N"] for w in widths_out),
-        CUT_K=any(k % config["TILE_K"] for k in (folded.widths if transposed else folded.outputs)),
-        **config,
-    )  # fmt: skip
+
+    def launch(config: dict[str, Any], programs: int) -> None:
+        n_tiles = triton.cdiv(max(widths_out), config["TILE_N"])
+        num_tiles = triton.cdiv(length, config["TILE_M"]) * n_tiles * num_outs
+        _collect_kernel[(min(programs, num_tiles),)](
+            tuple(a), *_strides(a), a_index, tuple(outs), out_index, residual, gate,
+            tables.expert, tables.num_used, tables.by_sample if by_sample else None, tables.sample_offsets,
+            folded.weight, folded.constant, num_outs, *residual_strides,
+            WIDTHS=folded.widths, OUTPUTS=folded.outputs, TOTAL=total, L=length, TRANSPOSED=transposed,
+            N_TILES=n_tiles, CUT=length % config["TILE_M"] != 0 or any(w % config["TILE_N"] for w in widths_out),
+            CUT_K=any(k % config["TILE_K"] for k in (folded.widths if transposed else folded.outputs)),
+            **config,
+        )  # fmt: skip
+
+    _configured("collect", a[0], (num_outs * length, *folded.widths, *folded.outputs), launch)
 
 
 def grad_weights(
@@ -436,21 +454,25 @@ def grad_weights(
     num_experts, length = len(scale), x[0].shape[1]
     widths = tuple(len(g) for g in scale)
     outputs = tuple(len(w) for w in weight[::num_experts])
-    config, _ = _config(grads[0], (length, *widths, *outputs))
-    row_tiles = tuple(triton.cdiv(o, config["TILE_M"]) for o in outputs)
-    column_tiles = tuple(triton.cdiv(w, config["TILE_N"]) for w in widths)
     grad_weight, grad_bias = (
         [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors] for tensors in (weight, bias)
     )
-    partial = scale[0].new_empty((2, sum(row_tiles), sum(widths)), dtype=torch.float32)
-    _grad_weight_kernel[(sum(row_tiles), sum(column_tiles))](
-        tuple(grads), *_strides(grads), grad_index, tuple(x), *_strides(x), index, gate, tables.expert_offsets,
-        _alike(weight), _alike(scale), _alike(shift), tuple(grad_weight), tuple(grad_bias), partial[0], partial[1],
-        WIDTHS=widths, OUTPUTS=outputs, ROW_TILES=row_tiles, COLUMN_TILES=column_tiles,
-        SUM_WIDTHS=sum(widths), L=length, CUT_K=length % config["TILE_K"] != 0,
-        CUT=any(o % config["TILE_M"] for o in outputs) or any(w % config["TILE_N"] for w in widths),
-        **config,
-    )  # fmt: skip
+
+    def launch(config: dict[str, Any], _: int) -> Tensor:
+        row_tiles = tuple(triton.cdiv(o, config["TILE_M"]) for o in outputs)
+        column_tiles = tuple(triton.cdiv(w, config["TILE_N"]) for w in widths)
+        partial = scale[0].new_empty((2, sum(row_tiles), sum(widths)), dtype=torch.float32)
+        _grad_weight_kernel[(sum(row_tiles), sum(column_tiles))](
+            tuple(grads), *_strides(grads), grad_index, tuple(x), *_strides(x), index, gate, tables.expert_offsets,
+            _alike(weight), _alike(scale), _alike(shift), tuple(grad_weight), tuple(grad_bias), partial[0], partial[1],
+            WIDTHS=widths, OUTPUTS=outputs, ROW_TILES=row_tiles, COLUMN_TILES=column_tiles,
+            SUM_WIDTHS=sum(widths), L=length, CUT_K=length % config["TILE_K"] != 0,
+            CUT=any(o % config["TILE_M"] for o in outputs) or any(w % config["TILE_N"] for w in widths),
+            **config,
+        )  # fmt: skip
+        return partial
+
+    partial = _configured("grad_weight", grads[0], (len(tables.sample) * length, *widths, *outputs), launch)
     sums = partial.sum(1)
     affine = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*scale, *shift)]
     torch._foreach_copy_(affine, [*sums[0].split(widths), *sums[1].split(widths)])
@@ -463,10 +485,14 @@ def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "K, V bfloat16", functools.partial(_gate_case, torch.bfloat16, official, (1024, 1024), 2304, "row")
     yield "Q bfloat16", functools.partial(_gate_case, torch.bfloat16, (1024,) * 7, (1024,), 2304, "sample")
     yield "K, V float32", functools.partial(_gate_case, torch.float32, official, (1024, 1024), 2304, "row")
+    yield "K, V tf32", functools.partial(_gate_case, torch.float32, official, (1024, 1024), 2304, "row", tf32=True)
     yield "odd sizes bfloat16", functools.partial(_gate_case, torch.bfloat16, (1000, 90), (1000,), 2300, "row")
 
 
-def _gate_case(dtype: torch.dtype, widths: Sequence[int], outputs: Sequence[int], length: int, rows: str) -> None:
+def _gate_case(
+    dtype: torch.dtype, widths: Sequence[int], outputs: Sequence[int], length: int, rows: str, tf32: bool = False
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     table = torch.empty(24, dtype=torch.int64, device="meta")
     tables = PairTables(*[table] * 6)
@@ -477,35 +503,38 @@ def _gate_case(dtype: torch.dtype, widths: Sequence[int], outputs: Sequence[int]
     backward(outs, sources, rows, tables, affine, affine, weights, biases, True)
 
 
-def _launch_project(
-    x: Sequence[Tensor], index: Tensor, tables: PairTables, folded: Folded, outs: Sequence[Tensor]
-) -> None:
+def _project(x: Sequence[Tensor], index: Tensor, tables: PairTables, folded: Folded, outs: Sequence[Tensor]) -> None:
     x = [adjacent_channels(t) for t in x]
     num_pairs, length = outs[0].shape[:2]
-    config, programs = _config(x[0], (length, *folded.widths, *folded.outputs))
-    tiles = tuple(triton.cdiv(o, config["TILE_N"]) for o in folded.outputs)
-    tiles_per_pair = triton.cdiv(length, config["TILE_M"]) * sum(tiles)
-    _project_kernel[(_num_programs(x[0], num_pairs * tiles_per_pair, programs),)](
-        tuple(x), *_strides(x), tuple(outs), index, tables.expert, tables.num_used,
-        folded.weight, folded.constant, num_pairs,
-        WIDTHS=folded.widths, OUTPUTS=folded.outputs, TILES=tiles, TOTAL=sum(folded.outputs), L=length,
-        TILES_PER_PAIR=tiles_per_pair,
-        CUT=length % config["TILE_M"] != 0 or any(o % config["TILE_N"] for o in folded.outputs),
-        CUT_K=any(w % config["TILE_K"] for w in folded.widths),
-        **config,
-    )  # fmt: skip
+
+    def launch(config: dict[str, Any], programs: int) -> None:
+        tiles = tuple(triton.cdiv(o, config["TILE_N"]) for o in folded.outputs)
+        tiles_per_pair = triton.cdiv(length, config["TILE_M"]) * sum(tiles)
+        _project_kernel[(min(programs, num_pairs * tiles_per_pair),)](
+            tuple(x), *_strides(x), tuple(outs), index, tables.expert, tables.num_used,
+            folded.weight, folded.constant, num_pairs,
+            WIDTHS=folded.widths, OUTPUTS=folded.outputs, TILES=tiles, TOTAL=sum(folded.outputs), L=length,
+            TILES_PER_PAIR=tiles_per_pair,
+            CUT=length % config["TILE_M"] != 0 or any(o % config["TILE_N"] for o in folded.outputs),
+            CUT_K=any(w % config["TILE_K"] for w in folded.widths),
+            **config,
+        )  # fmt: skip
+
+    _configured("project", x[0], (num_pairs * length, *folded.widths, *folded.outputs), launch)
 
 
-def _config(x: Tensor, sizes: Sequence[int]) -> tuple[dict[str, Any], int]:
-    """Constants of a product for operands like ``x`` and dimensions ``sizes``; programs per multiprocessor."""
-    cut = any(size % 128 for size in sizes)
-    tile_m, tile_n, tile_k, num_warps, num_stages, programs = CONFIGS[x.element_size(), cut]
-    config = {"TILE_M": tile_m, "TILE_N": tile_n, "TILE_K": tile_k, "num_warps": num_warps, "num_stages": num_stages}
-    return {**config, "PRECISION": dot_precision(), "maxnreg": REGISTERS}, programs
+def _configured(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[dict[str, Any], int], Any]) -> Any:
+    """launch(constants, programs for all multiprocessors) for operands like ``x``; the first size is in tokens."""
+    kind, cut = arithmetic(x), any(size % 128 for size in sizes)
 
+    def run(config: Config) -> Any:
+        tile_m, tile_n, tile_k, num_warps, num_stages, programs = config
+        constants = {"TILE_M": tile_m, "TILE_N": tile_n, "TILE_K": tile_k, "PRECISION": dot_precision()}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": REGISTERS}
+        return launch({**constants, **options}, num_multiprocessors(x) * programs)
 
-def _num_programs(x: Tensor, num_tiles: int, per_multiprocessor: int) -> int:
-    return min(num_tiles, num_multiprocessors(x) * per_multiprocessor)
+    key = (kind, "cut" if cut else "full", bucket(sizes[0]))
+    return run(tuned("ragged_linear", kernel, key, CONFIGS[kind, cut], CANDIDATES[kind], run, x.device))
 
 
 def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
