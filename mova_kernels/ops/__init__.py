@@ -2,6 +2,7 @@
 
 from .expert_attention import expert_attention
 from .expert_gate import expert_gate
+from .feature_norm import feature_norm
 from .feature_resample import feature_resample
 from .gated_combine import gated_combine
 from .ragged_linear import ragged_linear
@@ -13,6 +14,7 @@ __all__ = [
     "StageWeights",
     "expert_attention",
     "expert_gate",
+    "feature_norm",
     "feature_resample",
     "gated_combine",
     "ragged_linear",

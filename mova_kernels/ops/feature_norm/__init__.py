@@ -1,0 +1,3 @@
+from .op import feature_norm as feature_norm
+
+__all__ = ["feature_norm"]
