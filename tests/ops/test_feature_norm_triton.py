@@ -111,6 +111,15 @@ def test_negative_rows_are_neither_read_nor_written() -> None:
     assert y[1].isnan().all() and (grad[1] == 0).all()
 
 
+@pytest.mark.parametrize("out_size", [OUT, (2, 3)], ids=["resampled", "equal sizes"])
+def test_nothing_beside_the_features_is_read(out_size) -> None:
+    """Taps of weight 0 lie behind the last column, row and sample."""
+    around = torch.full((3, 10, 12), torch.nan)
+    x = around[1:2, 2:8, 4:9]
+    x.normal_()
+    assert all(part.isfinite().all() for part in value_and_gradients(kernels([(2, 3)], out_size, [None]), [x]))
+
+
 @pytest.mark.parametrize("row", [2, 2**40])
 def test_rows_beyond_the_features_are_refused_and_not_read(row) -> None:
     x = [torch.zeros(2, 6, 4)] * 2

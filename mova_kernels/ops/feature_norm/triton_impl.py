@@ -146,16 +146,14 @@ def _forward_kernel(
             return
     C = pick(CHANNELS, expert)
     x = pick(features, expert) + row * pick(row_strides, expert)
-    y = pick(results, expert) + m * (H * W * C)
-    rstd = pick(rstds, expert) + m * (H * W)
+    y = pick(results, expert) + m * H * W * C
+    rstd = pick(rstds, expert) + m * H * W
     stride = pick(token_strides, expert)
     in_h, in_w = pick(HEIGHTS, expert), pick(WIDTHS, expert)
     first_tile = place % pick(PROGRAMS, expert) * STEPS
     for b in tl.static_range(len(EACH_BLOCK)):
         if pick(BLOCKS, expert) == EACH_BLOCK[b]:
-            _normalise_tiles(
-                x, y, rstd, stride, first_tile, in_h, in_w, C, eps, H, W, EACH_BLOCK[b], TILE, STEPS
-            )  # fmt: skip
+            _normalise_tiles(x, y, rstd, stride, first_tile, in_h, in_w, C, eps, H, W, EACH_BLOCK[b], TILE, STEPS)
 
 
 @triton.jit
@@ -189,9 +187,9 @@ def _grad_norm_kernel(
         return
     C = pick(CHANNELS, expert)
     grad = pick(grads, expert) + m * pick(row_strides, expert)
-    y = pick(results, expert) + m * (L * C)
+    y = pick(results, expert) + m * L * C
     rstd = pick(rstds, expert) + m * L
-    grad_y = pick(targets, expert) + tl.where(pick(RESAMPLED, expert), m, row) * (L * C)
+    grad_y = pick(targets, expert) + tl.where(pick(RESAMPLED, expert), m, row) * L * C
     stride = pick(token_strides, expert)
     first_tile = place % pick(PROGRAMS, expert) * STEPS
     for b in tl.static_range(len(EACH_BLOCK)):
@@ -238,8 +236,8 @@ def _gather_kernel(
         return
     C = pick(CHANNELS, expert)
     in_h, in_w = pick(HEIGHTS, expert), pick(WIDTHS, expert)
-    grad_y = pick(grads, expert) + m * (H * W * C)
-    grad_x = pick(targets, expert) + row * (in_h * in_w * C)
+    grad_y = pick(grads, expert) + m * H * W * C
+    grad_x = pick(targets, expert) + row * in_h * in_w * C
     first_tile = place % pick(PROGRAMS, expert) * STEPS
     for b in tl.static_range(len(EACH_BLOCK)):
         if pick(BLOCKS, expert) == EACH_BLOCK[b]:
