@@ -1,6 +1,7 @@
 """The MoV-Adapter of MoVA (arXiv 2404.13046) as ordinary modules under the official parameter names."""
 
 # No "from __future__ import annotations" here: the hub mixin reads the annotation of __init__'s config at run time.
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -256,7 +257,8 @@ class MoVAdapter(
             packed.append(is_packed)
         grids = [target if size is None else size for size in sizes]
         if normalise:  # once, for all blocks: their LayerNorms differ in the affine part alone
-            return list(ops.feature_norm(given, grids, target, rows, EPS)), packed
+            dtype = functools.reduce(torch.promote_types, [f.dtype for f in given])  # autocast lets them differ
+            return list(ops.feature_norm([f.to(dtype) for f in given], grids, target, rows, EPS)), packed
         return [ops.feature_resample(f, s, target, r) for f, s, r in zip(given, grids, rows, strict=True)], packed
 
 

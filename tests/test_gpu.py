@@ -9,7 +9,15 @@ from helpers import check_budget
 
 from mova_kernels import backends
 from mova_kernels.dense_reference import dense_adapter, feature_align
-from mova_kernels.ops import expert_attention, expert_gate, feature_resample, rope2d, rope2d_table, swiglu_norm
+from mova_kernels.ops import (
+    expert_attention,
+    expert_gate,
+    feature_norm,
+    feature_resample,
+    rope2d,
+    rope2d_table,
+    swiglu_norm,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -113,6 +121,33 @@ def test_expert_attention_in_triton_and_its_gradients(side, width, dtype):
     for name, a, b, t, p in zip(("out", "q", "k", "v"), actual, again, truth, plain, strict=True):
         check_budget(name, a, t, p)
         assert torch.equal(a, b), f"{name} differs from run to run"
+
+
+# Official widths and grids, with an idle expert, a negative row and slices of wider features; odd ones without rows.
+@pytest.mark.parametrize("official", [True, False], ids=["official", "odd"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_feature_norm_in_triton_and_its_gradients(official, dtype):
+    sides = (37, 64, 64, 48, 14) if official else (5, 9)
+    channels = (1536, 512, 256, 1536, 768) if official else (33, 7)
+    out = 48 if official else 7
+    rows = [torch.tensor(r, device="cuda") for r in ([2, 0], [1, -1], [2], [0, 1, 2])] if official else [None] * 2
+    rows += [torch.zeros(0, dtype=torch.int64, device="cuda")] if official else []
+    wide = [torch.randn(3, s * s, c + 16, dtype=dtype, device="cuda") for s, c in zip(sides, channels, strict=True)]
+    cotangents: list[torch.Tensor] = []
+
+    def by(backend: str, working: torch.dtype) -> list[torch.Tensor]:
+        x = [t.to(working)[..., 16:].requires_grad_() for t in wide]
+        y = feature_norm(x, [(s, s) for s in sides], (out, out), rows, backend=backend)
+        valid = [t if r is None else t[r >= 0] for t, r in zip(y, rows, strict=True)]
+        cotangents.extend(torch.randn_like(t) for t in valid[len(cotangents) :])
+        gradients = torch.autograd.grad(valid, x, [c.to(working) for c in cotangents])
+        return [*(t.detach() for t in valid), *gradients]
+
+    actual, again = by("triton", dtype), by("triton", dtype)
+    truth, plain = by("reference", torch.float64), by("reference", dtype)
+    for i, (a, b, t, p) in enumerate(zip(actual, again, truth, plain, strict=True)):
+        check_budget(f"{'gradient' if i >= len(sides) else 'value'} {i % len(sides)}", a, t, p)
+        assert torch.equal(a, b), "differs from run to run"
 
 
 def check_triton(function, inputs: list[torch.Tensor], dtype: torch.dtype) -> None:

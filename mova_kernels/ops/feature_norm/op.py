@@ -1,0 +1,167 @@
+"""feature_norm: the features of all experts on the base grid and normalised, once for all blocks of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import _triton, backends
+from ..._checks import check, check_floats, check_tensor
+from ..._library import define
+from ..feature_resample import feature_resample
+from . import reference
+
+TRITON_WIDTH, TRITON_AXIS = 4096, 32767  # the widest features and the longest side of a grid
+
+backends.register("feature_norm", _triton.BACKEND)
+
+
+def feature_norm(
+    features: Sequence[Tensor],
+    in_sizes: Sequence[tuple[int, int]],
+    out_size: tuple[int, int],
+    rows: Sequence[Tensor | None],
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """(y - mean(y)) / sqrt(var(y) + eps) per token of y = feature_resample(features[e], ...), for every expert e.
+
+    This is the part of a LayerNorm that has no parameters, so that blocks with different ones can share it. ``triton``
+    does all experts in one launch and keeps y in fp32. ``reference`` rounds y to the dtype of the features, as the
+    official code does.
+
+    Args:
+        features: per expert (R_e, h_e*w_e, C_e) row-major tokens, float, of one dtype and device; any strides.
+        in_sizes: per expert (h_e, w_e).
+        out_size: (H, W).
+        rows: per expert (M_e,) int64 on the features' device: the row of ``features[e]`` for each row of the result,
+            without repeats; for a negative one nothing is read, neither here nor of its gradient, and the result means
+            nothing. Or None: all rows, M_e = R_e.
+        eps: added to the variance, which is the biased one.
+        backend: see :mod:`mova_kernels.backends`. ``triton`` takes up to 4096 channels, and grids of up to 32767 per
+            side.
+
+    Returns:
+        Per expert (M_e, H*W, C_e) in the dtype of the features, contiguous. Source: the alignment of expert features
+        and the LayerNorm before keys and values in MoVA (arXiv 2404.13046).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or shape.
+        RuntimeError: a value in ``rows[e]`` is not below R_e (on a GPU: a device-side assertion).
+        backends.BackendError: the requested backend cannot run here, or not with these sizes.
+    """
+    check(len(features) >= 1, "features", "must have at least one entry", len(features))
+    for name, values in (("in_sizes", in_sizes), ("rows", rows)):
+        check(len(values) == len(features), name, f"must have {len(features)} entries", len(values))
+    for name, size in (*((f"in_sizes[{e}]", size) for e, size in enumerate(in_sizes)), ("out_size", out_size)):
+        check(len(size) == 2 and min(size) >= 1, name, "must be two positive integers", tuple(size))
+    for e, (x, size, r) in enumerate(zip(features, in_sizes, rows, strict=True)):
+        name, first = f"features[{e}]", features[0]
+        check_floats(name, x, ("R", size[0] * size[1], "C"))
+        check(x.dtype == first.dtype, name, f"must have features[0]'s {first.dtype}", x.dtype)
+        check(x.device == first.device, name, f"must be on features[0]'s {first.device}", x.device)
+        if r is not None:
+            check_tensor(f"rows[{e}]", r, ("M",))
+            check(r.dtype == torch.int64, f"rows[{e}]", "must be int64", r.dtype, TypeError)
+            check(r.device == x.device, f"rows[{e}]", f"must be on the features' {x.device}", r.device)
+    sizes = [side for size in (*in_sizes, out_size) for side in size]
+    chosen = _choose(backend, features, sizes)
+    if chosen == "reference":
+        sources = zip(features, in_sizes, rows, strict=True)
+        # What was asked of feature_norm is asked of its part: backend="reference" means both.
+        resampled = [feature_resample(x, size, out_size, r, backend=backend) for x, size, r in sources]
+        return reference.feature_norm(resampled, eps)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in features):
+        return _FeatureNorm.apply(sizes, eps, chosen, *rows, *features)[: len(features)]
+    return tuple(_fwd(features, rows, sizes, eps, chosen)[0])
+
+
+def _choose(backend: str | None, features: Sequence[Tensor], sizes: Sequence[int]) -> str:
+    width, axis = max(x.shape[2] for x in features), max(sizes)
+    unfit = {}
+    if width > TRITON_WIDTH:
+        unfit["triton"] = f"it takes up to {TRITON_WIDTH} channels, not {width}"
+    elif axis > TRITON_AXIS:
+        unfit["triton"] = f"it takes grids of up to {TRITON_AXIS} per side, not {axis}"
+    return backends.choose("feature_norm", backend, features[0].device, features[0].dtype, unfit)
+
+
+def _implementation(backend: str, features: Sequence[Tensor], sizes: Sequence[int]):
+    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
+    check(backend == "triton", "backend", "must be 'triton'", backend)
+    _choose(backend, features, sizes)
+    from . import triton_impl
+
+    return triton_impl
+
+
+def _forward_kernel(features, rows, sizes, eps, backend):
+    results, rstds, rows_fit = _implementation(backend, features, sizes).forward(features, rows, sizes, eps)
+    if rows_fit is not None:  # on a GPU the assertion runs on the stream
+        torch._assert_async(rows_fit, "rows must be below the number of the features' rows")
+    return results, rstds
+
+
+def _backward_kernel(grads, results, rstds, rows, num_rows, sizes, backend):
+    return _implementation(backend, grads, sizes).backward(grads, results, rstds, rows, num_rows, sizes)
+
+
+def _forward_fake(features, rows, sizes, eps, backend):
+    length = sizes[-2] * sizes[-1]
+    counts = [x.shape[0] if r is None else r.shape[0] for x, r in zip(features, rows, strict=True)]
+    results = [x.new_empty((m, length, x.shape[2])) for x, m in zip(features, counts, strict=True)]
+    return results, [y.new_empty(y.shape[:2], dtype=torch.float32) for y in results]
+
+
+def _backward_fake(grads, results, rstds, rows, num_rows, sizes, backend):
+    tokens = [h * w for h, w in zip(sizes[:-2:2], sizes[1:-2:2], strict=True)]
+    return [y.new_empty((r, t, y.shape[2])) for y, r, t in zip(results, num_rows, tokens, strict=True)]
+
+
+# ``sizes`` is h_0, w_0, h_1, w_1, ..., H, W.
+_fwd = define(
+    "feature_norm_fwd",
+    "(Tensor[] features, Tensor?[] rows, SymInt[] sizes, float eps, str backend) -> (Tensor[], Tensor[])",
+    _forward_kernel,
+    _forward_fake,
+)
+_bwd = define(
+    "feature_norm_bwd",
+    "(Tensor[] grads, Tensor[] results, Tensor[] rstds, Tensor?[] rows, SymInt[] num_rows, SymInt[] sizes, str backend)"
+    " -> Tensor[]",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
+class _FeatureNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(sizes, eps, backend, *tensors):
+        rows, features = _halves(tensors)
+        results, rstds = _fwd(features, rows, sizes, eps, backend)
+        return *results, *rstds
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        sizes, _, backend, *tensors = inputs
+        rows, features = _halves(tensors)
+        ctx.mark_non_differentiable(*_halves(output)[1])
+        ctx.save_for_backward(*rows, *output)  # not the features, which the gradient does not depend on but by these
+        ctx.arguments = ([x.shape[0] for x in features], sizes, backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        num_rows, sizes, backend = ctx.arguments
+        experts = len(num_rows)
+        rows, output = ctx.saved_tensors[:experts], ctx.saved_tensors[experts:]
+        found = _bwd(_halves(grads)[0], *_halves(output), rows, num_rows, sizes, backend)
+        return None, None, None, *(None for _ in rows), *found
+
+
+def _halves(values):
+    middle = len(values) // 2
+    return list(values[:middle]), list(values[middle:])
