@@ -139,6 +139,7 @@ LOGITS, ALL = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
         ((LOGITS[0], ALL, 1), ValueError, r"logits must have shape \(B, N\), got \(3,\)"),
         ((LOGITS, ALL[:, :2], 1), ValueError, r"selected must have shape \(2, 3\), got \(2, 2\)"),
         ((LOGITS, ALL.float(), 1), TypeError, r"selected must be bool, got torch\.float32"),
+        ((LOGITS, ALL.to("meta"), 1), ValueError, r"selected must be on logits' cpu, got device\(type='meta'\)"),
         ((LOGITS, ALL, 0), ValueError, "topk must be at least 1, got 0"),
     ],
 )

@@ -136,6 +136,14 @@ def test_strides_are_honoured() -> None:
     torch.testing.assert_close(value_and_gradients(op(same, 2), [logits], row.expand(5, 4)), expected, rtol=0, atol=0)
 
 
+def test_strides_of_kept_are_honoured() -> None:
+    logits, grad = torch.randn(2, 5, 4)
+    _, kept = expert_gate(logits, SELECTED, 2, backend="triton")
+    backward = torch.ops.mova_kernels.expert_gate_bwd
+    expected, found = (backward(grad, logits, k, "triton") for k in (kept, kept.mT.contiguous().mT))
+    assert torch.equal(found, expected)
+
+
 def test_same_bits_every_time() -> None:
     logits = torch.randn(5, 4)
     first, second = (value_and_gradients(op(SELECTED, 2), [logits]) for _ in range(2))

@@ -145,6 +145,7 @@ X, TABLE = torch.zeros(2, 9, 1, 8), torch.zeros(9, 8)
         ((X, TABLE[:4], TABLE), ValueError, r"cos must have shape \(9, 8\), got \(4, 8\)"),
         ((X, TABLE, TABLE[:, :4]), ValueError, r"sin must have shape \(9, 8\), got \(9, 4\)"),
         ((X.long(), TABLE, TABLE), TypeError, r"x must be floating point, got torch\.int64"),
+        ((X, TABLE, TABLE.to("meta")), ValueError, r"sin must be on x's cpu, got device\(type='meta'\)"),
         ((X[..., :3], TABLE[:, :3], TABLE[:, :3]), ValueError, "x must .*even"),
     ],
 )

@@ -94,6 +94,7 @@ G, W = torch.zeros(2, 3, 4), torch.zeros(4)
         ((G, G, W[:1], W), ValueError, r"weight must have shape \(4\), got \(1,\)"),
         ((G, G, W, W[:3]), ValueError, r"bias must have shape \(4\), got \(3,\)"),
         ((G.long(), G, W, W), TypeError, r"gate must be floating point, got torch\.int64"),
+        ((G, G, W, W.to("meta")), ValueError, r"bias must be on gate's cpu, got device\(type='meta'\)"),
     ],
 )
 def test_bad_input(arguments, error, message) -> None:

@@ -49,6 +49,13 @@ def test_a_large_mean_does_not_drown_the_variance() -> None:
     assert_within_budget(truth, op, plain, draw, torch.float32, draws=3)
 
 
+def test_bf16_is_rounded_once() -> None:
+    inputs = problem((2, 3, 21), torch.bfloat16)
+    cotangent = torch.randn(2, 3, 21).bfloat16()
+    found, wide = (value_and_gradients(op, x, cotangent) for x in (inputs, [t.float() for t in inputs]))
+    torch.testing.assert_close(found, [t.bfloat16() for t in wide], rtol=0, atol=0)
+
+
 def test_large_gates_do_not_overflow() -> None:
     _, *others = problem((1, 2, 5), torch.float32)
     gate = torch.tensor([-1e4, -100.0, 0, 100, 1e4]).expand(1, 2, 5).contiguous()
