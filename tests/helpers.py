@@ -18,7 +18,7 @@ def value_and_gradients(function: Function, inputs: Sequence[Tensor], cotangent:
 
     The cotangent is random by default: a sum would hide errors that cancel. An empty result may be detached.
     """
-    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    leaves = [_twin(x).requires_grad_() for x in inputs]
     output = function(*leaves)
     if not output.numel() and not output.requires_grad:
         return [output, *map(torch.zeros_like, inputs)]
@@ -26,6 +26,13 @@ def value_and_gradients(function: Function, inputs: Sequence[Tensor], cotangent:
         cotangent = cotangent_like(output)
     gradients = torch.autograd.grad(output, leaves, cotangent.to(output.dtype), allow_unused=True)
     return [output.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))]
+
+
+def _twin(x: Tensor) -> Tensor:
+    """A copy with the same strides, also if they leave gaps, which clone() would close."""
+    x = x.detach()
+    storage = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return storage.clone().as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def cotangent_like(output: Tensor) -> Tensor:

@@ -165,3 +165,14 @@ def test_the_default_config_is_the_official_size():
     with torch.device("meta"):
         adapter = MoVAdapter(MoVAdapterConfig())
     assert sum(p.numel() for p in adapter.parameters()) == 151_515_661
+
+
+def test_padded_hidden_channels_change_nothing():
+    """What a GPU computes, on the CPU: 85 hidden channels as 128."""
+    module = tiny.adapter().blocks[0].mlp.double()
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    parameters = list(module.parameters())
+    expected, found = (
+        (y, *torch.autograd.grad(y, parameters, torch.ones_like(y))) for y in (module(x), module._aligned(x))
+    )
+    torch.testing.assert_close(found, expected)

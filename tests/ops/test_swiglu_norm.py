@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_true_to, assert_within_budget, layer_norm, value_and_gradients
 from torch import Tensor, nn
 
@@ -80,6 +81,22 @@ def test_strides_are_honoured() -> None:
 def test_no_sample() -> None:
     value, *gradients = value_and_gradients(swiglu_norm, problem((0, 3, 7)))
     assert value.shape == (0, 3, 7) and not any(g.any() for g in gradients)
+
+
+def test_padding_is_ignored() -> None:
+    """It may be NaN; it gets zeros, and what counts is the same."""
+    inputs = problem((2, 3, 21))
+    padded = [F.pad(t, (0, 11), value=torch.nan) for t in inputs]
+    expected = value_and_gradients(swiglu_norm, inputs, torch.ones(2, 3, 21))
+    found = value_and_gradients(lambda *t: swiglu_norm(*t, channels=21), padded, torch.ones(2, 3, 32))
+    torch.testing.assert_close([t[..., :21] for t in found], expected)
+    assert not any(t[..., 21:].any() for t in found)
+
+
+@pytest.mark.parametrize("channels", [-1, 5])
+def test_channels_beyond_the_tensors_are_refused(channels) -> None:
+    with pytest.raises(ValueError, match=f"channels must be from 0 to 4, got {channels}"):
+        swiglu_norm(G, G, W, W, channels=channels)
 
 
 G, W = torch.zeros(2, 3, 4), torch.zeros(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_within_budget, value_and_gradients
 from test_swiglu_norm import plain, problem, truth
 from torch import Tensor
@@ -31,6 +32,18 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_budget(name, dtype) -> None:
     assert_within_budget(truth, op, plain, lambda: problem(SHAPES[name]), dtype, draws=3)
+
+
+def test_padding_is_ignored() -> None:
+    """It may be NaN; it gets zeros, and what counts is the same."""
+    inputs = problem((2, 3, 21), torch.float32)
+    padded = [F.pad(t, (0, 11), value=torch.nan) for t in inputs]
+    cotangent = torch.randn(2, 3, 21)
+    expected = value_and_gradients(op, inputs, cotangent)
+    function = lambda *t: swiglu_norm(*t, channels=21, backend="triton")  # noqa: E731
+    found = value_and_gradients(function, padded, F.pad(cotangent, (0, 11), value=torch.nan))
+    torch.testing.assert_close([t[..., :21] for t in found], expected)
+    assert not any(t[..., 21:].any() for t in found)
 
 
 def test_more_rows_than_groups(monkeypatch) -> None:
@@ -71,7 +84,7 @@ def test_eps_is_added_to_the_variance(eps) -> None:
 
 def test_statistics_are_those_of_the_product() -> None:
     gate, up, weight, bias = problem((2, 3, 21), torch.float32)
-    _, mean, rstd = torch.ops.mova_kernels.swiglu_norm_fwd(gate, up, weight, bias, 1e-5, "triton")
+    _, mean, rstd = torch.ops.mova_kernels.swiglu_norm_fwd(gate, up, weight, bias, 1e-5, gate.shape[2], "triton")
     product = torch.nn.functional.silu(gate.double()) * up
     torch.testing.assert_close(mean, product.mean(-1).float())
     torch.testing.assert_close(rstd, (product.var(-1, correction=0) + 1e-5).rsqrt().float())
@@ -158,10 +171,10 @@ def test_torch_func() -> None:
 @pytest.mark.parametrize("affine", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(affine) -> None:
     gate, up, weight, bias = problem((2, 3, 21), torch.float32)
-    arguments = (gate, up, weight.to(affine), bias.to(affine), 1e-5, "triton")
+    arguments = (gate, up, weight.to(affine), bias.to(affine), 1e-5, 19, "triton")
     torch.library.opcheck(torch.ops.mova_kernels.swiglu_norm_fwd.default, arguments)
     out, mean, rstd = torch.ops.mova_kernels.swiglu_norm_fwd(*arguments)
-    arguments = (torch.randn_like(out), gate, up, weight.to(affine), mean, rstd, "triton")
+    arguments = (torch.randn_like(out), gate, up, weight.to(affine), mean, rstd, 19, "triton")
     torch.library.opcheck(torch.ops.mova_kernels.swiglu_norm_bwd.default, arguments)
 
 

@@ -16,7 +16,14 @@ backends.register("swiglu_norm", _triton.BACKEND)
 
 
 def swiglu_norm(
-    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, backend: str | None = None
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    channels: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """LayerNorm(SiLU(gate) * up).
 
@@ -24,6 +31,8 @@ def swiglu_norm(
         gate, up: (B, L, F), float: the two projections of the tokens; any strides.
         weight, bias: (F,) of the LayerNorm, on gate's device; their dtype may be another one (autocast).
         eps: added to the variance.
+        channels: how many of the F channels count, by default all. The others only align rows in memory: they are
+            ignored, and zeros in the result and the gradients.
         backend: see :mod:`mova_kernels.backends`. ``triton`` takes F up to 4096.
 
     Returns:
@@ -39,12 +48,14 @@ def swiglu_norm(
     check_tensor("bias", bias, (gate.shape[2],))
     for name, tensor in (("up", up), ("weight", weight), ("bias", bias)):
         check(tensor.device == gate.device, name, f"must be on gate's {gate.device}", tensor.device)
+    channels = gate.shape[2] if channels is None else channels
+    check(0 <= channels <= gate.shape[2], "channels", f"must be from 0 to {gate.shape[2]}", channels)
     backend = _choose(backend, gate)
     if backend == "reference":
-        return reference.swiglu_norm(gate, up, weight, bias, eps)
+        return reference.swiglu_norm(gate, up, weight, bias, eps, channels)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (gate, up, weight, bias)):
-        return _SwigluNorm.apply(gate, up, weight, bias, eps, backend)[0]
-    return _fwd(gate, up, weight, bias, eps, backend)[0]
+        return _SwigluNorm.apply(gate, up, weight, bias, eps, channels, backend)[0]
+    return _fwd(gate, up, weight, bias, eps, channels, backend)[0]
 
 
 def _choose(backend: str | None, gate: Tensor) -> str:
@@ -62,33 +73,34 @@ def _implementation(backend: str, gate: Tensor):
     return triton_impl
 
 
-def _forward_kernel(gate, up, weight, bias, eps, backend):
-    return _implementation(backend, gate).forward(gate, up, weight, bias, eps)
+def _forward_kernel(gate, up, weight, bias, eps, channels, backend):
+    return _implementation(backend, gate).forward(gate, up, weight, bias, eps, channels)
 
 
-def _backward_kernel(grad, gate, up, weight, mean, rstd, backend):
-    return _implementation(backend, gate).backward(grad, gate, up, weight, mean, rstd)
+def _backward_kernel(grad, gate, up, weight, mean, rstd, channels, backend):
+    return _implementation(backend, gate).backward(grad, gate, up, weight, mean, rstd, channels)
 
 
-def _forward_fake(gate, up, weight, bias, eps, backend):
+def _forward_fake(gate, up, weight, bias, eps, channels, backend):
     mean, rstd = (gate.new_empty(gate.shape[:2], dtype=torch.float32) for _ in range(2))
     return gate.new_empty(gate.shape), mean, rstd
 
 
-def _backward_fake(grad, gate, up, weight, mean, rstd, backend):
+def _backward_fake(grad, gate, up, weight, mean, rstd, channels, backend):
     grad_weight, grad_bias = (weight.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
     return gate.new_empty(gate.shape), up.new_empty(up.shape), grad_weight, grad_bias
 
 
 _fwd = define(
     "swiglu_norm_fwd",
-    "(Tensor gate, Tensor up, Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor gate, Tensor up, Tensor weight, Tensor bias, float eps, SymInt channels, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     _forward_kernel,
     _forward_fake,
 )
 _bwd = define(
     "swiglu_norm_bwd",
-    "(Tensor grad, Tensor gate, Tensor up, Tensor weight, Tensor mean, Tensor rstd, str backend)"
+    "(Tensor grad, Tensor gate, Tensor up, Tensor weight, Tensor mean, Tensor rstd, SymInt channels, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
@@ -97,12 +109,12 @@ _bwd = define(
 
 class _SwigluNorm(torch.autograd.Function):
     @staticmethod
-    def forward(gate, up, weight, bias, eps, backend):
-        return _fwd(gate, up, weight, bias, eps, backend)
+    def forward(gate, up, weight, bias, eps, channels, backend):
+        return _fwd(gate, up, weight, bias, eps, channels, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        gate, up, weight, bias, _, ctx.backend = inputs
+        gate, up, weight, bias, _, *ctx.settings = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.save_for_backward(gate, up, weight, mean, rstd)
@@ -112,5 +124,5 @@ class _SwigluNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         weight = ctx.saved_tensors[2]
-        grad_gate, grad_up, grad_weight, grad_bias = _bwd(grad, *ctx.saved_tensors, ctx.backend)
-        return grad_gate, grad_up, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype), None, None
+        grad_gate, grad_up, grad_weight, grad_bias = _bwd(grad, *ctx.saved_tensors, *ctx.settings)
+        return grad_gate, grad_up, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype), None, None, None

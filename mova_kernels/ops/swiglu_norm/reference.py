@@ -6,7 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def swiglu_norm(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm(SiLU(gate) * up) over the last dimension."""
+def swiglu_norm(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float, channels: int) -> Tensor:
+    """LayerNorm(SiLU(gate) * up) over the first ``channels`` of the last dimension, zeros behind them."""
+    padding = gate.shape[-1] - channels
+    gate, up, weight, bias = (t[..., :channels] for t in (gate, up, weight, bias))
     product = F.silu(gate) * up
-    return F.layer_norm(product, product.shape[-1:], weight.to(product.dtype), bias.to(product.dtype), eps)
+    normed = F.layer_norm(product, product.shape[-1:], weight.to(product.dtype), bias.to(product.dtype), eps)
+    return F.pad(normed, (0, padding)) if padding else normed
