@@ -1,9 +1,9 @@
 """swiglu_norm in Triton: a program holds a whole row of channels in its registers; fp32 inside, rounded once.
 
-gate, up and the gradient are (B, L, WIDTH) with free strides of samples and tokens; the first F channels count. mean and
-1/deviation of each row are (B, L) fp32. The backward pass computes SiLU(gate) * up again. The gradients of weight and
-bias are sums over rows: GROUPS programs each add up every GROUPS-th row, in order, and torch adds the
-results; the grouping is the same on every device.
+gate, up and the gradient are (B, L, WIDTH) with free strides of samples and tokens; the first F channels count. mean
+and 1/deviation of each row are (B, L) fp32. The backward pass computes SiLU(gate) * up again. The gradients of weight
+and bias are sums over rows: GROUPS programs each add up every GROUPS-th row, in order, and torch adds the results; the
+grouping is the same on every device.
 """
 
 from __future__ import annotations
