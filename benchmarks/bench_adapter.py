@@ -1,4 +1,7 @@
-"""One block's worth of the adapter at the official width, against the official computation: 3, 2, 1 and 0 experts."""
+"""The adapter at the official width against the official computation: samples with 3, 2, 1 and 0 experts.
+
+All of it on a GPU; on a CPU one block, and two samples with three experts and one.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,40 @@ import pytest
 import torch
 
 from mova_kernels import MoVAdapter, MoVAdapterConfig
+from mova_kernels.demo.comparison import EXPERTS, OFFICIAL, SELECTED
 from mova_kernels.dense_reference import dense_adapter, rope_tables
 
-GRIDS = [(37, 37), (32, 32), (37, 37), (45, 45), (45, 45), (14, 14), (64, 64)]
-ROUTING = torch.tensor([[1, 1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 1, 0]]).bool()
+ROUTING = torch.tensor([[name in chosen for name in EXPERTS] for chosen in SELECTED])
+SIZES = {"cpu": (MoVAdapterConfig(num_layers=1), ROUTING[[0, 2]]), "cuda": (MoVAdapterConfig(), ROUTING)}
 
 
 @pytest.mark.parametrize("implementation", ["official", "adapter"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("device", SIZES)
 @torch.no_grad()
-def test_one_block_of_two_samples_with_three_and_one_experts(benchmark, dtype, implementation):
-    config = MoVAdapterConfig(num_layers=1)
-    adapter = MoVAdapter(config).to(dtype)
-    base = torch.randn(2, config.num_tokens, config.in_channels, dtype=dtype)
-    text = torch.randn(2, config.text_channels, dtype=dtype)
-    experts = [torch.randn(2, h * w, c, dtype=dtype) for (h, w), c in zip(GRIDS, config.expert_channels, strict=True)]
-    packed = [f[ROUTING[:, e]] if ROUTING[:, e].any() else None for e, f in enumerate(experts)]
-    benchmark.group = f"adapter, one block, {dtype}"
-    if implementation == "adapter":
-        run, arguments = adapter, (base, packed, ROUTING, text)
-    else:
-        rope = rope_tables(config, "cpu", dtype)
-        state = adapter.state_dict()
+def test_forward(benchmark, device, dtype, implementation):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    config, routing = SIZES[device]
+    with torch.device(device):
+        adapter = MoVAdapter(config).to(dtype)
+        base = torch.randn(len(routing), config.num_tokens, config.in_channels, dtype=dtype)
+        text = torch.randn(len(routing), config.text_channels, dtype=dtype)
+        experts = [
+            torch.randn(len(routing), side * side, channels, dtype=dtype)
+            for side, channels in zip(OFFICIAL[1], config.expert_channels, strict=True)
+        ]
+    packed = [f[picked.to(device)] if picked.any() else None for f, picked in zip(experts, routing.T, strict=True)]
+    benchmark.group = f"adapter, {config.num_layers} of 3 blocks, {dtype}, {device}"
+    rope, state = rope_tables(config, torch.device(device), dtype), adapter.state_dict()
 
-        def run(*inputs):
-            return dense_adapter(state, config, *inputs, rope=rope)
+    def run() -> None:
+        if implementation == "adapter":
+            adapter(base, packed, routing, text)
+        else:
+            dense_adapter(state, config, base, experts, routing.to(device), text, rope=rope)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-        arguments = (base, experts, ROUTING, text)
-    benchmark.pedantic(run, arguments, warmup_rounds=1, rounds=3)
+    run()
+    benchmark.pedantic(run, rounds=3 if device == "cpu" else 10)

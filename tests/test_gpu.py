@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
+from golden import Golden
 from helpers import check_budget
 
-from mova_kernels import backends
+from mova_kernels import MoVAdapter, RaggedPairs, backends
 from mova_kernels.dense_reference import dense_adapter, feature_align
 from mova_kernels.ops import (
     expert_attention,
     expert_gate,
     feature_norm,
     feature_resample,
+    gated_combine,
+    ragged_linear,
     rope2d,
     rope2d_table,
     swiglu_norm,
@@ -196,25 +202,164 @@ def test_rope2d_in_triton_and_its_gradient(side, heads, width, dtype):
     check_triton(lambda backend, x: rope2d(x, cos, sin, backend=backend), [x], dtype)
 
 
+# Two samples share an expert, so that gradients are sums; one sample has none.
+SELECTED = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool()
+
+
+# The official widths of keys and values, and of queries; tiles that are cut.
+@pytest.mark.parametrize(
+    ("shared", "tokens", "widths", "outputs"),
+    [(False, 256, (1536, 512, 256), 1024), (True, 256, (1024,) * 3, 1024), (False, 70, (72, 40, 130), 66)],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ragged_linear_in_triton_and_its_gradients(shared, tokens, widths, outputs, dtype):
+    pairs = RaggedPairs.from_routing(SELECTED, device=torch.device("cuda"))
+    rows = [3] if shared else SELECTED.sum(0).tolist()
+    x = [torch.randn(r, tokens, c) for r, c in zip(rows, widths, strict=False)]
+    affines = [torch.randn(c) for c in widths for _ in range(2)]
+    weights = [torch.randn(outputs, c) / c**0.5 for _ in range(2) for c in widths]
+
+    def function(backend: str, *leaves: torch.Tensor) -> torch.Tensor:
+        x, affines, weights = leaves[: len(rows)], leaves[len(rows) : -6], leaves[-6:]
+        projections = ragged_linear(
+            x[0] if shared else x,
+            pairs,
+            list(zip(affines[::2], affines[1::2], strict=True)),
+            [weights[:3], weights[3:]],
+            backend=backend,
+        )
+        return torch.cat(projections, -1)
+
+    check_triton(function, [*x, *affines, *weights], dtype)
+
+
+# The official width; tiles that are cut.
+@pytest.mark.parametrize(("tokens", "width"), [(256, 1024), (70, 66)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_combine_in_triton_and_its_gradients(tokens, width, dtype):
+    pairs = RaggedPairs.from_routing(SELECTED, device=torch.device("cuda"))
+    inputs = [torch.randn(3, tokens, width), torch.randn(pairs.num_pairs, tokens, width), torch.rand(pairs.num_pairs)]
+    parameters = [torch.randn(width) for _ in range(9)] + [torch.randn(width, width) / width**0.5 for _ in range(3)]
+
+    def function(backend: str, x, attended, gate, *leaves: torch.Tensor) -> torch.Tensor:
+        norms = list(zip(leaves[:3], leaves[3:6], strict=True))
+        return gated_combine(x, attended, gate, pairs, norms, leaves[9:], leaves[6:9], backend=backend)
+
+    check_triton(function, [*inputs, *parameters], dtype)
+
+
+CONFIG = replace(tiny.CONFIG, in_channels=64)  # heads of width 32, which the kernels of expert_attention take
+
+
+def on_gpu(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    base, experts, text = tiny.inputs(CONFIG, dtype=dtype)
+    return base.cuda(), [f.cuda() for f in experts], text.cuda()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_adapter_is_as_near_the_truth_as_the_official_computation(dtype, device):
-    base, experts, text = tiny.inputs(dtype=dtype)
-    expected = tiny.truth(base, experts, tiny.ROUTING, text)
-    base, experts, text = base.cuda(), [f.cuda() for f in experts], text.cuda()
-    output = tiny.adapter(dtype=dtype).cuda()(base, experts, tiny.ROUTING.to(device), text, grids=tiny.GRIDS)
-    official = {name: p.to("cuda", dtype) for name, p in tiny.parameters().items()}
-    dense = dense_adapter(official, tiny.CONFIG, base, experts, tiny.ROUTING.cuda(), text, grids=tiny.GRIDS)
+def test_adapter_is_as_near_the_truth_as_the_official_computation(dtype, device):
+    base, experts, text = on_gpu(dtype)
+    output = tiny.adapter(CONFIG, dtype).cuda()(base, experts, tiny.ROUTING.to(device), text, grids=tiny.GRIDS)
+    official = {name: p.to("cuda", dtype) for name, p in tiny.parameters(CONFIG).items()}
+    dense = dense_adapter(official, CONFIG, base, experts, tiny.ROUTING.cuda(), text, grids=tiny.GRIDS)
+    expected = tiny.truth(base.cpu(), [f.cpu() for f in experts], tiny.ROUTING, text.cpu(), CONFIG)
     check_budget("output", output.detach().cpu(), expected, dense.cpu())
 
 
-def test_a_routing_on_the_host_costs_no_synchronisation():
-    adapter = tiny.adapter().cuda()
-    base, experts, text = tiny.inputs()
-    base, text, experts = base.cuda(), text.cuda(), [f.cuda() for f in experts]
+@torch.no_grad()
+def test_adapter_gives_the_official_numbers():
+    """At the official size, in fp32."""
+    golden = Golden("official_dims")
+    adapter = MoVAdapter(golden.config)
+    adapter.load_state_dict(golden.parameters())
+    base, experts, routing, text = golden.inputs()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        output = adapter.cuda()(base.cuda(), [f.cuda() for f in experts], routing, text.cuda(), grids=golden.grids)
+    golden.check("output", output)
+
+
+def test_adapter_needs_no_synchronisation_for_a_routing_on_the_host():
+    adapter = tiny.adapter(CONFIG).cuda()
+    base, experts, text = on_gpu()
     adapter(base, experts, tiny.ROUTING, text, grids=tiny.GRIDS)
     torch.cuda.set_sync_debug_mode("error")
     try:
         adapter(base, experts, tiny.ROUTING, text, grids=tiny.GRIDS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# Padding behind the pairs; more experts than topk, which each block drops by itself; no pair at all.
+ROUTINGS = [tiny.ROUTING, torch.ones(4, 3, dtype=torch.bool), torch.zeros(4, 3, dtype=torch.bool)]
+
+
+def captured(step: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A graph of step() and its result. Warmed up on a side stream, as PyTorch's documentation asks.
+
+    The warm-up sees the routing on the host, so that some kernels are first loaded while the graph is captured, which
+    the default mode may forbid.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+        result = step()
+    return graph, result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_adapter_in_a_graph_serves_every_routing(dtype):
+    """Each as near the truth as without a graph."""
+    adapter, routing = tiny.adapter(CONFIG, dtype).cuda(), tiny.ROUTING.cuda()
+    base, experts, text = on_gpu(dtype)
+
+    def forward() -> torch.Tensor:
+        return adapter(base, experts, routing, text, grids=tiny.GRIDS)
+
+    graph, output = captured(forward)
+    for selected in ROUTINGS:
+        routing.copy_(selected)
+        graph.replay()
+        truth = tiny.truth(base.cpu(), [f.cpu() for f in experts], selected, text.cpu(), CONFIG)
+        check_budget("output", output.cpu(), truth, forward().cpu())
+
+
+def test_adapter_training_step_in_a_graph_serves_every_routing():
+    """The parameters after a step with each routing are those without a graph."""
+    adapter, twin = tiny.adapter(CONFIG).cuda(), tiny.adapter(CONFIG).cuda()
+    before = [p.detach().clone() for p in twin.parameters()]
+    base, experts, text = on_gpu()
+    routing = tiny.ROUTING.cuda()
+
+    def training(module: MoVAdapter) -> Callable[[], torch.Tensor]:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+
+        def step() -> torch.Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            loss = module(base, experts, routing, text, grids=tiny.GRIDS).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    graph, loss = captured(training(adapter))
+    with torch.no_grad():
+        for parameter, value in zip(adapter.parameters(), before, strict=True):
+            parameter.copy_(value)  # the warm-up trained them
+    eager = training(twin)
+    for selected in ROUTINGS:
+        routing.copy_(selected)
+        graph.replay()
+        torch.testing.assert_close(loss, eager(), rtol=1e-4, atol=0)
+    trained = zip(twin.named_parameters(), adapter.parameters(), before, strict=True)
+    for (name, expected), actual, value in trained:
+        change = expected.detach() - value
+        assert change.any(), f"{name} was not trained"
+        torch.testing.assert_close(actual.detach() - value, change, rtol=0, atol=1e-3 * float(change.abs().max()))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import time
+
+import gpu_check
+import gpu_status
 import pytest
 from sass import loop_instructions
 
@@ -108,3 +113,117 @@ def test_changes(gate):
         "o c other sm_90: registers 99 -> 98, matrix mma -> wgmma",
     ]
     assert gate.changes(before, before) == ["nothing"]
+
+
+def gpu_tests() -> list[str]:
+    source = (gpu_status.ROOT / "tests" / "test_gpu.py").read_text()
+    return re.findall(r"^def (test_\w+)", source, re.MULTILINE)
+
+
+def test_every_gpu_test_says_which_kernel_it_is_about():
+    for name in gpu_tests():
+        assert gpu_status.kernel_of(name) or name.startswith("test_adapter_"), name
+
+
+@pytest.mark.parametrize("kernel", gpu_status.kernels())
+def test_every_kernel_has_a_gpu_test(kernel):
+    assert kernel in map(gpu_status.kernel_of, gpu_tests())
+
+
+def test_an_op_with_two_kinds_of_kernels(monkeypatch):
+    monkeypatch.setattr(gpu_status, "kernels", lambda: ["a/a.cu", "a/triton_impl.py", "a_b/triton_impl.py"])
+    names = ["test_a_of_rows", "test_a_in_triton_of_rows", "test_a_b_of_rows", "test_adapter_in_a_graph"]
+    assert [gpu_status.kernel_of(n) for n in names] == [*gpu_status.kernels(), None]
+
+
+def test_gpu_status_is_what_the_results_say():
+    text = gpu_status.DOCUMENT.read_text()
+    assert gpu_status.document(text) == text, "run tools/gpu_status.py"
+
+
+TEST = "test_rope2d_in_triton_and_its_gradient[float32]"
+KERNEL = "rope2d/triton_impl.py"
+
+
+def report(outcome: str, **passed: dict) -> dict:
+    return {
+        "commit": "abc1234",
+        "device": "NVIDIA-H200",
+        "date": "2030-01-02",
+        "tests": {TEST: {"outcome": outcome}},
+        "benchmarks": [{"kernel": KERNEL, "what": "forward", "rate": "3.1 TB/s"}],
+        "passed": {KERNEL: passed} if passed else {},
+    }
+
+
+EARLIER = {"commit": "0000000", "date": "2029-12-31", "rate": "forward 3 TB/s"}
+
+
+@pytest.mark.parametrize(
+    ("given", "row"),
+    [
+        ([], "| **never run** |  |"),
+        ([report("skipped")], "| **never run** |  |"),
+        ([report("passed", **EARLIER)], "| `0000000`, NVIDIA-H200, 2029-12-31 | forward 3 TB/s |"),
+        ([report("failed")], "| **1 of 1 tests failed**: `abc1234`, NVIDIA-H200, 2030-01-02 |  |"),
+        (
+            [report("failed", **EARLIER)],
+            "| `0000000`, NVIDIA-H200, 2029-12-31; **1 of 1 tests failed**: `abc1234`, NVIDIA-H200, 2030-01-02 "
+            "| forward 3 TB/s |",
+        ),
+    ],
+    ids=["no report", "skipped", "passed", "failed", "failed after it had passed"],
+)
+def test_table_of_gpu_status(given, row):
+    (line,) = (line for line in gpu_status.table(given).splitlines() if f"`{KERNEL}`" in line)
+    assert line.endswith(row)
+
+
+def test_gpu_check_reads_outcomes(tmp_path):
+    (tmp_path / "xml").write_text(
+        '<testsuites><testsuite><testcase name="test_a" time="1.5"/>'
+        '<testcase name="test_b" time="0"><skipped message="no GPU"/></testcase>'
+        '<testcase name="test_c" time="2"><failure message="wrong">trace</failure></testcase>'
+        '<testcase name="test_d" time="2"><error message="died">trace</error></testcase></testsuite></testsuites>'
+    )
+    assert gpu_check.outcomes(tmp_path / "xml") == {
+        "test_a": {"outcome": "passed", "seconds": 1.5, "message": ""},
+        "test_b": {"outcome": "skipped", "seconds": 0, "message": "no GPU"},
+        "test_c": {"outcome": "failed", "seconds": 2, "message": "wrong"},
+        "test_d": {"outcome": "failed", "seconds": 2, "message": "died"},
+    }
+
+
+def test_gpu_check_stops_what_takes_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LIMITS", {"slow": 2})
+    monkeypatch.setattr(gpu_check, "GRACE", 0.5)
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    start = time.monotonic()
+    found = gpu_check.run("slow", tmp_path, "-c", stubborn)
+    assert time.monotonic() - start < 30
+    assert found["status"] == "failed" and found["output"].startswith("stopped at its limit")
+
+
+def test_gpu_check_reports_what_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LIMITS", {"part": 30})
+    found = gpu_check.run("part", tmp_path, "-c", "import sys; print('out'); sys.exit('err')")
+    assert found == {"status": "failed", "output": "exit 1\nout\nerr\n"}
+    assert gpu_check.run("part", tmp_path, "-c", "print('out')") == {"status": "passed"}
+    assert (tmp_path / "stdout").read_text() == "out\n"
+
+
+def test_all_limits_of_gpu_check_are_under_eight_minutes():
+    assert sum(gpu_check.LIMITS.values()) + 2 * gpu_check.GRACE * len(gpu_check.LIMITS) < 480
+
+
+@pytest.mark.parametrize(
+    ("info", "seconds", "expected"),
+    [
+        ({"flop": 4e12}, 0.01, "400 TFLOP/s"),
+        ({"bytes": 4e9}, 0.001, "4 TB/s"),
+        ({"bytes": 400}, 3e-5, "30 us"),
+        ({}, 3e-5, "30 us"),
+    ],
+)
+def test_rates(info, seconds, expected):
+    assert gpu_check.rate(info, seconds) == expected
