@@ -13,10 +13,7 @@ from .reference import StageWeights
 
 TRITON_CHANNELS = 2048  # the most that fit into the registers of a program
 
-backends.register(
-    "token_downsample",
-    backends.Backend("triton", _triton.declines, only_when_asked="it has never run on a GPU (docs/gpu-status.md)"),
-)
+backends.register("token_downsample", _triton.BACKEND)
 
 
 def token_downsample(
