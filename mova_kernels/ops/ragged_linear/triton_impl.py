@@ -25,8 +25,8 @@ from .triton_kernels import collect_kernel, fold_kernel, grad_weight_kernel, pro
 CONFIGS = {
     ("16-bit", False): (128, 128, 64, 8, 3, 1),
     ("16-bit", True): (64, 128, 64, 8, 3, 1),
-    ("tf32", False): (64, 64, 32, 4, 2, 2),,
-    ("tf32", True): (64, 64, 32, 4, 2, 2),,
+    ("tf32", False): (64, 64, 32, 4, 2, 2),
+    ("tf32", True): (64, 64, 32, 4, 2, 2),
     ("ieee", False): (64, 64, 32, 8, 2, 2),
     ("ieee", True): (64, 64, 32, 8, 2, 2),
 }
@@ -42,12 +42,9 @@ CANDIDATES = {  # what a search tries (mova_kernels/_tune.py)
     ]
     for kind in ("16-bit", "tf32", "ieee")
 }
-FOLD_ROWS, FOLD_COLUMNS = 16, 256
-SUM_SPLITS, SUM_ROWS, SUM_COLUMNS = (
-    8,
-    32,
-    128,
-)  # a part of a pair's tokens for each program, so that one pair fills a GPU
+FOLD_ROWS, FOLD_COLUMNS = 16, 256  # the part of a weight that a program of the fold has in its registers
+# Programs per pair, so that one pair fills a GPU, and the part of dy that each has in its registers.
+SUM_SPLITS, SUM_ROWS, SUM_COLUMNS = 8, 32, 128
 
 
 class Folded(NamedTuple):
