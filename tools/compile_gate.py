@@ -31,6 +31,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
 import triton
 from sass import loop_instructions
 from triton.backends.compiler import GPUTarget
@@ -101,6 +102,7 @@ def compile_case(module: str, case: str, capability: int) -> tuple[list[dict], f
 
     importlib.import_module("mova_kernels._tune").device_name = lambda device: DEVICES[capability]
     triton.runtime.driver.set_active(NoDevice(capability))
+    torch.backends.cuda.matmul.allow_tf32 = False  # the case before may have set it
     triton.JITFunction.run = compile_only
     try:
         dict(importlib.import_module(module).gate_cases())[case]()

@@ -14,8 +14,8 @@ from mova_kernels.ops import StageWeights, token_downsample
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-WIDTH, SQUEEZED = 8, 2
-SIDES = {"even": 4, "odd: windows of unequal size overlap": 5, "smallest": 2, "3 to 1": 3}
+WIDTH = 8
+SIDES = {"even": 4, "odd: windows overlap": 5, "smallest": 2, "3 to 1": 3}
 sides = pytest.mark.parametrize("side", SIDES.values(), ids=SIDES)
 PARAMETERS_PER_STAGE = 13
 
@@ -23,16 +23,16 @@ PARAMETERS_PER_STAGE = 13
 class Stage(nn.Module):
     """RegNet's bottleneck on (B, C, h, w)."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(WIDTH, WIDTH, 1, bias=False, dtype=dtype)
-        self.norm1 = nn.LayerNorm(WIDTH, 1e-5, dtype=dtype)
-        self.conv2 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH, bias=False, dtype=dtype)
-        self.norm2 = nn.LayerNorm(WIDTH, 1e-5, dtype=dtype)
-        self.squeeze = nn.Conv2d(WIDTH, SQUEEZED, 1, dtype=dtype)
-        self.excite = nn.Conv2d(SQUEEZED, WIDTH, 1, dtype=dtype)
-        self.conv3 = nn.Conv2d(WIDTH, WIDTH, 1, bias=False, dtype=dtype)
-        self.norm3 = nn.LayerNorm(WIDTH, 1e-5, dtype=dtype)
+        self.conv1 = nn.Conv2d(width, width, 1, bias=False)
+        self.norm1 = nn.LayerNorm(width, 1e-5)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.norm2 = nn.LayerNorm(width, 1e-5)
+        self.squeeze = nn.Conv2d(width, width // 4, 1)
+        self.excite = nn.Conv2d(width // 4, width, 1)
+        self.conv3 = nn.Conv2d(width, width, 1, bias=False)
+        self.norm3 = nn.LayerNorm(width, 1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.silu(on_channels(self.norm1, self.conv1(x)))
@@ -45,9 +45,9 @@ def on_channels(norm: nn.LayerNorm, image: Tensor) -> Tensor:
     return norm(image.movedim(1, -1)).movedim(-1, 1)
 
 
-def images(side: int):
+def images(side: int, width: int = WIDTH):
     """The op as modules; flat parameters in the order of nn.Module.parameters()."""
-    stage = Stage(torch.float32)
+    stage = Stage(width)
 
     def function(x: Tensor, *flat: Tensor) -> Tensor:
         names = [name for name, _ in stage.named_parameters()]
@@ -66,9 +66,9 @@ def pooled(image: Tensor) -> Tensor:
     return torch.stack([torch.stack([image[:, :, r, c].mean((2, 3)) for c in windows], -1) for r in windows], -2)
 
 
-def op(side: int):
+def op(side: int, backend: str | None = None):
     def function(x: Tensor, *flat: Tensor) -> Tensor:
-        return token_downsample(x, side, (stage_weights(flat[:13]), stage_weights(flat[13:])))
+        return token_downsample(x, side, (stage_weights(flat[:13]), stage_weights(flat[13:])), backend=backend)
 
     return function
 
@@ -78,11 +78,13 @@ def stage_weights(flat: tuple[Tensor, ...]) -> StageWeights:
     return StageWeights(conv1, (g1, b1), conv2, (g2, b2), (squeeze, sb), (excite, eb), conv3, (g3, b3))
 
 
-def problem(side: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def problem(
+    side: int, dtype: torch.dtype = torch.float64, width: int = WIDTH, num_samples: int = 2
+) -> list[Tensor]:  # fmt: skip
     """x and the parameters of two stages, none of which is 0 or 1 as after initialisation."""
-    flat = [torch.randn(2, side * side, WIDTH)]
+    flat = [torch.randn(num_samples, side * side, width)]
     for _ in range(2):
-        for p in Stage(torch.float32).parameters():
+        for p in Stage(width).parameters():
             scale = math.prod(p.shape[1:]) ** -0.5 if p.dim() > 1 else 0.5
             flat.append(p.detach() * (p.dim() == 1) + scale * torch.randn(p.shape))
     return [t.to(dtype) for t in flat]
@@ -118,6 +120,12 @@ def test_mixed_precision_keeps_the_tokens_dtype() -> None:
     flat = [t.float() if i % 13 in (1, 2, 4, 5, 11, 12) else t for i, t in enumerate(flat)]
     y = token_downsample(x, 4, (stage_weights(flat[:13]), stage_weights(flat[13:])))
     assert y.dtype == torch.bfloat16 and y.isfinite().all()
+
+
+def test_flat_weights_keep_their_order() -> None:
+    flat = tuple(problem(2)[1:14])
+    for weights in (stage_weights(flat), StageWeights.of(flat)):
+        assert all(a is b for a, b in zip(weights.flat(), flat, strict=True))
 
 
 def test_samples_do_not_see_each_other() -> None:
@@ -156,6 +164,11 @@ X, STAGE = torch.zeros(2, 16, WIDTH), stage_weights(tuple(problem(2, torch.float
             (X, 4, (STAGE, STAGE._replace(norm3=(torch.ones(1), torch.zeros(1))))),
             ValueError,
             r"norm3.* must have shape \(8\), got \(1,\)",
+        ),
+        (
+            (X, 4, (STAGE, STAGE._replace(conv2=STAGE.conv2.double()))),
+            TypeError,
+            r"stages\[1\]\.conv2 must have x's torch\.float32, got torch\.float64",
         ),
         ((X.long(), 4, (STAGE, STAGE)), TypeError, r"x must be floating point, got torch\.int64"),
     ],

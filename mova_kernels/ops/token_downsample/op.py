@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ... import backends
-from ..._checks import check, check_floats, check_tensor
+from ... import _triton, backends
+from ..._checks import check, check_floats, check_like, check_tensor
+from ..._library import define
 from . import reference
 from .reference import StageWeights
 
-backends.register("token_downsample")
+TRITON_CHANNELS = 2048  # the most that fit into the registers of a program
+
+backends.register("token_downsample", _triton.BACKEND)
 
 
 def token_downsample(
@@ -23,33 +27,61 @@ def token_downsample(
     """Bottleneck stage, average pooling to R // 2, bottleneck stage.
 
     A stage is x + LN(conv3(SE(SiLU(LN(conv2(SiLU(LN(conv1 x)))))))) with 1x1, depthwise 3x3 and 1x1 convolutions and
-    squeeze-excite SE; an odd R pools windows of unequal size, as torch's adaptive average pooling does.
+    squeeze-excite SE; an odd R pools windows of 3x3 that overlap, as torch's adaptive average pooling does.
 
     Args:
         x: (B, R*R, C) row-major tokens, float.
         resolution: R, at least 2.
         stages: the parameters of the two stages.
         eps: added to the variances.
-        backend: see :mod:`mova_kernels.backends`.
+        backend: see :mod:`mova_kernels.backends`. ``triton`` takes at most 2048 channels.
 
     Returns:
         (B, (R // 2)**2, C) in the dtype of ``x``. Source: RegNet's bottleneck (arXiv 2003.13678) as MoVA uses it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.
+        backends.BackendError: the requested backend cannot run here, or not with so many channels.
     """
     check(resolution >= 2, "resolution", "must be at least 2", resolution)
     check_floats("x", x, ("B", resolution * resolution, "C"))
     check(len(stages) == 2, "stages", "must be two", len(stages))
     for i, stage in enumerate(stages):
-        _check_stage(f"stages[{i}]", stage, x.shape[2])
-    backends.choose("token_downsample", backend, x.device, x.dtype)
-    return reference.token_downsample(x, resolution, stages, eps)
+        _check_stage(f"stages[{i}]", stage, x)
+    backend = _choose(backend, x)
+    if backend == "reference":
+        return reference.token_downsample(x, resolution, stages, eps)
+    for stage, pool in zip(stages, (True, False), strict=True):
+        weights = _as_autocast_asks(stage, x.device.type).flat()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
+            x = _Stage.apply(x, *weights, resolution, eps, pool, backend)[0]
+        else:
+            x = _fwd(x, weights, resolution, eps, pool, backend)[0]
+        resolution //= 2
+    return x
 
 
-def _check_stage(name: str, stage: StageWeights, width: int) -> None:
-    squeezed = len(stage.squeeze[0])
-    shapes = {
+def _choose(backend: str | None, x: Tensor) -> str:
+    fits = x.shape[2] <= TRITON_CHANNELS
+    unfit = {} if fits else {"triton": f"it takes at most {TRITON_CHANNELS} channels, not {x.shape[2]}"}
+    return backends.choose("token_downsample", backend, x.device, x.dtype, unfit)
+
+
+def _as_autocast_asks(stage: StageWeights, device: str) -> StageWeights:
+    """What enters matrix products in autocast's dtype, as torch would do inside them."""
+    if not torch.is_autocast_enabled(device):
+        return stage
+    dtype = torch.get_autocast_dtype(device)
+    (squeeze, squeeze_bias), (excite, excite_bias) = stage.squeeze, stage.excite
+    return stage._replace(
+        conv1=stage.conv1.to(dtype), conv3=stage.conv3.to(dtype),
+        squeeze=(squeeze.to(dtype), squeeze_bias.to(dtype)), excite=(excite.to(dtype), excite_bias.to(dtype)),
+    )  # fmt: skip
+
+
+def _check_stage(name: str, stage: StageWeights, x: Tensor) -> None:
+    width, squeezed = x.shape[2], stage.squeeze[0].shape[0]
+    convolutions = {
         "conv1": (stage.conv1, (width, width, 1, 1)),
         "conv2": (stage.conv2, (width, 1, 3, 3)),
         "conv3": (stage.conv3, (width, width, 1, 1)),
@@ -58,8 +90,79 @@ def _check_stage(name: str, stage: StageWeights, width: int) -> None:
         "excite[0]": (stage.excite[0], (width, squeezed, 1, 1)),
         "excite[1]": (stage.excite[1], (width,)),
     }
+    for field, (tensor, shape) in convolutions.items():
+        check_tensor(f"{name}.{field}", tensor, shape)
+        check_like(f"{name}.{field}", tensor, "x", x)
     for norm in ("norm1", "norm2", "norm3"):
         for i, affine in enumerate(getattr(stage, norm)):
-            shapes[f"{norm}[{i}]"] = (affine, (width,))
-    for field, (tensor, shape) in shapes.items():
-        check_tensor(f"{name}.{field}", tensor, shape)
+            check_tensor(f"{name}.{norm}[{i}]", affine, (width,))
+
+
+def _implementation(backend: str, x: Tensor):
+    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
+    check(backend == "triton", "backend", "must be 'triton'", backend)
+    _choose(backend, x)
+    from . import triton_impl
+
+    return triton_impl
+
+
+def _forward_kernel(x, weights, resolution, eps, pool, backend):
+    return _implementation(backend, x).forward(x, resolution, StageWeights.of(weights), eps, pool)
+
+
+def _backward_kernel(grad, x, weights, saved, resolution, eps, pool, of_weights, backend):
+    w = StageWeights.of(weights)
+    return _implementation(backend, x).backward(grad, x, w, saved, resolution, eps, pool, of_weights)
+
+
+def _forward_fake(x, weights, resolution, eps, pool, backend):
+    num_samples, length, channels = x.shape
+    out = x.new_empty((num_samples, (resolution // 2) ** 2 if pool else length, channels))
+    w = StageWeights.of(weights)
+    a, c, d = (w.conv1.new_empty(x.shape) for _ in range(3))
+    mean, squeezed, gate = (w.conv1.new_empty(num_samples, n) for n in (channels, w.squeeze[0].shape[0], channels))
+    return out, a, c, d, mean, squeezed, gate
+
+
+def _backward_fake(grad, x, weights, saved, resolution, eps, pool, of_weights, backend):
+    return x.new_empty(x.shape), [w.new_empty(w.shape) for w in weights if of_weights]
+
+
+_fwd = define(
+    "token_downsample_stage_fwd",
+    "(Tensor x, Tensor[] weights, SymInt resolution, float eps, bool pool, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_kernel,
+    _forward_fake,
+)
+_bwd = define(
+    "token_downsample_stage_bwd",
+    "(Tensor grad, Tensor x, Tensor[] weights, Tensor[] saved, SymInt resolution, float eps, bool pool,"
+    " bool of_weights, str backend) -> (Tensor, Tensor[])",
+    _backward_kernel,
+    _backward_fake,
+)
+
+
+class _Stage(torch.autograd.Function):
+    """Of x, the 13 weights, and what the raw ops take behind them; keeps x and what the forward op gives besides."""
+
+    @staticmethod
+    def forward(x, *arguments):
+        return _fwd(x, arguments[:13], *arguments[13:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:14], *output[1:])
+        ctx.arguments = inputs[14:]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        x, *tensors = ctx.saved_tensors
+        *arguments, backend = ctx.arguments
+        of_weights = any(ctx.needs_input_grad[1:])
+        grad_x, grads = _bwd(grad, x, tensors[:13], tensors[13:], *arguments, of_weights, backend)
+        return grad_x, *(grads or [None] * 13), None, None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -19,6 +20,16 @@ class StageWeights(NamedTuple):
     excite: tuple[Tensor, Tensor]  # (C, S, 1, 1), (C,)
     conv3: Tensor  # (C, C, 1, 1)
     norm3: tuple[Tensor, Tensor]
+
+    def flat(self) -> list[Tensor]:
+        """The 13 tensors, in the order of the fields."""
+        return [t for field in self for t in ((field,) if isinstance(field, Tensor) else field)]
+
+    @classmethod
+    def of(cls, flat: Sequence[Tensor]) -> StageWeights:
+        """The inverse of :meth:`flat`."""
+        conv1, g1, b1, conv2, g2, b2, squeeze, squeeze_b, excite, excite_b, conv3, g3, b3 = flat
+        return cls(conv1, (g1, b1), conv2, (g2, b2), (squeeze, squeeze_b), (excite, excite_b), conv3, (g3, b3))
 
 
 def token_downsample(x: Tensor, resolution: int, stages: tuple[StageWeights, StageWeights], eps: float) -> Tensor:
