@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mova_kernels import RaggedPairs, backends, ops
+from mova_kernels.adapter import Downsample
 from mova_kernels.demo.comparison import EXPERTS, OFFICIAL, SELECTED
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -120,8 +121,20 @@ def swiglu_norm() -> Problem:
     )
 
 
+def token_downsample() -> Problem:
+    """By count, the two 1x1 convolutions of each stage."""
+    parameters = [noise(*p.shape) for p in Downsample(C, CONFIG.resolution).parameters()]
+
+    def function(backend: str, x: Tensor, *flat: Tensor) -> Tensor:
+        stages = ops.StageWeights.of(flat[:13]), ops.StageWeights.of(flat[13:])
+        return ops.token_downsample(x, CONFIG.resolution, stages, backend=backend)
+
+    return Problem(function, [noise(B, L, C), *parameters], flop=2 * 2 * B * (L + L // 4) * C * C)
+
+
 PROBLEMS = (
     feature_resample, feature_norm, expert_gate, ragged_linear, rope2d, expert_attention, gated_combine, swiglu_norm,
+    token_downsample,
 )  # fmt: skip
 
 

@@ -12,8 +12,10 @@ from golden import Golden
 from helpers import check_budget
 
 from mova_kernels import MoVAdapter, RaggedPairs, backends
+from mova_kernels.adapter import Downsample
 from mova_kernels.dense_reference import dense_adapter, feature_align
 from mova_kernels.ops import (
+    StageWeights,
     expert_attention,
     expert_gate,
     feature_norm,
@@ -23,6 +25,7 @@ from mova_kernels.ops import (
     rope2d,
     rope2d_table,
     swiglu_norm,
+    token_downsample,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -246,6 +249,20 @@ def test_gated_combine_in_triton_and_its_gradients(tokens, width, dtype):
         return gated_combine(x, attended, gate, pairs, norms, leaves[9:], leaves[6:9], backend=backend)
 
     check_triton(function, [*inputs, *parameters], dtype)
+
+
+# The official grid and width; an odd side, whose pooling windows overlap, and a width that fills no block.
+@pytest.mark.parametrize(("side", "width"), [(48, 1024), (5, 72)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_downsample_in_triton_and_its_gradients(side, width, dtype):
+    shapes = [t.shape for t in Downsample(width, side).parameters()]
+    parameters = [torch.randn(shape) / max(1, shape[1:].numel()) ** 0.5 for shape in shapes]
+
+    def function(backend: str, x, *flat: torch.Tensor) -> torch.Tensor:
+        stages = StageWeights.of(flat[:13]), StageWeights.of(flat[13:])
+        return token_downsample(x, side, stages, backend=backend)
+
+    check_triton(function, [torch.randn(2, side * side, width), *parameters], dtype)
 
 
 CONFIG = replace(tiny.CONFIG, in_channels=64)  # heads of width 32, which the kernels of expert_attention take

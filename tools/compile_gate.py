@@ -45,7 +45,9 @@ MATRIX = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r
 KEY, FIGURES = ("triton", "op", "case", "kernel", "sm"), ("registers", "local", "shared", "matrix", "loop")
 
 # (regular expression for "op case kernel sm_90", complaint) -> why it is all right
-ALLOWED: dict[tuple[str, str], str] = {}
+ALLOWED = {
+    (r"^ragged_linear .* tf32 grad_weight sm_100$", "spills"): "40 bytes, with Triton 3.9 only",
+}
 
 
 class NoDevice:
