@@ -167,7 +167,7 @@ X, STAGE = torch.zeros(2, 16, WIDTH), stage_weights(tuple(problem(2, torch.float
         ),
         (
             (X, 4, (STAGE, STAGE._replace(conv2=STAGE.conv2.double()))),
-            TypeError,
+            ValueError,
             r"stages\[1\]\.conv2 must have x's torch\.float32, got torch\.float64",
         ),
         ((X.long(), 4, (STAGE, STAGE)), TypeError, r"x must be floating point, got torch\.int64"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from helpers import assert_within_budget, check_budget, value_and_gradients
+from helpers import assert_within_budget, check_budget, cotangent_like, value_and_gradients
 from test_token_downsample import images, op, problem, stage_weights
 from torch import Tensor
 
@@ -27,7 +27,7 @@ def small(side: int = 2, width: int = 8, num_samples: int = 1, dtype: torch.dtyp
 )
 def test_error_budget(dtype, side, width) -> None:
     truth = images(side, width)
-    assert_within_budget(truth, op(side, "triton"), truth, lambda: small(side, width), dtype, draws=5)
+    assert_within_budget(truth, op(side, "triton"), truth, lambda: small(side, width), dtype, draws=3)
 
 
 @pytest.mark.parametrize("side", [2, 3, 5], ids=["smallest", "3 to 1", "5 to 2"])
@@ -62,21 +62,31 @@ def test_samples_do_not_see_each_other() -> None:
 
 
 def test_strides_are_honoured() -> None:
-    """Tokens may be a slice of channels, or those behind a class token, or have channels that are not adjacent."""
+    """Tokens may be a slice of channels, or those behind a class token; nothing need be adjacent."""
     x, *flat = small(num_samples=2)
     expected = value_and_gradients(op(2, "triton"), [x, *flat])
-    for view in (torch.cat([x, x], -1)[..., :8], torch.cat([x[:, :1], x], 1)[:, 1:], x.mT.contiguous().mT):
+    for view in (torch.cat([x, x], -1)[..., :8], torch.cat([x[:, :1], x], 1)[:, 1:]):
         torch.testing.assert_close(op(2, "triton")(view, *flat), expected[0])
-    found = value_and_gradients(op(2, "triton"), [x.mT.contiguous().mT, *flat])
-    torch.testing.assert_close(found, expected)
+    sparse = [torch.stack([t, t], -1)[..., 0].requires_grad_() for t in flat]
+    value = op(2, "triton")(x.mT.contiguous().mT, *sparse)
+    found = torch.autograd.grad(value, sparse, cotangent_like(value))
+    torch.testing.assert_close([value, *found], [expected[0], *expected[2:]])
 
 
-@pytest.mark.parametrize("before", [0, 8], ids=["expanded", "sliced"])
-def test_strided_gradients_are_honoured(before) -> None:
-    inputs = small()
-    one = torch.ones(())
-    view = torch.cat([torch.zeros(1, 1, 8), one.repeat(1, 1, 8)], -1)[..., 8:] if before else one.expand(1, 1, 8)
-    expected, found = (value_and_gradients(op(2, "triton"), inputs, g) for g in (one.repeat(1, 1, 8), view))
+@pytest.mark.parametrize(("side", "num_samples"), [(2, 2), (4, 1)], ids=["of samples", "of tokens"])
+def test_strided_gradients_are_honoured(side, num_samples) -> None:
+    inputs = small(side, num_samples=num_samples)
+    wide = torch.randn(num_samples, side**2 // 4, 16)
+    expected, found = (
+        value_and_gradients(op(side, "triton"), inputs, g) for g in (wide[..., 8:].clone(), wide[..., 8:])
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_expanded_gradients_are_honoured() -> None:
+    inputs, one = small(), torch.ones(())
+    cotangents = one.repeat(1, 1, 8), one.expand(1, 1, 8)
+    expected, found = (value_and_gradients(op(2, "triton"), inputs, g) for g in cotangents)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -144,7 +154,7 @@ def test_autocast_keeps_tokens_and_gradients_wide() -> None:
         return function
 
     draw = lambda: small(width=64)  # noqa: E731
-    assert_within_budget(images(2, 64), autocast("triton"), autocast("reference"), draw, torch.float32, draws=5)
+    assert_within_budget(images(2, 64), autocast("triton"), autocast("reference"), draw, torch.float32, draws=3)
 
 
 @pytest.mark.parametrize("pool", [False, True], ids=["stage", "and pooling"])

@@ -326,7 +326,7 @@ def forward(x: Tensor, resolution: int, w: StageWeights, eps: float, pool: bool)
         the result, (B, R*R or (R // 2)**2, C) in x's dtype; and for :func:`backward`, in that of the convolutions, a, c
         and d, the mean (B, C), the squeezed mean (B, S) before its SiLU, and the gate (B, C) before its sigmoid.
     """
-    x = adjacent_channels(x)
+    x, w = adjacent_channels(x), _with_dense_norms(w)
     num_samples, length, channels = x.shape
     out = x.new_empty(num_samples, (resolution // 2) ** 2 if pool else length, channels)
     launch = functools.partial(_launch, resolution=resolution, eps=eps)
@@ -349,8 +349,8 @@ def backward(
     of_weights: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The gradients of x and, if ``of_weights``, of ``w.flat()``, in their dtypes; the same bits at every call."""
-    a, c, d, mean, squeezed, gate = saved
-    grad = adjacent_channels(grad)
+    a, c, d, mean, squeezed, gate = (t.contiguous() for t in saved)
+    grad, w = adjacent_channels(grad), _with_dense_norms(w)
     launch = functools.partial(_launch, resolution=resolution, eps=eps)
     with torch.cuda.device_of(x):
         grad_x = x.new_empty(x.shape)
@@ -409,6 +409,11 @@ def _gate_case(dtype: torch.dtype, channels: int, resolution: int, pool: bool) -
     x = empty(2, resolution**2, channels)
     out, *saved = forward(x, resolution, w, 1e-5, pool)
     backward(out, x, w, saved, resolution, 1e-5, pool, True)
+
+
+def _with_dense_norms(w: StageWeights) -> StageWeights:
+    (g1, b1), (g2, b2), (g3, b3) = ((g.contiguous(), b.contiguous()) for g, b in (w.norm1, w.norm2, w.norm3))
+    return w._replace(norm1=(g1, b1), norm2=(g2, b2), norm3=(g3, b3))
 
 
 def _taps(conv2: Tensor) -> Tensor:
