@@ -49,6 +49,18 @@ def test_a_caution_is_said_once_and_only_where_auto_takes_the_backend() -> None:
         assert choose("toy", None, CUDA, F32) == "triton"
 
 
+def test_auto_takes_triton_on_a_gpu_wherever_there_are_kernels(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pytest.importorskip("triton")
+    backends._warn.cache_clear()
+    with pytest.warns(UserWarning, match="have not yet been tested on a GPU"):
+        chosen = {op: choose(op, None, CUDA, torch.bfloat16) for op in backends.ops() if "toy" not in op}
+    assert {op for op, name in chosen.items() if name != "triton"} == {
+        "feature_resample"
+    }  # the adapter has feature_norm
+
+
 def test_argument_beats_use_backend_beats_environment_beats_auto(monkeypatch) -> None:
     assert choose("toy", None, CPU, F32) == "cpu"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
