@@ -83,6 +83,8 @@ GOOD = {"op": "o", "case": "c", "kernel": "k", "sm": 90, "registers": 99, "local
     [
         ({}, None),
         ({"local": 8}, "spills"),
+        ({"local": 8, "sm": 100}, None),
+        ({"local": 80, "sm": 100}, "spills"),
         ({"shared": 228 << 10}, "too much shared memory"),
         ({"shared": 200 << 10, "sm": 80}, "too much shared memory"),
         ({"matrix": "mma"}, "no wgmma"),
