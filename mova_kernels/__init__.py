@@ -5,7 +5,7 @@ from ._version import __version__
 from .adapter import AdapterBlock, MoVAdapter, split_concatenated
 from .backends import BackendError, use_backend
 from .config import MoVAdapterConfig
-from .ragged import RaggedPairs
+from .ragged import RaggedPairs, device_routing
 
 __all__ = [
     "AdapterBlock",
@@ -15,6 +15,7 @@ __all__ = [
     "RaggedPairs",
     "__version__",
     "backends",
+    "device_routing",
     "ops",
     "split_concatenated",
     "use_backend",

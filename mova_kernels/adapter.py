@@ -97,8 +97,9 @@ class MoVAdapter(
 
         Device synchronisation: none for a routing on the host (or None); one per forward for a routing on the device;
         one more per block if a sample selected more than ``topk`` experts on a device. Under torch.compile,
-        torch.export and CUDA graph capture: none. One graph then serves every routing of the same batch size, dense
-        features are resampled for all samples given, and the checks of values run on the device.
+        torch.export, CUDA graph capture and :func:`device_routing`: none. One graph then serves every routing of the
+        same batch size, memory is reserved as if all samples had selected every expert whose dense features are given,
+        and the checks of values run on the device. Warm up inside :func:`device_routing` before a capture.
 
         Args:
             base: (B, R*R, in_channels) row-major tokens of the base encoder, in the parameters' dtype (any float
@@ -352,7 +353,7 @@ class AdapterBlock(nn.Module):
         if pairs.bounds is None:
             raise RuntimeError(
                 f"{unusual} is hooked, wrapped or replaced, so the experts' modules must be called one by one, which "
-                "needs the routing on the host: not inside torch.compile, torch.export or a CUDA graph"
+                "needs the routing on the host: not inside torch.compile, torch.export, a CUDA graph or device_routing"
             )
         fused = x
         for e, attention in enumerate(self.cross_attn):

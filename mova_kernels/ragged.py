@@ -5,7 +5,9 @@ This is the one home of ragged bookkeeping: built once per forward, handed to ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,8 +38,8 @@ class RaggedPairs:
     """The P selected pairs of B samples and N experts, sorted by expert and, within an expert, by sample.
 
     All tensors are int64 on the device of the batch. ``bounds`` is their copy on the host; it is None where the host
-    cannot know the routing (inside torch.compile, torch.export or a captured CUDA graph). Then the tables have a fixed
-    size, an upper bound of P, and the pairs behind ``expert_offsets[N]`` are padding.
+    cannot know the routing (inside torch.compile, torch.export, a captured CUDA graph or :func:`device_routing`). Then
+    the tables have a fixed size, an upper bound of P, and the pairs behind ``expert_offsets[N]`` are padding.
 
     Attributes:
         selected: (B, N) bool, the routing.
@@ -119,9 +121,31 @@ class RaggedPairs:
         return _build(kept, self._row_table, min(k, kept.shape[1]), self.sample.device)
 
 
+@contextmanager
+def device_routing() -> Iterator[None]:
+    """Inside, the routing stays on the device, as it does for torch.compile and in a captured CUDA graph.
+
+    No value is read on the host: nothing synchronises, and the pairs are padded to B * topk. Meant for the warm-up
+    before a capture, which then runs, and loads, the kernels that the graph will consist of::
+
+        with device_routing():
+            adapter(base, experts, routing, text)
+        with torch.cuda.graph(graph):
+            output = adapter(base, experts, routing, text)
+    """
+    token = _device_routing.set(True)
+    try:
+        yield
+    finally:
+        _device_routing.reset(token)
+
+
+_device_routing: ContextVar[bool] = ContextVar("device_routing", default=False)
+
+
 def host_sees_values(device: torch.device) -> bool:
-    """False while torch.compile or torch.export traces, or a CUDA graph is captured: values stay on the device."""
-    if torch.compiler.is_compiling():
+    """False while torch.compile or torch.export traces, a CUDA graph is captured, or in :func:`device_routing`."""
+    if torch.compiler.is_compiling() or _device_routing.get():
         return False
     return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 

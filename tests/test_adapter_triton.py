@@ -12,7 +12,7 @@ import torch
 from helpers import check_budget
 from torch import Tensor
 
-from mova_kernels import backends, use_backend
+from mova_kernels import backends, device_routing, use_backend
 from mova_kernels.dense_reference import dense_adapter
 
 pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
@@ -76,6 +76,17 @@ def test_one_compiled_graph_serves_every_routing_without_asking_the_host() -> No
             with no_host_reads(), torch._dynamo.config.patch(error_on_recompile=True):
                 found = outcome(module, adapter, base, experts, routing, text)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_device_routing_needs_no_host() -> None:
+    """What a CUDA graph captures, forward and backward, run eagerly."""
+    adapter = tiny.adapter(CONFIG)
+    base, experts, text = inputs()
+    routing = ROUTINGS["mixed, one sample beyond top-k"]
+    expected = outcome(adapter, adapter, base, experts, routing, text)
+    with on_triton(), device_routing(), no_host_reads():
+        found = outcome(adapter, adapter, base, experts, routing, text)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -11,7 +11,7 @@ import torch
 from golden import Golden
 from helpers import check_budget
 
-from mova_kernels import MoVAdapter, RaggedPairs, backends
+from mova_kernels import MoVAdapter, RaggedPairs, backends, device_routing
 from mova_kernels.adapter import Downsample
 from mova_kernels.dense_reference import dense_adapter, feature_align
 from mova_kernels.ops import (
@@ -312,19 +312,15 @@ ROUTINGS = [tiny.ROUTING, torch.ones(4, 3, dtype=torch.bool), torch.zeros(4, 3, 
 
 
 def captured(step: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """A graph of step() and its result. Warmed up on a side stream, as PyTorch's documentation asks.
-
-    The warm-up sees the routing on the host, so that some kernels are first loaded while the graph is captured, which
-    the default mode may forbid.
-    """
+    """A graph of step() and its result, warmed up on a side stream, as PyTorch's documentation asks."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), device_routing():
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+    with torch.cuda.graph(graph):
         result = step()
     return graph, result
 

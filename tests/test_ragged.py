@@ -7,7 +7,7 @@ import torch
 from helpers import ROUTINGS, mask, padded_pairs
 from torch import Tensor
 
-from mova_kernels import RaggedPairs
+from mova_kernels import RaggedPairs, device_routing
 
 # Enough small masks to meet every way of being empty or full, from sparse to dense.
 RANDOM = [
@@ -178,3 +178,13 @@ def test_bad_routing(routing, error, message) -> None:
 def test_packed_has_one_entry_per_expert() -> None:
     with pytest.raises(ValueError, match="packed must have 3 entries, got 2"):
         RaggedPairs.from_routing(mask("x.x"), [True, False])
+
+
+def test_device_routing_pads_as_the_compiler_does() -> None:
+    selected = mask("x.x", "...", ".xx")
+    compiled = padded_pairs(selected)
+    with device_routing():
+        pairs = RaggedPairs.from_routing(selected)
+    assert pairs.bounds is None
+    torch.testing.assert_close(pairs.tables, compiled.tables, rtol=0, atol=0)
+    assert RaggedPairs.from_routing(selected).bounds is not None
