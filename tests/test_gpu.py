@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import tiny
 import torch
-from helpers import check_budget
+from helpers import assert_within_budget, check_budget, value_and_gradients
 
 from mova_kernels import backends
 from mova_kernels.dense_reference import dense_adapter, feature_align
-from mova_kernels.ops import expert_attention, feature_resample, rope2d_table
+from mova_kernels.ops import StageWeights, expert_attention, feature_resample, rope2d_table, token_downsample
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -113,6 +115,32 @@ def test_expert_attention_in_triton_and_its_gradients(side, width, dtype):
     for name, a, b, t, p in zip(("out", "q", "k", "v"), actual, again, truth, plain, strict=True):
         check_budget(name, a, t, p)
         assert torch.equal(a, b), f"{name} differs from run to run"
+
+
+# The official grid and channels; overlapping windows, cut tiles and channels that fill no block.
+@pytest.mark.parametrize(("side", "channels"), [(48, 1024), (7, 100)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_downsample_in_triton_and_its_gradients(side, channels, dtype):
+    squeezed = channels // 4
+    square, vector = (channels, channels, 1, 1), (channels,)
+    shapes = [square, vector, vector, (channels, 1, 3, 3), vector, vector, (squeezed, channels, 1, 1), (squeezed,)]
+    shapes += [(channels, squeezed, 1, 1), vector, square, vector, vector]
+
+    def draw() -> list[torch.Tensor]:
+        return [torch.randn(2, side**2, channels), *(torch.randn(s) / math.prod(s[1:]) ** 0.5 for s in 2 * shapes)]
+
+    def by(backend: str):
+        def function(*inputs: torch.Tensor) -> torch.Tensor:
+            x, *flat = (t.cuda() for t in inputs)
+            stages = StageWeights.of(flat[:13]), StageWeights.of(flat[13:])
+            return token_downsample(x, side, stages, backend=backend).cpu()
+
+        return function
+
+    assert_within_budget(by("reference"), by("triton"), by("reference"), draw, dtype, draws=3)
+    inputs = [t.to(dtype) for t in draw()]
+    first, second = (value_and_gradients(by("triton"), inputs) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

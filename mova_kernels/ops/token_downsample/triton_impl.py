@@ -454,7 +454,7 @@ def _launch(
         kernel[(num_samples * groups,)](
             *tensors, *([partial] if sums else []), *strides, groups, steps, eps,
             R=resolution, C=channels, BLOCK=block, TILE=TILES[kernel], **constants,
-            # 16 bytes of a row per thread: no two threads add up the tokens of one channel.
+            # 16 bytes of a row per thread, up to 8 warps: a sum over tokens stays within a thread.
             num_warps=min(8, max(1, block * result.element_size() // 512)), maxnreg=REGISTERS,
         )  # fmt: skip
     return partial
