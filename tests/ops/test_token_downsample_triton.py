@@ -157,14 +157,16 @@ def test_autocast_keeps_tokens_and_gradients_wide() -> None:
     assert_within_budget(images(2, 64), autocast("triton"), autocast("reference"), draw, torch.float32, draws=3)
 
 
-@pytest.mark.parametrize("pool", [False, True], ids=["stage", "and pooling"])
-def test_opcheck(pool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["alone", "pooled, weights as under autocast"])
+def test_opcheck(dtype) -> None:
+    pool = dtype == torch.bfloat16
     x, *flat = small()
-    arguments = (x, flat[:13], 2, 1e-5, pool, "triton")
+    weights = [t.to(dtype) for t in flat[:13]]
+    arguments = (x, weights, 2, 1e-5, pool, "triton")
     torch.library.opcheck(torch.ops.mova_kernels.token_downsample_stage_fwd.default, arguments)
     out, *saved = torch.ops.mova_kernels.token_downsample_stage_fwd(*arguments)
     for of_weights in (False, True):
-        arguments = (torch.randn_like(out), x, flat[:13], saved, 2, 1e-5, pool, of_weights, "triton")
+        arguments = (torch.randn_like(out), x, weights, saved, 2, 1e-5, pool, of_weights, "triton")
         torch.library.opcheck(torch.ops.mova_kernels.token_downsample_stage_bwd.default, arguments)
 
 

@@ -139,7 +139,7 @@ def _conv_kernel(
         rows, ok = sample * L + tokens, tokens < L
         acc = _convolved(x, taps, sample, tokens, 1, R, C, BLOCK)
         _store(y, acc, rows, ok, C, BLOCK)
-        normed, _ = _standardised(acc.to(y.dtype.element_ty).to(tl.float32), eps, C, BLOCK)
+        normed, _ = _standardised(acc, eps, C, BLOCK)
         normed = normed * weight_row[None, :] + bias_row[None, :]
         total += tl.sum(tl.where(ok[:, None], normed * tl.sigmoid(normed), 0.0), 0)
     _store_row(sums, total, tl.program_id(0).to(tl.int64), C, BLOCK)
@@ -349,7 +349,7 @@ def backward(
     of_weights: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The gradients of x and, if ``of_weights``, of ``w.flat()``, in their dtypes; the same bits at every call."""
-    a, c, d, mean, squeezed, gate = (t.contiguous() for t in saved)
+    a, c, d, mean, squeezed, gate = saved
     grad, w = adjacent_channels(grad), _with_dense_norms(w)
     launch = functools.partial(_launch, resolution=resolution, eps=eps)
     with torch.cuda.device_of(x):
@@ -392,21 +392,27 @@ def backward(
 def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What tools/compile_gate.py compiles: names, and calls of the launchers on meta tensors.
 
-    The first stage of the official size in both dtypes that matter, and channels and tokens that fill no tile.
+    The official stages, and autocast (tokens, norms and taps stay fp32) with channels and tokens that fill no tile.
     """
-    yield "bfloat16 C=1024 R=48 pooled", functools.partial(_gate_case, torch.bfloat16, 1024, 48, True)
-    yield "float32 C=1024 R=24", functools.partial(_gate_case, torch.float32, 1024, 24, False)
-    yield "float16 C=1500 R=5 pooled", functools.partial(_gate_case, torch.float16, 1500, 5, True)
+    for products, others, channels, resolution, pool in (
+        (torch.bfloat16, torch.bfloat16, 1024, 48, True),
+        (torch.float32, torch.float32, 1024, 24, False),
+        (torch.float16, torch.float32, 1500, 5, True),
+    ):
+        name = f"{products} C={channels} R={resolution}".removeprefix("torch.")
+        yield name, functools.partial(_gate_case, products, others, channels, resolution, pool)
 
 
-def _gate_case(dtype: torch.dtype, channels: int, resolution: int, pool: bool) -> None:
-    empty = functools.partial(torch.empty, dtype=dtype, device="meta")
-    squeezed = channels // 4
-    square, norm = empty(channels, channels, 1, 1), (empty(channels), empty(channels))
-    squeeze = empty(squeezed, channels, 1, 1), empty(squeezed)
-    excite = empty(channels, squeezed, 1, 1), norm[1]
-    w = StageWeights(square, norm, empty(channels, 1, 3, 3), norm, squeeze, excite, square, norm)
-    x = empty(2, resolution**2, channels)
+def _gate_case(products: torch.dtype, others: torch.dtype, channels: int, resolution: int, pool: bool) -> None:
+    def empty(*shape: int, dtype: torch.dtype = products) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    square, bias, norm = empty(channels, channels, 1, 1), empty(channels), (empty(channels, dtype=others),) * 2
+    squeeze = empty(channels // 4, channels, 1, 1), empty(channels // 4)
+    excite = empty(channels, channels // 4, 1, 1), bias
+    taps = empty(channels, 1, 3, 3, dtype=others)
+    w = StageWeights(square, norm, taps, norm, squeeze, excite, square, norm)
+    x = empty(2, resolution**2, channels, dtype=others)
     out, *saved = forward(x, resolution, w, 1e-5, pool)
     backward(out, x, w, saved, resolution, 1e-5, pool, True)
 
@@ -448,7 +454,7 @@ def _launch(
         kernel[(num_samples * groups,)](
             *tensors, *([partial] if sums else []), *strides, groups, steps, eps,
             R=resolution, C=channels, BLOCK=block, TILE=TILES[kernel], **constants,
-            # 16 bytes of a row per thread: no two threads add up the tokens of one channel.
+            # 16 bytes of a row per thread, up to 8 warps: a sum over tokens stays within a thread.
             num_warps=min(8, max(1, block * result.element_size() // 512)), maxnreg=REGISTERS,
         )  # fmt: skip
     return partial
