@@ -119,6 +119,7 @@ def fold(
     fold_kernel[(sum(blocks), num_experts)](
         _alike(weight), _alike(scale), _alike(shift), _alike(bias), tables.expert_offsets, folded, constant,
         WIDTHS=widths, OUTPUTS=outputs, BLOCKS=blocks, TOTAL=sum(outputs), ROWS=FOLD_ROWS, COLUMNS=FOLD_COLUMNS,
+        maxnreg=REGISTERS,
     )  # fmt: skip
     return Folded(folded, constant, widths, outputs)
 
@@ -189,7 +190,7 @@ def grad_weights(
         sum_kernel[(sum(tiles), len(sums) * SUM_SPLITS)](
             tuple(grads), *_strides(grads), grad_index, tables.num_used, sums,
             OUTPUTS=outputs, TILES=tiles, TOTAL=sum(outputs), L=length,
-            SPLITS=SUM_SPLITS, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS,
+            SPLITS=SUM_SPLITS, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, maxnreg=REGISTERS,
         )  # fmt: skip
 
     def launch(config: dict[str, Any], _: int) -> Tensor:
