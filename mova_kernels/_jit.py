@@ -43,7 +43,7 @@ def adjacent_channels(x: Tensor) -> Tensor:
 
 def dot_precision() -> str:
     """What tl.dot does with fp32 operands: TF32 only if torch's own switch is on."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def num_multiprocessors(x: Tensor) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check, check_tensor
@@ -191,7 +192,10 @@ def _build(kept: Tensor, row_table: Tensor, most_per_sample: int, device: torch.
     tables = (sample, expert, row, by_sample, expert_offsets, sample_offsets)
     bounds = tuple(expert_offsets.tolist()) if exact else None
     if exact and device.type != "cpu":  # one transfer instead of six
-        tables = torch.cat(tables).to(device, non_blocking=True).split([len(t) for t in tables])
+        # Each begins at a multiple of 16 bytes, or Triton would compile anew for every odd number of pairs.
+        even = [F.pad(t, (0, len(t) % 2)) for t in tables]
+        parts = torch.cat(even).to(device, non_blocking=True).split([len(t) for t in even])
+        tables = tuple(part[: len(t)] for part, t in zip(parts, tables, strict=True))
         kept = kept.to(device, non_blocking=True)
     sample, expert, row, by_sample, expert_offsets, sample_offsets = tables
     return RaggedPairs(

@@ -188,3 +188,11 @@ def test_device_routing_pads_as_the_compiler_does() -> None:
     assert pairs.bounds is None
     torch.testing.assert_close(pairs.tables, compiled.tables, rtol=0, atol=0)
     assert RaggedPairs.from_routing(selected).bounds is not None
+
+
+@pytest.mark.parametrize("selected", [mask("x.x", "..x"), mask("x.x", "xxx")], ids=["odd", "even"])
+def test_tables_on_a_device_are_aligned(selected) -> None:
+    """At 16 bytes, whatever the numbers of pairs, samples and experts: alignment is a part of what Triton compiles."""
+    pairs = RaggedPairs.from_routing(selected, device="meta")
+    assert [t.storage_offset() % 2 for t in pairs.tables] == [0] * 6
+    assert [len(t) for t in pairs.tables] == [len(t) for t in RaggedPairs.from_routing(selected).tables]

@@ -184,3 +184,16 @@ def test_candidates_of_expert_attention_keep_to_the_rules():
                 assert tile >= 64 or kind == "ieee"
                 assert tile <= 32 or (kind, name) != ("ieee", "forward")
                 assert not (width == 32 and name != "forward" and {tile, step} == {64, 128} and stages == 2)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
+def test_fp32_products_follow_torchs_switch(asked, expected) -> None:
+    pytest.importorskip("triton")
+    from mova_kernels._jit import dot_precision
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = asked
+    try:
+        assert dot_precision() == expected
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -105,6 +105,17 @@ def test_strides_are_honoured() -> None:
         torch.testing.assert_close(found, gradients(not inputs_of), rtol=0, atol=0)
 
 
+def test_experts_may_differ_in_dtype() -> None:
+    problem = Problem(MIXED)
+    pairs, inputs = RaggedPairs.from_routing(MIXED), problem.inputs(torch.float32)
+    for i in range(10, len(inputs), 3):  # weights and biases of the second expert
+        inputs[i] = inputs[i].half()
+    found = value_and_gradients(problem.op(pairs), inputs)
+    with use_backend("ragged_linear=reference"):
+        expected = value_and_gradients(problem.op(pairs), inputs)
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+
+
 def test_same_bits_every_time() -> None:
     problem = Problem(MIXED)
     inputs, function = problem.inputs(torch.float32), problem.op(RaggedPairs.from_routing(MIXED))

@@ -35,10 +35,10 @@ def _weigh_kernel(
     L: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """z = gate * normalised(x); nothing is written for padding."""
-    p = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0).to(tl.int64)
     if p >= tl.load(count):
         return
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     ok = (rows < L)[:, None] & (columns < WIDTH)[None, :]
     place = x + p * stride_p + rows[:, None].to(tl.int64) * stride_l + columns[None, :]
@@ -56,8 +56,8 @@ def _weigh_backward_kernel(
 
     Padding gets gradients of zero.
     """
-    p = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    p = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     ok = (rows < L)[:, None] & (columns < WIDTH)[None, :]
     packed = (p * L + rows[:, None]) * WIDTH + columns[None, :]
@@ -149,6 +149,6 @@ def _launch(kernel, x: Tensor, tensors: tuple[Tensor, ...], eps: float) -> None:
     block = triton.next_power_of_2(width)
     rows = max(ELEMENTS // block, 1)
     if x.numel():
-        kernel[(triton.cdiv(length, rows), num_pairs)](
+        kernel[(num_pairs, triton.cdiv(length, rows))](
             x, *tensors, x.stride(0), x.stride(1), eps, L=length, WIDTH=width, ROWS=rows, BLOCK=block
         )

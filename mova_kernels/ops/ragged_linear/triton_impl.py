@@ -160,7 +160,7 @@ def collect(
             **config,
         )  # fmt: skip
 
-    _configured("collect", a[0], (num_outs * length, *folded.widths, *folded.outputs), launch)
+    _configured("collect", a[0], num_outs, length, folded.widths, folded.outputs, launch)
 
 
 def grad_weights(
@@ -180,14 +180,13 @@ def grad_weights(
     num_experts, length = len(scale), x[0].shape[1]
     widths = tuple(len(g) for g in scale)
     outputs = tuple(len(w) for w in weight[::num_experts])
-    grad_weight, grad_bias = (
-        [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors] for tensors in (weight, bias)
+    grad_weight, grad_bias = (  # of one dtype, so that a kernel can choose among them
+        [torch.empty(t.shape, dtype=tensors[0].dtype, device=t.device) for t in tensors] for tensors in (weight, bias)
     )
-
     sums = scale[0].new_empty((len(tables.sample), SUM_SPLITS, sum(outputs)), dtype=torch.float32)
     tiles = tuple(triton.cdiv(o, SUM_COLUMNS) for o in outputs)
     if sums.numel():
-        sum_kernel[(sum(tiles), len(sums) * SUM_SPLITS)](
+        sum_kernel[(len(sums) * SUM_SPLITS, sum(tiles))](
             tuple(grads), *_strides(grads), grad_index, tables.num_used, sums,
             OUTPUTS=outputs, TILES=tiles, TOTAL=sum(outputs), L=length,
             SPLITS=SUM_SPLITS, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, maxnreg=REGISTERS,
@@ -209,11 +208,12 @@ def grad_weights(
         )  # fmt: skip
         return partial
 
-    partial = _configured("grad_weight", grads[0], (len(tables.sample) * length, *widths, *outputs), launch)
+    partial = _configured("grad_weight", grads[0], len(tables.sample), length, widths, outputs, launch)
     sums = partial.sum(1)
     affine = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*scale, *shift)]
     torch._foreach_copy_(affine, [*sums[0].split(widths), *sums[1].split(widths)])
-    return [*affine, *grad_weight, *grad_bias]
+    found = zip((*grad_weight, *grad_bias), (*weight, *bias), strict=True)
+    return [*affine, *(g.to(t.dtype) for g, t in found)]
 
 
 def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -257,12 +257,20 @@ def _project(x: Sequence[Tensor], index: Tensor, tables: PairTables, folded: Fol
             **config,
         )  # fmt: skip
 
-    _configured("project", x[0], (num_pairs * length, *folded.widths, *folded.outputs), launch)
+    _configured("project", x[0], num_pairs, length, folded.widths, folded.outputs, launch)
 
 
-def _configured(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[dict[str, Any], int], Any]) -> Any:
-    """launch(constants, programs for all multiprocessors) for operands like ``x``; the first size is in tokens."""
-    kind, cut = arithmetic(x), any(size % 128 for size in sizes)
+def _configured(
+    kernel: str,
+    x: Tensor,
+    count: int,
+    length: int,
+    widths: Sequence[int],
+    outputs: Sequence[int],
+    launch: Callable[[dict[str, Any], int], Any],
+) -> Any:
+    """launch(constants, programs for all multiprocessors) for ``count`` times ``length`` tokens like ``x``."""
+    kind, cut = arithmetic(x), any(size % 128 for size in (length, *widths, *outputs))
 
     def run(config: Config) -> Any:
         tile_m, tile_n, tile_k, num_warps, num_stages, programs = config
@@ -270,7 +278,8 @@ def _configured(kernel: str, x: Tensor, sizes: Sequence[int], launch: Callable[[
         options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": REGISTERS}
         return launch({**constants, **options}, num_multiprocessors(x) * programs)
 
-    key = (kind, "cut" if cut else "full", bucket(sizes[0]))
+    sizes = map(bucket, (count * length, max(widths), sum(outputs)))
+    key = (kind, "cut" if cut else "full", *sizes)
     return run(tuned("ragged_linear", kernel, key, CONFIGS[kind, cut], CANDIDATES[kind], run, x.device))
 
 

@@ -165,6 +165,9 @@ def collect_kernel(
         else:
             start = target
             stop = tl.minimum(target + 1, used)
+            if target < used:
+                if (inside // M_TILES) * TILE_N >= pick(WIDTHS, tl.load(expert + target)):
+                    stop = start  # a wider expert's columns
         for s in range(start, stop):
             p = s
             if by_sample is not None:
@@ -214,11 +217,11 @@ def sum_kernel(
     SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """sums (P, SPLITS, O): dy of a pair, summed over a part of its tokens; nothing is written for padding."""
-    part = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0).to(tl.int64)
     p = part // SPLITS
     if p >= tl.load(count):
         return
-    i, tile = _locate(tl.program_id(0), TILES)
+    i, tile = _locate(tl.program_id(1), TILES)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
     column_ok = columns < pick(OUTPUTS, i)
     grad_row = p
@@ -284,12 +287,12 @@ def grad_weight_kernel(
             x_now += TILE_K * x_stride
 
     total = tl.zeros((TILE_M,), tl.float32)
-    sums_of_rows = sums + _sum_before(OUTPUTS, i) + rows
-    for part in range(first * SPLITS, last * SPLITS):
-        summand = tl.load(sums_of_rows + part * TOTAL, mask=row_ok, other=0.0)
+    parts = tl.arange(0, SPLITS)[:, None] * TOTAL + _sum_before(OUTPUTS, i) + rows[None, :]
+    for p in range(first, last):
+        of_pair = tl.sum(tl.load(sums + p * (SPLITS * TOTAL) + parts, mask=row_ok[None, :], other=0.0), 0)
         if gate is not None:
-            summand *= tl.load(gate + part // SPLITS)
-        total += summand
+            of_pair *= tl.load(gate + p)
+        total += of_pair
     member = i * len(WIDTHS) + e
     ok = row_ok[:, None] & column_ok[None, :]
     place = rows[:, None] * width + columns[None, :]
