@@ -12,12 +12,11 @@ template <int n>
 inline float total(const vfloat (&v)[n]) {
   vfloat all = v[0];
   MK_UNROLL for (int i = 1; i < n; ++i) all += v[i];
-  float lane[lanes];
-  memcpy(lane, &all, sizeof lane);
-  MK_UNROLL for (int half = lanes / 2; half > 0; half /= 2) {
-    MK_UNROLL for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
+  typedef float four __attribute__((vector_size(16)));
+  four quarter[lanes / 4];
+  memcpy(quarter, &all, sizeof quarter);
+  MK_UNROLL for (int i = 1; i < lanes / 4; ++i) quarter[0] += quarter[i];
+  return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
 }
 
 // Resamples `chunks` chunks from channel `c` into the token and adds them to the sum.
@@ -35,7 +34,10 @@ inline void resample(const mk::ResampleLine& line, int64_t x, int64_t c, int cou
   }
 }
 
-inline void add_square(vfloat v, vfloat& sum) { sum += v * v; }
+inline void add_deviation(vfloat v, vfloat& sum, vfloat& squares) {
+  sum += v;
+  squares += v * v;
+}
 
 template <class Format>
 inline void store_norm(const vfloat* token, float mean, float rstd, typename Format::type* dst, int count) {
@@ -58,7 +60,7 @@ void norm_line(const mk::NormLine& line) {
     for (; c + pass <= C; c += pass) resample<Format, chunks_per_pass>(line.resample, x, c, width, token, sum);
     for (; c < whole; c += width) resample<Format, 1>(line.resample, x, c, width, token, sum);
     if (rest) resample<Format, 1>(line.resample, x, c, rest, token, sum);
-    const float mean = total(sum) / (float)C;
+    float mean = total(sum) / (float)C;
 
     // Lanes without a channel must not count: lane k of a part holds channel k * parts + part of the rest.
     for (int part = 0; rest && part < parts; ++part) {
@@ -67,13 +69,16 @@ void norm_line(const mk::NormLine& line) {
       }
     }
 
-    vfloat squares[sums] = {};
+    // The deviations from a rounded mean have a mean of their own.
+    vfloat deviation[sums] = {}, squares[sums] = {};
     int64_t i = 0;
     for (; i + sums <= vectors; i += sums) {
-      MK_UNROLL for (int j = 0; j < sums; ++j) add_square(token[i + j] - mean, squares[j]);
+      MK_UNROLL for (int j = 0; j < sums; ++j) add_deviation(token[i + j] - mean, deviation[j], squares[j]);
     }
-    for (; i < vectors; ++i) add_square(token[i] - mean, squares[0]);
-    const float rstd = 1 / __builtin_sqrtf(total(squares) / (float)C + line.eps);
+    for (; i < vectors; ++i) add_deviation(token[i] - mean, deviation[0], squares[0]);
+    const float shift = total(deviation) / (float)C;
+    const float rstd = 1 / __builtin_sqrtf(total(squares) / (float)C - shift * shift + line.eps);
+    mean += shift;
 
     line.rstd[x] = rstd;
     auto* dst = static_cast<typename Format::type*>(line.resample.dst) + x * line.resample.dst_stride;

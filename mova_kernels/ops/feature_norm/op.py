@@ -31,8 +31,8 @@ def feature_norm(
     """(y - mean(y)) / sqrt(var(y) + eps) per token of y = feature_resample(features[e], ...), for every expert e.
 
     This is the part of a LayerNorm that has no parameters, so that blocks with different ones can share it. ``triton``
-    does all experts in one launch. It and ``cpu`` keep y in fp32; ``reference`` rounds y to the dtype of the features, as
-    the official code does.
+    does all experts in one launch. It and ``cpu`` keep y in fp32; ``reference`` rounds y to the dtype of the features,
+    as the official code does.
 
     Args:
         features: per expert (R_e, h_e*w_e, C_e) row-major tokens, float, of one dtype and device; any strides.
