@@ -5,7 +5,7 @@
 
 #define MK_API extern "C" __attribute__((visibility("default")))
 
-// Raised when a function is added, or its argument block or meaning changes; mova_kernels/_native.py holds the same number.
+// Raised when a function is added, or its argument block or meaning changes; mova_kernels/_native.py holds the same.
 #define MK_ABI_VERSION 2
 
 enum mk_status { MK_OK = 0, MK_BAD_ARG = 1, MK_UNSUPPORTED = 2, MK_CUDA_ERROR = 3, MK_THREADS_ERROR = 4 };
