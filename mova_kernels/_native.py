@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-ABI_VERSION = 1  # MK_ABI_VERSION of csrc/common/mova_kernels.h
+ABI_VERSION = 2  # MK_ABI_VERSION of csrc/common/mova_kernels.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # mk_dtype
 
 _DIRECTORY = Path(__file__).resolve().parent / "_lib"
@@ -35,6 +35,15 @@ def build_info() -> dict[str, Any]:
 def cpu_reason() -> str | None:
     """Why the CPU library cannot be used; None if it can."""
     return _cpu if isinstance(_cpu, str) else None
+
+
+def cpu_declines(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel of the CPU library cannot run on tensors of this device and dtype; None if it can."""
+    if device.type != "cpu":
+        return f"it runs on cpu tensors, not on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, not {dtype}"
+    return cpu_reason()
 
 
 @functools.cache

@@ -5,8 +5,8 @@
 
 #define MK_API extern "C" __attribute__((visibility("default")))
 
-// Raised when an argument block or the meaning of a function changes; mova_kernels/_native.py holds the same number.
-#define MK_ABI_VERSION 1
+// Raised when a function is added, or its argument block or meaning changes; mova_kernels/_native.py holds the same.
+#define MK_ABI_VERSION 2
 
 enum mk_status { MK_OK = 0, MK_BAD_ARG = 1, MK_UNSUPPORTED = 2, MK_CUDA_ERROR = 3, MK_THREADS_ERROR = 4 };
 enum mk_dtype { MK_F32 = 0, MK_BF16 = 1, MK_F16 = 2 };

@@ -13,7 +13,7 @@ from helpers import assert_true_to, assert_within_budget, layer_norm, value_and_
 from test_feature_resample import four_taps, interpolate
 from torch import Tensor
 
-from mova_kernels import BackendError, use_backend
+from mova_kernels import BackendError, _native, backends, use_backend
 from mova_kernels.ops import feature_norm
 from mova_kernels.ops.feature_norm import op as op_module
 
@@ -31,6 +31,14 @@ EXPERTS = {
 }
 IN_SIZES = [size for size, _, _ in EXPERTS.values()]
 ROWS = [rows for _, _, rows in EXPERTS.values()]
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    try:
+        return backends.choose("feature_norm", request.param, torch.device("cpu"), torch.float32)
+    except BackendError as error:
+        pytest.skip(str(error))
 
 
 def features() -> list[Tensor]:
@@ -82,8 +90,8 @@ def test_reference_is_the_norm_of_the_sum_over_four_taps() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_budget(dtype) -> None:
-    assert_within_budget(truth(), op(), plain(), features, dtype)
+def test_error_budget(dtype, backend) -> None:
+    assert_within_budget(truth(), op(backend=backend), plain(), features, dtype)
 
 
 def test_gradcheck() -> None:
@@ -91,39 +99,39 @@ def test_gradcheck() -> None:
     torch.autograd.gradcheck(op([(2, 3), (3, 2)], (2, 3), [[1, -1, 0], None]), x)
 
 
-def test_results_are_contiguous_in_the_dtype_of_the_features() -> None:
+def test_results_are_contiguous_in_the_dtype_of_the_features(backend) -> None:
     x = [t.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for t in features()]
-    results = feature_norm(x, IN_SIZES, OUT, tensors(ROWS))
+    results = feature_norm(x, IN_SIZES, OUT, tensors(ROWS), backend=backend)
     for y, (_, channels, rows) in zip(results, EXPERTS.values(), strict=True):
         assert y.is_contiguous() and y.dtype == torch.bfloat16
         assert y.shape == (2 if rows is None else len(rows), 20, channels)
 
 
-def test_negative_rows_are_read_neither_here_nor_in_the_gradient() -> None:
+def test_negative_rows_are_read_neither_here_nor_in_the_gradient(backend) -> None:
     x = torch.randn(2, 6, 4)
     x[1] = torch.nan
     cotangent = torch.randn(2, 20, 4)
     cotangent[1] = torch.nan
 
     def normed(x: Tensor) -> Tensor:
-        return feature_norm([x], [(2, 3)], OUT, [torch.tensor([0, -1])])[0]
+        return feature_norm([x], [(2, 3)], OUT, [torch.tensor([0, -1])], backend=backend)[0]
 
     y, grad = value_and_gradients(normed, [x], cotangent)
     assert y[0].isfinite().all() and grad[0].isfinite().all() and not grad[1].any()
 
 
-def test_rows_beyond_the_features_are_refused() -> None:
+def test_rows_beyond_the_features_are_refused(backend) -> None:
     with pytest.raises(RuntimeError, match="rows must be below"):
-        feature_norm([torch.zeros(2, 6, 4)], [(2, 3)], OUT, [torch.tensor([2])])
+        feature_norm([torch.zeros(2, 6, 4)], [(2, 3)], OUT, [torch.tensor([2])], backend=backend)
 
 
-def test_tokens_without_variance_become_zeros() -> None:
-    (y,) = feature_norm([torch.full((1, 6, 4), 7.0)], [(2, 3)], OUT, [None])
+def test_tokens_without_variance_become_zeros(backend) -> None:
+    (y,) = feature_norm([torch.full((1, 6, 4), 7.0)], [(2, 3)], OUT, [None], backend=backend)
     torch.testing.assert_close(y, torch.zeros_like(y), rtol=0, atol=1e-3)
 
 
-def test_no_row_at_all() -> None:
-    value, grad = value_and_gradients(op([(2, 3)], OUT, [None]), [torch.zeros(0, 6, 4)])
+def test_no_row_at_all(backend) -> None:
+    value, grad = value_and_gradients(op([(2, 3)], OUT, [None], backend), [torch.zeros(0, 6, 4)])
     assert value.shape == (0,) and grad.shape == (0, 6, 4)
 
 
@@ -137,15 +145,47 @@ def test_the_resampling_follows_the_request(asked, expected, monkeypatch) -> Non
         return resample(*arguments, backend=backend)
 
     monkeypatch.setattr(op_module, "feature_resample", spy)
-    op(backend=asked)(*features())
+    with use_backend("feature_norm=reference"):
+        op(backend=asked)(*features())
     assert seen == [expected] * len(EXPERTS)
 
 
-def test_compile() -> None:
+def test_compile(backend) -> None:
     torch._dynamo.reset()
     x = features()
-    compiled = torch.compile(op(), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(value_and_gradients(compiled, x), value_and_gradients(op(), x))
+    function = op(backend=backend)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(value_and_gradients(compiled, x), value_and_gradients(function, x))
+
+
+def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
+    wide = torch.zeros(1, 1, 8193)
+    for x, expected in ((X, "cpu"), (X.bfloat16(), "cpu"), (X.half(), "reference"), (wide, "reference")):
+        monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+        assert op_module._choose(None, [x], [1, 1, 1, 1]) == expected
+        monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
+        assert op_module._choose(None, [x], [1, 1, 1, 1]) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("x", "size", "reason"),
+    [
+        (torch.zeros(1, 1, 8193), (1, 1), "it takes up to 8192 channels, not 8193"),
+        (torch.zeros(1, 32768, 1), (1, 32768), "it takes grids of up to 32767 per side, not 32768"),
+        (torch.zeros(1, 1, 8).half(), (1, 1), "it takes float32 and bfloat16, not torch.float16"),
+    ],
+)
+def test_cpu_is_refused_with_a_reason(x, size, reason, monkeypatch) -> None:
+    monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+    with pytest.raises(BackendError, match=f"'cpu' cannot run feature_norm .*{reason}"):
+        feature_norm([x], [size], OUT, [None], backend="cpu")
+
+
+def test_gradients_of_functorch(backend) -> None:
+    x = torch.randn(1, 6, 19)
+    function = op([(2, 3)], OUT, [None], backend)
+    _, expected = value_and_gradients(lambda x: function(x).square(), [x], torch.ones(1, 20 * 19).flatten())
+    torch.testing.assert_close(torch.func.grad(lambda x: function(x).square().sum())(x), expected)
 
 
 def test_exported_program_serves_other_batches() -> None:
@@ -157,7 +197,9 @@ def test_exported_program_serves_other_batches() -> None:
     dynamic = ({0: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC})
     program = torch.export.export(Module(), examples, dynamic_shapes=dynamic)
     for inputs in (examples, (torch.randn(5, 6, 4), torch.tensor([4, 1, 0]))):
-        torch.testing.assert_close(program.module()(*inputs), Module()(*inputs))
+        valid = inputs[1] >= 0
+        torch.testing.assert_close(program.module()(*inputs)[valid], Module()(*inputs)[valid])
+    assert "feature_norm_fwd" not in program.graph_module.code  # which would bind the program to one backend
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes it")

@@ -7,15 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import _triton, backends
+from ... import _native, _triton, backends
 from ..._checks import check, check_floats, check_tensor
 from ..._library import define
 from ..feature_resample import feature_resample
-from . import reference
+from . import native_impl, reference
 
-TRITON_WIDTH, TRITON_AXIS = 4096, 32767  # the widest features and the longest side of a grid
+WIDTH = {"triton": 4096, "cpu": 8192}  # the widest features
+AXIS = 32767  # the longest side of a grid, for both
 
-backends.register("feature_norm", _triton.BACKEND)
+
+def _not_while_exporting(device: torch.device) -> str | None:
+    return "an exported program may run where it is not built" if torch.compiler.is_exporting() else None
+
+
+backends.register(
+    "feature_norm", _triton.BACKEND, backends.Backend("cpu", _native.cpu_declines, only_when_asked=_not_while_exporting)
+)
 
 
 def feature_norm(
@@ -30,8 +38,8 @@ def feature_norm(
     """(y - mean(y)) / sqrt(var(y) + eps) per token of y = feature_resample(features[e], ...), for every expert e.
 
     This is the part of a LayerNorm that has no parameters, so that blocks with different ones can share it. ``triton``
-    does all experts in one launch and keeps y in fp32. ``reference`` rounds y to the dtype of the features, as the
-    official code does.
+    does all experts in one launch. It and ``cpu`` keep y in fp32; ``reference`` rounds y to the dtype of the features,
+    as the official code does.
 
     Args:
         features: per expert (R_e, h_e*w_e, C_e) row-major tokens, float, of one dtype and device; any strides.
@@ -41,8 +49,8 @@ def feature_norm(
             without repeats; for a negative one nothing is read, neither here nor of its gradient, and the result means
             nothing. Or None: all rows, M_e = R_e.
         eps: added to the variance, which is the biased one.
-        backend: see :mod:`mova_kernels.backends`. ``triton`` takes up to 4096 channels, and grids of up to 32767 per
-            side.
+        backend: see :mod:`mova_kernels.backends`. ``triton`` takes up to 4096 channels, ``cpu`` up to 8192, and both
+            grids of up to 32767 per side.
 
     Returns:
         Per expert (M_e, H*W, C_e) in the dtype of the features, contiguous. Source: the alignment of expert features
@@ -81,18 +89,17 @@ def feature_norm(
 
 def _choose(backend: str | None, features: Sequence[Tensor], sizes: Sequence[int]) -> str:
     width, axis = max(x.shape[2] for x in features), max(sizes)
-    unfit = {}
-    if width > TRITON_WIDTH:
-        unfit["triton"] = f"it takes up to {TRITON_WIDTH} channels, not {width}"
-    elif axis > TRITON_AXIS:
-        unfit["triton"] = f"it takes grids of up to {TRITON_AXIS} per side, not {axis}"
+    unfit = {b: f"it takes up to {most} channels, not {width}" for b, most in WIDTH.items() if width > most}
+    if axis > AXIS:
+        unfit = dict.fromkeys(WIDTH, f"it takes grids of up to {AXIS} per side, not {axis}")
     return backends.choose("feature_norm", backend, features[0].device, features[0].dtype, unfit)
 
 
 def _implementation(backend: str, features: Sequence[Tensor], sizes: Sequence[int]):
     """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend == "triton", "backend", "must be 'triton'", backend)
-    _choose(backend, features, sizes)
+    check(backend in WIDTH, "backend", f"must be one of {', '.join(WIDTH)}", backend)
+    if _choose(backend, features, sizes) == "cpu":
+        return native_impl
     from . import triton_impl
 
     return triton_impl

@@ -18,7 +18,7 @@ def cpu_forward(x: Tensor, rows: Tensor | None, in_size: list[int], out_size: li
 
     Strides of rows and tokens are free; channels that are not adjacent are copied first. Rows are not range-checked.
     """
-    x, rows, y = _forward_operands(x, rows, out_size)
+    x, rows, y = forward_operands(x, rows, out_size)
     _cpu_fwd(*_block(x, rows, y, in_size, out_size))
     return y
 
@@ -32,7 +32,7 @@ def cpu_backward(grad: Tensor, in_size: list[int], out_size: list[int]) -> Tenso
 
 def cuda_forward(x: Tensor, rows: Tensor | None, in_size: list[int], out_size: list[int]) -> Tensor:
     """As :func:`cpu_forward`, on torch's current stream of the tensor's device."""
-    x, rows, y = _forward_operands(x, rows, out_size)
+    x, rows, y = forward_operands(x, rows, out_size)
     device = x.get_device()
     _cuda_fwd(*_block(x, rows, y, in_size, out_size), device, _native.cuda_stream(device))
     return y
@@ -46,19 +46,21 @@ def cuda_backward(grad: Tensor, in_size: list[int], out_size: list[int]) -> Tens
     return grad_x
 
 
-def _adjacent_channels(x: Tensor) -> Tensor:
+def adjacent_channels(x: Tensor) -> Tensor:
+    """``x``, copied unless its channels are adjacent."""
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _forward_operands(x: Tensor, rows: Tensor | None, out_size: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
+def forward_operands(x: Tensor, rows: Tensor | None, out_size: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x and rows as C++ and CUDA take them, and the result (M, H*W, C), not yet written."""
     m = x.shape[0] if rows is None else rows.shape[0]
     y = x.new_empty((m, out_size[0] * out_size[1], x.shape[2]))
-    return _adjacent_channels(x), None if rows is None else rows.contiguous(), y
+    return adjacent_channels(x), None if rows is None else rows.contiguous(), y
 
 
 def _backward_operands(grad: Tensor, in_size: list[int]) -> tuple[Tensor, Tensor]:
     grad_x = grad.new_empty((grad.shape[0], in_size[0] * in_size[1], grad.shape[2]))
-    return _adjacent_channels(grad), grad_x
+    return adjacent_channels(grad), grad_x
 
 
 def _block(x: Tensor, rows: Tensor | None, y: Tensor, in_size: list[int], out_size: list[int]) -> tuple[int, ...]:

@@ -28,14 +28,6 @@ _BACKWARD = {
 }
 
 
-def _cpu_declines(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cpu":
-        return f"it runs on cpu tensors, not on {device.type}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"it takes float32 and bfloat16, not {dtype}"
-    return _native.cpu_reason()
-
-
 def _cuda_declines(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"it runs on cuda tensors, not on {device.type}"
@@ -47,7 +39,7 @@ def _cuda_declines(device: torch.device, dtype: torch.dtype) -> str | None:
 backends.register(
     "feature_resample",
     backends.Backend("cuda", _cuda_declines, lambda device: "it has never run on a GPU (docs/gpu-status.md)"),
-    backends.Backend("cpu", _cpu_declines),
+    backends.Backend("cpu", _native.cpu_declines),
 )
 
 

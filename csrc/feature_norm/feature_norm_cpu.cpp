@@ -1,0 +1,87 @@
+#include "feature_norm/feature_norm_cpu.h"
+
+#include "common/cpu.h"
+#include "feature_norm/feature_norm.h"
+#include "feature_resample/axis_table.h"
+
+MK_DECLARE_LOOPS(mk::NormLoops, feature_norm_loops)
+
+namespace {
+
+struct Limits {
+  const char* name;
+  int64_t value, least, most;
+};
+
+template <int n>
+int check(const char* function, const Limits (&limits)[n]) {
+  for (const Limits& l : limits) {
+    if (l.value < l.least || l.value > l.most) {
+      return mk::fail(MK_BAD_ARG, "%s: %s must be in [%lld, %lld], got %lld", function, l.name, (long long)l.least,
+                      (long long)l.most, (long long)l.value);
+    }
+  }
+  return MK_OK;
+}
+
+}  // namespace
+
+MK_API int mk_feature_norm_fwd(const void* block, uint64_t nbytes) {
+  const char* const function = "mk_feature_norm_fwd";
+  mk_feature_norm_fwd_args a;
+  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+  if (int status = check(function, {{"M", a.M, 0, INT64_MAX},
+                                    {"in_h", a.in_h, 1, mk::max_axis},
+                                    {"in_w", a.in_w, 1, mk::max_axis},
+                                    {"out_h", a.out_h, 1, mk::max_axis},
+                                    {"out_w", a.out_w, 1, mk::max_axis},
+                                    {"C", a.C, 0, mk::max_norm_channels},
+                                    {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+    return status;
+  }
+  const mk::AxisTable h(a.in_h, a.out_h, a.in_w * a.x_stride_token, false), w(a.in_w, a.out_w, a.x_stride_token, false);
+  const int64_t* const rows = (const int64_t*)a.rows;
+  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
+  const auto run = a.dtype == MK_F32 ? feature_norm_loops().f32 : feature_norm_loops().bf16;
+
+  const int64_t grain = 1 + (1 << 16) / (a.out_w * a.C + 1);
+  return mk::parallel_for(a.M * a.out_h, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m = i / a.out_h, line = i % a.out_h, row = rows ? rows[m] : m;
+      if (row < 0) continue;
+      const char* const x = (const char*)a.x + bytes * row * a.x_stride_row;
+      char* const y = (char*)a.y + bytes * i * a.out_w * a.C;
+      run({{x, h.view(), w.view(), line, a.out_w, a.C, y, a.C}, (float*)a.rstd + i * a.out_w, (float)a.eps});
+    }
+  });
+}
+
+MK_API int mk_feature_norm_bwd(const void* block, uint64_t nbytes) {
+  const char* const function = "mk_feature_norm_bwd";
+  mk_feature_norm_bwd_args a;
+  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+  if (int status = check(function, {{"M", a.M, 0, INT64_MAX},
+                                    {"L", a.L, 1, INT64_MAX},
+                                    {"C", a.C, 0, INT64_MAX},
+                                    {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+    return status;
+  }
+  const int64_t* const rows = (const int64_t*)a.rows;
+  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
+  const auto run = a.dtype == MK_F32 ? feature_norm_loops().grad_f32 : feature_norm_loops().grad_bf16;
+
+  const int64_t grain = 1 + (1 << 16) / (a.C + 1);
+  return mk::parallel_for(a.M * a.L, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end;) {  // the part of one row after the other
+      const int64_t m = i / a.L, first = i % a.L, row_end = i - first + a.L;
+      const int64_t tokens = (row_end < end ? row_end : end) - i;
+      if (!rows || rows[m] >= 0) {
+        const char* const grad = (const char*)a.grad + bytes * (m * a.grad_stride_row + first * a.grad_stride_token);
+        const int64_t offset = bytes * i * a.C;
+        run({grad, a.grad_stride_token, (const char*)a.y + offset, (const float*)a.rstd + i, (char*)a.grad_t + offset,
+             tokens, a.C});
+      }
+      i += tokens;
+    }
+  });
+}

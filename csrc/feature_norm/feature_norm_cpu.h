@@ -1,0 +1,37 @@
+// What the driver hands to the loops.
+#pragma once
+
+#include <stdint.h>
+
+#include "feature_resample/feature_resample_cpu.h"
+
+namespace mk {
+
+// A token waits in fp32 on the stack, in the L1 cache, until its statistics are known.
+constexpr int64_t max_norm_channels = 8192;
+
+// One line of pixels of one row.
+struct NormLine {
+  ResampleLine resample;
+  float* rstd;  // of the line's first pixel
+  float eps;
+};
+
+// Neighbouring tokens of one row.
+struct GradNormTokens {
+  const void* grad;
+  int64_t grad_stride;  // elements from token to token
+  const void* y;
+  const float* rstd;
+  void* grad_t;
+  int64_t tokens, C;
+};
+
+struct NormLoops {
+  void (*f32)(const NormLine&);
+  void (*bf16)(const NormLine&);
+  void (*grad_f32)(const GradNormTokens&);
+  void (*grad_bf16)(const GradNormTokens&);
+};
+
+}  // namespace mk

@@ -1,0 +1,80 @@
+"""feature_norm in C++: packs the arguments for csrc/feature_norm/feature_norm.h, expert by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from ..feature_resample import native_impl as feature_resample
+
+# x, rows, y, rstd; M, in_h, in_w, out_h, out_w, C, two strides; eps; dtype
+_fwd = _native.function("mk_feature_norm_fwd", "4Q8qdq")
+# grad, rows, y, rstd, grad_t; M, L, C, two strides, dtype
+_bwd = _native.function("mk_feature_norm_bwd", "5Q6q")
+
+
+def forward(
+    features: Sequence[Tensor], rows: Sequence[Tensor | None], sizes: Sequence[int], eps: float
+) -> tuple[list[Tensor], list[Tensor], None]:
+    """(R_e, h_e*w_e, C_e) and (M_e,) int64 or None per expert; h_0, w_0, ..., H, W.
+
+    Returns results (M_e, H*W, C_e) and their 1 / sqrt(var + eps) (M_e, H*W) fp32. Rows have been checked by then.
+    """
+    grids, out_size = _grids(sizes)
+    pairs = [_forward(x, r, size, out_size, eps) for x, r, size in zip(features, rows, grids, strict=True)]
+    return [y for y, _ in pairs], [rstd for _, rstd in pairs], None
+
+
+def backward(
+    grads: Sequence[Tensor], results: Sequence[Tensor], rstds: Sequence[Tensor], rows: Sequence[Tensor | None],
+    num_rows: Sequence[int], sizes: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of the features, (R_e, h_e*w_e, C_e), contiguous; bit for bit the same at every call."""
+    grids, out_size = _grids(sizes)
+    experts = zip(grads, results, rstds, rows, num_rows, grids, strict=True)
+    return [_backward(g, y, rstd, r, n, size, out_size) for g, y, rstd, r, n, size in experts]
+
+
+def _forward(
+    x: Tensor, rows: Tensor | None, in_size: list[int], out_size: list[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    if rows is not None and rows.numel() > 0:
+        torch._assert_async((rows < x.shape[0]).all(), f"rows must be below the features' {x.shape[0]} rows")
+    x, rows, y = feature_resample.forward_operands(x, rows, out_size)
+    m, tokens, channels = y.shape
+    rstd = y.new_empty((m, tokens), dtype=torch.float32)
+    _fwd(
+        x.data_ptr(), _pointer(rows), y.data_ptr(), rstd.data_ptr(),
+        m, *in_size, *out_size, channels, *x.stride()[:2], eps, _native.DTYPES[x.dtype],
+    )  # fmt: skip
+    return y, rstd
+
+
+def _backward(
+    grad: Tensor, y: Tensor, rstd: Tensor, rows: Tensor | None, num_rows: int, in_size: list[int], out_size: list[int]
+) -> Tensor:
+    grad, rows = feature_resample.adjacent_channels(grad), None if rows is None else rows.contiguous()
+    y, rstd = y.contiguous(), rstd.contiguous()
+    resampled = torch.empty_like(y)  # its gradient, rounded to the dtype as in torch
+    _bwd(
+        grad.data_ptr(), _pointer(rows), y.data_ptr(), rstd.data_ptr(), resampled.data_ptr(),
+        *y.shape, *grad.stride()[:2], _native.DTYPES[y.dtype],
+    )  # fmt: skip
+    found = resampled if in_size == out_size else feature_resample.cpu_backward(resampled, in_size, out_size)
+    if rows is None:
+        return found
+    chosen = rows >= 0
+    return found.new_zeros((num_rows, *found.shape[1:])).index_copy_(0, rows[chosen], found[chosen])
+
+
+def _grids(sizes: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """The experts' grids and the base grid."""
+    *grids, out_size = ([h, w] for h, w in zip(sizes[::2], sizes[1::2], strict=True))
+    return grids, out_size
+
+
+def _pointer(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.data_ptr()
