@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,19 +133,20 @@ def device_routing() -> Iterator[None]:
         with torch.cuda.graph(graph):
             output = adapter(base, experts, routing, text)
     """
-    token = _device_routing.set(True)
+    global _device_routing
+    before, _device_routing = _device_routing, True
     try:
         yield
     finally:
-        _device_routing.reset(token)
+        _device_routing = before
 
 
-_device_routing: ContextVar[bool] = ContextVar("device_routing", default=False)
+_device_routing = False  # process-wide: checkpointing calls forward again in a thread of autograd's
 
 
 def host_sees_values(device: torch.device) -> bool:
     """False while torch.compile or torch.export traces, a CUDA graph is captured, or in :func:`device_routing`."""
-    if torch.compiler.is_compiling() or _device_routing.get():
+    if torch.compiler.is_compiling() or _device_routing:
         return False
     return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
@@ -156,11 +156,14 @@ def validated_routing(routing: Tensor, device: torch.device) -> Tensor:
 
     Raises:
         TypeError: no tensor, or complex.
-        ValueError: not (B, N), or a value other than 0 and 1.
+        ValueError: not (B, N), a value other than 0 and 1, or on the host where a device is needed.
     """
     check_tensor("routing", routing, ("B", "N"))
     check(not routing.is_complex(), "routing", "must be bool, integer or floating point", routing.dtype, TypeError)
     on_host = host_sees_values(device)
+    if not on_host and not torch.compiler.is_compiling():  # a copy would synchronise, which a capture does not survive
+        rule = f"must be on {device} in a captured CUDA graph and in device_routing"
+        check(routing.device.type == device.type, "routing", rule, routing.device)
     routing = routing.cpu() if on_host else routing.to(device)
     if routing.dtype == torch.bool:
         return routing

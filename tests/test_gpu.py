@@ -375,4 +375,5 @@ def test_adapter_training_step_in_a_graph_serves_every_routing():
     for (name, expected), actual, value in trained:
         change = expected.detach() - value
         assert change.any(), f"{name} was not trained"
-        torch.testing.assert_close(actual.detach() - value, change, rtol=0, atol=1e-3 * float(change.abs().max()))
+        atol = 1e-3 * float(change.abs().max()) + 4 * torch.finfo(value.dtype).eps * float(value.abs().max())
+        torch.testing.assert_close(actual.detach() - value, change, rtol=0, atol=atol)

@@ -8,6 +8,7 @@ from helpers import ROUTINGS, mask, padded_pairs
 from torch import Tensor
 
 from mova_kernels import RaggedPairs, device_routing
+from mova_kernels.ragged import validated_routing
 
 # Enough small masks to meet every way of being empty or full, from sparse to dense.
 RANDOM = [
@@ -196,3 +197,11 @@ def test_tables_on_a_device_are_aligned(selected) -> None:
     pairs = RaggedPairs.from_routing(selected, device="meta")
     assert [t.storage_offset() % 2 for t in pairs.tables] == [0] * 6
     assert [len(t) for t in pairs.tables] == [len(t) for t in RaggedPairs.from_routing(selected).tables]
+
+
+def test_device_routing_refuses_a_routing_on_the_host() -> None:
+    """Copying it would synchronise."""
+    with device_routing(), pytest.raises(ValueError, match=r"routing must be on meta in .*, got device\(type='cpu'\)"):
+        RaggedPairs.from_routing(mask("x.x"), device="meta")
+    with device_routing(), pytest.raises(ValueError, match="routing must be on meta"):
+        validated_routing(mask("x.x"), torch.device("meta"))

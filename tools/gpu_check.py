@@ -125,7 +125,7 @@ def benchmarks(report: dict, folder: Path) -> dict:
     if importlib.util.find_spec("pytest_benchmark") is None:
         return {"status": "skipped", "output": "pytest-benchmark is not installed"}
     options = ("--benchmark-only", f"--benchmark-json={folder / 'json'}", "--benchmark-max-time=0.5")
-    outcome = run("benchmarks", folder, "-m", "pytest", "benchmarks", "-k", "cuda", *options)
+    outcome = run("benchmarks", folder, "-m", "pytest", "benchmarks", "-k", "bench_cuda or bench_adapter", *options)
     measured = json.loads((folder / "json").read_text())["benchmarks"] if (folder / "json").exists() else []
     for found in measured:
         seconds, info = found["stats"]["median"], found["extra_info"]

@@ -131,13 +131,14 @@ def _normalise_tiles(
 
 @triton.jit
 def _forward_kernel(
-    features, results, rstds, table, table_starts, rows_fit, num_rows, row_strides, token_strides, eps, starts,
-    H: tl.constexpr, W: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr, EACH_BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
+    features, results, rstds, table, table_starts, rows_fit, num_rows, row_strides, token_strides, heights, widths, eps,
+    programs, starts,
+    H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCKS: tl.constexpr, EACH_BLOCK: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """results and rstds; nothing is written for a negative row."""
     expert, place = _expert(starts)
-    m = (place // pick(PROGRAMS, expert)).to(tl.int64)
+    m = (place // _number(pick(programs, expert))).to(tl.int64)
     row = _row(m, expert, table, table_starts)
     if table is not None:
         beyond = row >= _number(pick(num_rows, expert))
@@ -149,8 +150,8 @@ def _forward_kernel(
     y = pick(results, expert) + m * H * W * C
     rstd = pick(rstds, expert) + m * H * W
     stride = pick(token_strides, expert)
-    in_h, in_w = pick(HEIGHTS, expert), pick(WIDTHS, expert)
-    first_tile = place % pick(PROGRAMS, expert) * STEPS
+    in_h, in_w = _number(pick(heights, expert)), _number(pick(widths, expert))
+    first_tile = place % _number(pick(programs, expert)) * STEPS
     for b in tl.static_range(len(EACH_BLOCK)):
         if pick(BLOCKS, expert) == EACH_BLOCK[b]:
             _normalise_tiles(x, y, rstd, stride, first_tile, in_h, in_w, C, eps, H, W, EACH_BLOCK[b], TILE, STEPS)
@@ -175,13 +176,13 @@ def _grad_norm_tiles(
 
 @triton.jit
 def _grad_norm_kernel(
-    grads, results, rstds, targets, table, table_starts, row_strides, token_strides, starts,
-    L: tl.constexpr, RESAMPLED: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr, EACH_BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
+    grads, results, rstds, targets, table, table_starts, row_strides, token_strides, resampled, programs, starts,
+    L: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCKS: tl.constexpr, EACH_BLOCK: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The gradient through the normalisation, to row m of a buffer or, where sizes are equal, to the features' row."""
     expert, place = _expert(starts)
-    m = (place // pick(PROGRAMS, expert)).to(tl.int64)
+    m = (place // _number(pick(programs, expert))).to(tl.int64)
     row = _row(m, expert, table, table_starts)
     if row < 0:
         return
@@ -189,9 +190,9 @@ def _grad_norm_kernel(
     grad = pick(grads, expert) + m * pick(row_strides, expert)
     y = pick(results, expert) + m * L * C
     rstd = pick(rstds, expert) + m * L
-    grad_y = pick(targets, expert) + tl.where(pick(RESAMPLED, expert), m, row) * L * C
+    grad_y = pick(targets, expert) + tl.where(_number(pick(resampled, expert)) != 0, m, row) * L * C
     stride = pick(token_strides, expert)
-    first_tile = place % pick(PROGRAMS, expert) * STEPS
+    first_tile = place % _number(pick(programs, expert)) * STEPS
     for b in tl.static_range(len(EACH_BLOCK)):
         if pick(BLOCKS, expert) == EACH_BLOCK[b]:
             _grad_norm_tiles(grad, y, rstd, grad_y, stride, first_tile, L, C, EACH_BLOCK[b], TILE, STEPS)
@@ -224,21 +225,21 @@ def _gather_tiles(
 
 @triton.jit
 def _gather_kernel(
-    grads, targets, table, table_starts, starts,
-    H: tl.constexpr, W: tl.constexpr, HEIGHTS: tl.constexpr, WIDTHS: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCKS: tl.constexpr, EACH_BLOCK: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
+    grads, targets, table, table_starts, heights, widths, programs, starts,
+    H: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCKS: tl.constexpr, EACH_BLOCK: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of the resampling: an input token sums over the base tokens that read it, in their order."""
     expert, place = _expert(starts)
-    m = (place // pick(PROGRAMS, expert)).to(tl.int64)
+    m = (place // _number(pick(programs, expert))).to(tl.int64)
     row = _row(m, expert, table, table_starts)
     if row < 0:
         return
     C = pick(CHANNELS, expert)
-    in_h, in_w = pick(HEIGHTS, expert), pick(WIDTHS, expert)
+    in_h, in_w = _number(pick(heights, expert)), _number(pick(widths, expert))
     grad_y = pick(grads, expert) + m * H * W * C
     grad_x = pick(targets, expert) + row * in_h * in_w * C
-    first_tile = place % pick(PROGRAMS, expert) * STEPS
+    first_tile = place % _number(pick(programs, expert)) * STEPS
     for b in tl.static_range(len(EACH_BLOCK)):
         if pick(BLOCKS, expert) == EACH_BLOCK[b]:
             _gather_tiles(grad_y, grad_x, first_tile, in_h, in_w, C, H, W, EACH_BLOCK[b], TILE, STEPS)
@@ -263,9 +264,12 @@ def forward(
         num_rows = _disguised(x.shape[0] for x in features)
         _launch(
             _forward_kernel,
-            (features, tuple(results), tuple(rstds), table, table_starts, rows_fit, num_rows, *_strides(features), eps),
+            (
+                features, tuple(results), tuple(rstds), table, table_starts, rows_fit, num_rows, *_strides(features),
+                _disguised(heights), _disguised(widths), eps,
+            ),
             counts, [out_h * out_w] * len(counts), [x.shape[2] for x in features],
-            H=out_h, W=out_w, HEIGHTS=heights, WIDTHS=widths,
+            H=out_h, W=out_w,
         )  # fmt: skip
     return results, rstds, rows_fit
 
@@ -293,14 +297,15 @@ def backward(
     with torch.cuda.device_of(grads[0]):
         table, table_starts = _table(rows, counts)
         _launch(
-            _grad_norm_kernel, (grads, results, rstds, buffers, table, table_starts, *_strides(grads)),
+            _grad_norm_kernel,
+            (grads, results, rstds, buffers, table, table_starts, *_strides(grads), _disguised(resampled)),
             counts, [out_h * out_w] * len(counts), channels,
-            L=out_h * out_w, RESAMPLED=resampled,
+            L=out_h * out_w,
         )  # fmt: skip
         _launch(
-            _gather_kernel, (buffers, grad_features, table, table_starts),
+            _gather_kernel, (buffers, grad_features, table, table_starts, _disguised(heights), _disguised(widths)),
             [m if some else 0 for m, some in zip(counts, resampled, strict=True)], tokens, channels,
-            H=out_h, W=out_w, HEIGHTS=heights, WIDTHS=widths,
+            H=out_h, W=out_w,
         )  # fmt: skip
     return list(grad_features)
 
@@ -350,7 +355,7 @@ def _table(rows: Sequence[Tensor | None], counts: Sequence[int]) -> tuple[Tensor
 
 
 def _disguised(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Numbers from 0, which change from batch to batch, as odd ones from 3.
+    """Numbers from 0 which change from batch to batch (an absent expert has no grid), as odd ones from 3.
 
     Triton compiles anew when an integer in a tuple becomes 1 or divisible by 16, or ceases to be;
     ``do_not_specialize`` does not reach into tuples.
@@ -368,7 +373,7 @@ def _launch(
     *starts, total = accumulate((m * p for m, p in zip(counts, programs, strict=True)), initial=0)
     if total:
         kernel[(total,)](
-            *arguments, _disguised(starts),
-            CHANNELS=tuple(channels), BLOCKS=blocks, EACH_BLOCK=tuple(sorted(set(blocks))), PROGRAMS=programs,
+            *arguments, _disguised(programs), _disguised(starts),
+            CHANNELS=tuple(channels), BLOCKS=blocks, EACH_BLOCK=tuple(sorted(set(blocks))),
             TILE=tile, STEPS=STEPS, num_warps=tile // ELEMENTS_PER_WARP, maxnreg=REGISTERS, **sizes,
         )  # fmt: skip

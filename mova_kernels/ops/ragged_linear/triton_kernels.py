@@ -40,6 +40,15 @@ def _locate(tile, num_tiles: tl.constexpr):
 
 
 @triton.jit
+def _add_dot(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a b. Without matrix instructions, as in fp32 proper, all of K would be one chain of additions."""
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        return acc + tl.dot(a, b, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _multiply(
     acc, a, b, stride_ak, stride_bk, row_ok, column_ok, depth,
     TILE_K: tl.constexpr, CUT: tl.constexpr, CUT_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -57,7 +66,7 @@ def _multiply(
         else:
             a_now = tl.load(a)
             b_now = tl.load(b)
-        acc = tl.dot(a_now, b_now, acc, input_precision=PRECISION)
+        acc = _add_dot(acc, a_now, b_now, PRECISION)
         a += TILE_K * stride_ak
         b += TILE_K * stride_bk
     return acc
@@ -282,7 +291,7 @@ def grad_weight_kernel(
             else:
                 dy = tl.load(grad_now)
                 t = tl.load(x_now)
-            acc = tl.dot(tl.trans(dy), t, acc, input_precision=PRECISION)
+            acc = _add_dot(acc, tl.trans(dy), t, PRECISION)
             grad_now += TILE_K * grad_stride
             x_now += TILE_K * x_stride
 

@@ -106,7 +106,7 @@ def _convolved(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "steps"])
 def _norm_silu_kernel(
     x, weight, bias, gate, y, groups, steps, eps,
     R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -124,7 +124,7 @@ def _norm_silu_kernel(
     _store(y, out, rows, ok, C, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "steps"])
 def _conv_kernel(
     x, taps, weight, bias, y, sums, groups, steps, eps,
     R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -145,7 +145,7 @@ def _conv_kernel(
     _store_row(sums, total, tl.program_id(0).to(tl.int64), C, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "steps"])
 def _norm_add_kernel(
     x, d, weight, bias, y, stride_xb, stride_xl, groups, steps, eps,
     R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
@@ -166,7 +166,7 @@ def _norm_add_kernel(
     _store(y, acc / (WINDOW * WINDOW), sample * (SIDE * SIDE) + tokens, ok, C, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "steps"])
 def _norm_add_grad_kernel(
     grad, d, weight, grad_x, grad_d, sums, stride_gb, stride_gl, groups, steps, eps,
     R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
@@ -201,7 +201,7 @@ def _norm_add_grad_kernel(
     _store_row(sums, total_bias, 1, C, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "steps"])
 def _gate_grad_kernel(
     grad, c, weight, bias, gate, v, sums, groups, steps, eps,
     R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -223,7 +223,7 @@ def _gate_grad_kernel(
     _store_row(sums, total, tl.program_id(0).to(tl.int64), C, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "steps"])
 def _norm_silu_grad_kernel(
     grad, c, weight, bias, gate, grad_mean, grad_c, sums, groups, steps, eps,
     R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -251,7 +251,7 @@ def _norm_silu_grad_kernel(
     _store_row(sums, total_bias, 1, C, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "steps"])
 def _conv_grad_kernel(
     grad, a, weight, bias, taps, grad_a, sums, groups, steps, eps,
     R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
@@ -282,7 +282,7 @@ def _with_added(totals, k: tl.constexpr, x):
     return totals[:k] + (totals[k] + x,) + totals[k + 1 :]  # noqa: RUF005
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "steps"])
 def _taps_grad_kernel(
     grad, weight, bias, a, sums, groups, steps, eps,
     R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
