@@ -173,7 +173,8 @@ def check_triton(function, inputs: list[torch.Tensor], dtype: torch.dtype) -> No
     truth, plain = by("reference", torch.float64), by("reference", dtype)
     for i, (a, b, t, p) in enumerate(zip(actual, again, truth, plain, strict=True)):
         name = f"gradient of input {i - 1}" if i else "value"
-        check_budget(name, a, t, p)
+        # Of the few entries of a bias it is luck how large the largest error is.
+        check_budget(name, a, t, p, (2, torch.inf) if a.numel() > 4096 else (2,))
         assert torch.equal(a, b), f"{name} differs from run to run"
 
 

@@ -260,7 +260,8 @@ def test_norm_and_its_gradient(channels, out_size, dtype):
             leaf = x.detach().clone().requires_grad_()
             rounded = F.layer_norm(interpolate(leaf, (2, 3), out_size, dtype), (channels,), eps=EPS)
             rival = torch.autograd.grad(rounded, leaf, grad)[0]
-        check_budget(name, actual, truth.detach(), rival.detach())
+        # Of few entries it is luck how large the largest error is.
+        check_budget(name, actual, truth.detach(), rival.detach(), (2, torch.inf) if actual.numel() > 4096 else (2,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
