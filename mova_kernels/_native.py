@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 
 import torch
 
-ABI_VERSION = 2  # MK_ABI_VERSION of csrc/common/mova_kernels.h
+from .backends import Backend
+
+ABI_VERSION = 3  # MK_ABI_VERSION of csrc/common/mova_kernels.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # mk_dtype
 
 _DIRECTORY = Path(__file__).resolve().parent / "_lib"
@@ -46,6 +48,13 @@ def cpu_declines(device: torch.device, dtype: torch.dtype) -> str | None:
     return cpu_reason()
 
 
+def _not_while_exporting(device: torch.device) -> str | None:
+    return "an exported program may run where it is not built" if torch.compiler.is_exporting() else None
+
+
+BACKEND = Backend("cpu", cpu_declines, only_when_asked=_not_while_exporting)  # of an op in C++ for CPUs
+
+
 @functools.cache
 def cuda_reason() -> str | None:
     """Why the CUDA library cannot be used; None if it can. Loads it, and looks for a driver and a device."""
@@ -66,7 +75,7 @@ def cuda_reason() -> str | None:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use: "base", "avx2" or "avx512"."""
+    """The instruction set that the CPU kernels use: "base", "avx2", "avx512" or "avx512_bf16"."""
     return _require("cpu").mk_cpu_isa().decode()
 
 

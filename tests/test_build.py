@@ -14,7 +14,7 @@ from mova_kernels import _native
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTS = ROOT / "build" / "cmake" / "CMakeFiles"
 SYSTEM_LIBRARIES = r"(libstdc\+\+|libgcc_s|libm|libc|ld-linux[^.]*|libdl|libpthread|librt)\.so\.\d+"
-ISAS = {"base": r"%[yz]mm", "avx2": r"%zmm", "avx512": None}  # the registers that the objects must not touch
+ISAS = {"base": r"%[yz]mm", "avx2": r"%zmm", "avx512": r"dpbf16", "avx512_bf16": None}  # what the objects must not use
 
 
 def run(tool: str, *arguments: object) -> str:

@@ -15,7 +15,7 @@ int best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx2 ? (avx512 ? 2 : 1) : 0;
+  return avx2 + (avx2 && avx512) + (avx2 && avx512 && __builtin_cpu_supports("avx512bf16"));
 #else
   return 0;
 #endif
@@ -43,7 +43,7 @@ MK_API void mk_set_parallel_for(mk_parallel_for parallel_for) { current_parallel
 MK_API const char* mk_cpu_isa(void) { return isa_names[mk::cpu_isa()]; }
 
 MK_API const char* mk_cpu_isas(void) {
-  static const char* const up_to[] = {"base", "base,avx2", "base,avx2,avx512"};
+  static const char* const up_to[] = {"base", "base,avx2", "base,avx2,avx512", "base,avx2,avx512,avx512_bf16"};
   return up_to[best_isa()];
 }
 

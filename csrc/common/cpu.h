@@ -4,7 +4,8 @@
 #include "common/host.h"
 
 #if defined(__x86_64__)
-#define MK_FOR_EACH_ISA(X, ...) X(__VA_ARGS__, base) X(__VA_ARGS__, avx2) X(__VA_ARGS__, avx512)
+#define MK_FOR_EACH_ISA(X, ...) \
+  X(__VA_ARGS__, base) X(__VA_ARGS__, avx2) X(__VA_ARGS__, avx512) X(__VA_ARGS__, avx512_bf16)
 #else
 #define MK_FOR_EACH_ISA(X, ...) X(__VA_ARGS__, base)
 #endif

@@ -21,4 +21,21 @@ int read_args(const char* function, const void* block, uint64_t nbytes, Args* ar
   return MK_OK;
 }
 
+// A value of the caller's block and the range it must lie in.
+struct Limits {
+  const char* name;
+  int64_t value, least, most;
+};
+
+template <int n>
+int check_limits(const char* function, const Limits (&limits)[n]) {
+  for (const Limits& l : limits) {
+    if (l.value < l.least || l.value > l.most) {
+      return fail(MK_BAD_ARG, "%s: %s must be in [%lld, %lld], got %lld", function, l.name, (long long)l.least,
+                  (long long)l.most, (long long)l.value);
+    }
+  }
+  return MK_OK;
+}
+
 }  // namespace mk

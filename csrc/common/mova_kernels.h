@@ -6,7 +6,7 @@
 #define MK_API extern "C" __attribute__((visibility("default")))
 
 // Raised when a function is added, or its argument block or meaning changes; mova_kernels/_native.py holds the same.
-#define MK_ABI_VERSION 2
+#define MK_ABI_VERSION 3
 
 enum mk_status { MK_OK = 0, MK_BAD_ARG = 1, MK_UNSUPPORTED = 2, MK_CUDA_ERROR = 3, MK_THREADS_ERROR = 4 };
 enum mk_dtype { MK_F32 = 0, MK_BF16 = 1, MK_F16 = 2 };
@@ -22,7 +22,8 @@ typedef void (*mk_range_body)(int64_t begin, int64_t end, void* context);
 typedef int (*mk_parallel_for)(int64_t begin, int64_t end, int64_t grain, mk_range_body body, void* context);
 MK_API void mk_set_parallel_for(mk_parallel_for parallel_for);
 
-// CPU library: the instruction sets are "base", "avx2" and "avx512". The best one this processor has is the default.
+// CPU library: the instruction sets are "base", "avx2", "avx512" and "avx512_bf16". The best one this processor has is
+// the default.
 MK_API const char* mk_cpu_isa(void);
 MK_API const char* mk_cpu_isas(void);  // those this processor has, "base,avx2"
 MK_API int mk_set_cpu_isa(const char* name);

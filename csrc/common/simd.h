@@ -27,6 +27,37 @@ constexpr int lanes = vector_bytes / 4;
 typedef float vfloat __attribute__((vector_size(vector_bytes)));
 typedef uint32_t vuint __attribute__((vector_size(vector_bytes)));
 
+// The sum of all lanes of all vectors.
+template <int n>
+inline float total(const vfloat (&v)[n]) {
+  vfloat all = v[0];
+  MK_UNROLL for (int i = 1; i < n; ++i) all += v[i];
+  typedef float four __attribute__((vector_size(16)));
+  four quarter[lanes / 4];
+  memcpy(quarter, &all, sizeof quarter);
+  MK_UNROLL for (int i = 1; i < lanes / 4; ++i) quarter[0] += quarter[i];
+  return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
+}
+
+// 2^x to 0.7 units in the last place; 0 below 2^-126.5, infinity from 2^127.5 on, NaN for NaN.
+inline vfloat exp2(vfloat x) {
+  // Adding and subtracting 1.5 * 2^23 rounds to an integer, which stays behind in the low bits.
+  const vfloat shift = vfloat{} + 12582912.0f;
+  const vfloat largest = vfloat{} + 128.0f, smallest = vfloat{} - 127.0f;
+  x = x < smallest ? smallest : x;
+  x = x > largest ? largest : x;
+  const vfloat shifted = x + shift, r = x - (shifted - shift);
+  vfloat y = vfloat{} + 0.000153458124f;  // minimax in relative error on [-1/2, 1/2]
+  y = y * r + 0.00133999309f;
+  y = y * r + 0.00961848907f;
+  y = y * r + 0.0555032864f;
+  y = y * r + 0.240226462f;
+  y = y * r + 0.693147182f;
+  y = y * r + 1.0f;
+  // The exponent field of 2^n is n + 127: 0 for n = -127, infinity for n = 128.
+  return y * (vfloat)(((vuint)shifted << 23) + 0x3f800000u);
+}
+
 // A format moves one vector register of `count` <= `width` neighbouring elements between memory and `parts` fp32
 // vectors. A `count` known to be `width` compiles to a single load or store.
 struct F32 {

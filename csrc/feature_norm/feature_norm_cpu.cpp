@@ -6,37 +6,17 @@
 
 MK_DECLARE_LOOPS(mk::NormLoops, feature_norm_loops)
 
-namespace {
-
-struct Limits {
-  const char* name;
-  int64_t value, least, most;
-};
-
-template <int n>
-int check(const char* function, const Limits (&limits)[n]) {
-  for (const Limits& l : limits) {
-    if (l.value < l.least || l.value > l.most) {
-      return mk::fail(MK_BAD_ARG, "%s: %s must be in [%lld, %lld], got %lld", function, l.name, (long long)l.least,
-                      (long long)l.most, (long long)l.value);
-    }
-  }
-  return MK_OK;
-}
-
-}  // namespace
-
 MK_API int mk_feature_norm_fwd(const void* block, uint64_t nbytes) {
   const char* const function = "mk_feature_norm_fwd";
   mk_feature_norm_fwd_args a;
   if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = check(function, {{"M", a.M, 0, INT64_MAX},
-                                    {"in_h", a.in_h, 1, mk::max_axis},
-                                    {"in_w", a.in_w, 1, mk::max_axis},
-                                    {"out_h", a.out_h, 1, mk::max_axis},
-                                    {"out_w", a.out_w, 1, mk::max_axis},
-                                    {"C", a.C, 0, mk::max_norm_channels},
-                                    {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+  if (int status = mk::check_limits(function, {{"M", a.M, 0, INT64_MAX},
+                                               {"in_h", a.in_h, 1, mk::max_axis},
+                                               {"in_w", a.in_w, 1, mk::max_axis},
+                                               {"out_h", a.out_h, 1, mk::max_axis},
+                                               {"out_w", a.out_w, 1, mk::max_axis},
+                                               {"C", a.C, 0, mk::max_norm_channels},
+                                               {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
   const mk::AxisTable h(a.in_h, a.out_h, a.in_w * a.x_stride_token, false), w(a.in_w, a.out_w, a.x_stride_token, false);
@@ -60,10 +40,10 @@ MK_API int mk_feature_norm_bwd(const void* block, uint64_t nbytes) {
   const char* const function = "mk_feature_norm_bwd";
   mk_feature_norm_bwd_args a;
   if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = check(function, {{"M", a.M, 0, INT64_MAX},
-                                    {"L", a.L, 1, INT64_MAX},
-                                    {"C", a.C, 0, INT64_MAX},
-                                    {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+  if (int status = mk::check_limits(function, {{"M", a.M, 0, INT64_MAX},
+                                               {"L", a.L, 1, INT64_MAX},
+                                               {"C", a.C, 0, INT64_MAX},
+                                               {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
   const int64_t* const rows = (const int64_t*)a.rows;

@@ -8,17 +8,6 @@ namespace {
 // Enough independent sums to hide the latency of an addition.
 constexpr int sums = 4;
 
-template <int n>
-inline float total(const vfloat (&v)[n]) {
-  vfloat all = v[0];
-  MK_UNROLL for (int i = 1; i < n; ++i) all += v[i];
-  typedef float four __attribute__((vector_size(16)));
-  four quarter[lanes / 4];
-  memcpy(quarter, &all, sizeof quarter);
-  MK_UNROLL for (int i = 1; i < lanes / 4; ++i) quarter[0] += quarter[i];
-  return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
-}
-
 // Resamples `chunks` chunks from channel `c` into the token and adds them to the sum.
 template <class Format, int chunks>
 inline void resample(const mk::ResampleLine& line, int64_t x, int64_t c, int count, vfloat* token,

@@ -17,13 +17,7 @@ WIDTH = {"triton": 4096, "cpu": 8192}  # the widest features
 AXIS = 32767  # the longest side of a grid, for both
 
 
-def _not_while_exporting(device: torch.device) -> str | None:
-    return "an exported program may run where it is not built" if torch.compiler.is_exporting() else None
-
-
-backends.register(
-    "feature_norm", _triton.BACKEND, backends.Backend("cpu", _native.cpu_declines, only_when_asked=_not_while_exporting)
-)
+backends.register("feature_norm", _triton.BACKEND, _native.BACKEND)
 
 
 def feature_norm(
