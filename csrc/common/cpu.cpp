@@ -1,5 +1,7 @@
 #include "common/cpu.h"
 
+#include <stdlib.h>
+
 #include <atomic>
 
 namespace {
@@ -24,6 +26,13 @@ int best_isa() {
 std::atomic<int> current_isa{best_isa()};
 std::atomic<mk_parallel_for> current_parallel_for{nullptr};
 
+struct Workspace {
+  void* memory = nullptr;
+  int64_t bytes = 0;
+  ~Workspace() { free(memory); }
+};
+thread_local Workspace thread_workspace;
+
 }  // namespace
 
 int mk::cpu_isa() { return current_isa.load(std::memory_order_relaxed); }
@@ -36,6 +45,17 @@ int mk::parallel_for(int64_t n, int64_t grain, mk_range_body body, void* context
   }
   const int error = run(0, n, grain, body, context);
   return error ? fail(MK_THREADS_ERROR, "parallel_for failed with code %d", error) : MK_OK;
+}
+
+void* mk::workspace(int64_t bytes) {
+  Workspace& w = thread_workspace;
+  if (bytes > w.bytes) {
+    free(w.memory);
+    const int64_t rounded = (bytes + 63) / 64 * 64;
+    w.memory = aligned_alloc(64, (size_t)rounded);
+    w.bytes = w.memory ? rounded : 0;
+  }
+  return w.memory;
 }
 
 MK_API void mk_set_parallel_for(mk_parallel_for parallel_for) { current_parallel_for = parallel_for; }

@@ -39,4 +39,7 @@ int parallel_for(int64_t n, int64_t grain, const Body& body) {
       const_cast<Body*>(&body));
 }
 
+// Scratch memory of the calling thread, aligned to 64 bytes; its next call gets the same. Null if there is none.
+void* workspace(int64_t bytes);
+
 }  // namespace mk

@@ -8,7 +8,14 @@
 // Raised when a function is added, or its argument block or meaning changes; mova_kernels/_native.py holds the same.
 #define MK_ABI_VERSION 3
 
-enum mk_status { MK_OK = 0, MK_BAD_ARG = 1, MK_UNSUPPORTED = 2, MK_CUDA_ERROR = 3, MK_THREADS_ERROR = 4 };
+enum mk_status {
+  MK_OK = 0,
+  MK_BAD_ARG = 1,
+  MK_UNSUPPORTED = 2,
+  MK_CUDA_ERROR = 3,
+  MK_THREADS_ERROR = 4,
+  MK_NO_MEMORY = 5
+};
 enum mk_dtype { MK_F32 = 0, MK_BF16 = 1, MK_F16 = 2 };
 
 MK_API int mk_abi_version(void);

@@ -26,6 +26,14 @@ constexpr int vector_bytes = 16;
 constexpr int lanes = vector_bytes / 4;
 typedef float vfloat __attribute__((vector_size(vector_bytes)));
 typedef uint32_t vuint __attribute__((vector_size(vector_bytes)));
+typedef uint16_t vhalf __attribute__((vector_size(vector_bytes / 2)));
+
+inline vfloat load(const float* p) {
+  vfloat v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
 
 // The sum of all lanes of all vectors.
 template <int n>
@@ -39,27 +47,38 @@ inline float total(const vfloat (&v)[n]) {
   return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
 }
 
-// 2^x to 0.7 units in the last place; 0 below 2^-126.5, infinity from 2^127.5 on, NaN for NaN.
-inline vfloat exp2(vfloat x) {
+// 2^x to 0.7 units in the last place; 0 below 2^-126.5, infinity from 2^127.5 on, NaN for NaN. Several vectors at a
+// time, step by step: the steps of one wait for each other longer than a processor looks ahead.
+template <int n>
+inline void exp2(vfloat (&x)[n]) {
   // Adding and subtracting 1.5 * 2^23 rounds to an integer, which stays behind in the low bits.
   const vfloat shift = vfloat{} + 12582912.0f;
   const vfloat largest = vfloat{} + 128.0f, smallest = vfloat{} - 127.0f;
-  x = x < smallest ? smallest : x;
-  x = x > largest ? largest : x;
-  const vfloat shifted = x + shift, r = x - (shifted - shift);
-  vfloat y = vfloat{} + 0.000153458124f;  // minimax in relative error on [-1/2, 1/2]
-  y = y * r + 0.00133999309f;
-  y = y * r + 0.00961848907f;
-  y = y * r + 0.0555032864f;
-  y = y * r + 0.240226462f;
-  y = y * r + 0.693147182f;
-  y = y * r + 1.0f;
+  constexpr float coefficients[] = {0.00133999309f, 0.00961848907f, 0.0555032864f, 0.240226462f, 0.693147182f, 1.0f};
+  vfloat shifted[n], y[n];
+  MK_UNROLL for (int i = 0; i < n; ++i) {
+    x[i] = smallest > x[i] ? smallest : x[i];
+    x[i] = largest < x[i] ? largest : x[i];
+  }
+  MK_UNROLL for (int i = 0; i < n; ++i) shifted[i] = x[i] + shift;
+  MK_UNROLL for (int i = 0; i < n; ++i) x[i] -= shifted[i] - shift;
+  MK_UNROLL for (int i = 0; i < n; ++i) y[i] = vfloat{} + 0.000153458124f;  // minimax in relative error on [-1/2, 1/2]
+  MK_UNROLL for (float coefficient : coefficients) {
+    MK_UNROLL for (int i = 0; i < n; ++i) y[i] = y[i] * x[i] + coefficient;
+  }
   // The exponent field of 2^n is n + 127: 0 for n = -127, infinity for n = 128.
-  return y * (vfloat)(((vuint)shifted << 23) + 0x3f800000u);
+  MK_UNROLL for (int i = 0; i < n; ++i) x[i] = y[i] * (vfloat)(((vuint)shifted[i] << 23) + 0x3f800000u);
+}
+
+inline vfloat exp2(vfloat x) {
+  vfloat one[1] = {x};
+  exp2(one);
+  return one[0];
 }
 
 // A format moves one vector register of `count` <= `width` neighbouring elements between memory and `parts` fp32
-// vectors. A `count` known to be `width` compiles to a single load or store.
+// vectors. A `count` known to be `width` compiles to a single load or store. load_lanes and store_lanes move `count` <=
+// `lanes` elements, which lie in the vector in the order they have in memory.
 struct F32 {
   typedef float type;
   static constexpr int parts = 1, width = lanes;
@@ -69,6 +88,13 @@ struct F32 {
     memcpy(&v[0], p, count * sizeof *p);
   }
   static inline void store(float* p, int count, const vfloat v[parts]) { memcpy(p, &v[0], count * sizeof *p); }
+
+  static inline vfloat load_lanes(const float* p, int count) {
+    vfloat v;
+    load(p, count, &v);
+    return v;
+  }
+  static inline void store_lanes(float* p, int count, vfloat v) { store(p, count, &v); }
 };
 
 // A 32-bit lane holds two bf16, the even element in its low half. Each is the upper half of an fp32, so a shift and a
@@ -89,6 +115,16 @@ struct BF16 {
     memcpy(p, &pairs, count * sizeof *p);
   }
 
+  static inline vfloat load_lanes(const uint16_t* p, int count) {
+    vhalf v = {};
+    memcpy(&v, p, count * sizeof *p);
+    return (vfloat)(__builtin_convertvector(v, vuint) << 16);
+  }
+  static inline void store_lanes(uint16_t* p, int count, vfloat v) {
+    const vhalf narrow = __builtin_convertvector(round(v) >> 16, vhalf);
+    memcpy(p, &narrow, count * sizeof *p);
+  }
+
  private:
   // To nearest, ties to even, in the upper half of each lane. The carry could turn a NaN into an infinity.
   static inline vuint round(vfloat v) {
@@ -96,5 +132,13 @@ struct BF16 {
     return v != v ? vuint{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
   }
 };
+
+// body(i, count) for every vector of n elements: `count` of them from the i-th on. All but the last see a constant.
+template <class Body>
+__attribute__((always_inline)) inline void for_lanes(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) body(i, lanes);
+  if (i < n) body(i, (int)(n - i));
+}
 
 }  // namespace

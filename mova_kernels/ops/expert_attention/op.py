@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _triton, backends
+from ... import _native, _triton, backends
 from ..._checks import check, check_floats, check_like, check_tensor
 from ..._library import define
-from . import reference
+from . import native_impl, reference
 
 TRITON_WIDTHS = (32, 64, 128)  # head widths D
+CPU_WIDTHS = range(2, 257, 2)
 
-backends.register("expert_attention", _triton.BACKEND)
+backends.register("expert_attention", _triton.BACKEND, _native.BACKEND)
 
 
 def expert_attention(
@@ -32,11 +33,13 @@ def expert_attention(
 
     Args:
         q, k, v: (P, L, H*D), float: projected tokens, the heads side by side; any strides.
-        cos, sin: (L, D) fp32 tables of :func:`rope2d_table`; constants, they get no gradient from ``triton``.
+        cos, sin: (L, D) fp32 tables of :func:`rope2d_table`; constants, they get a gradient from ``reference`` alone.
         num_heads: H.
         count: (1,) int64 on q's device: the pairs behind the first ``count`` are padding, whose rows of the result mean
-            nothing. ``triton`` skips them: zeros in the result and in the gradients. ``reference`` computes them.
-        backend: see :mod:`mova_kernels.backends`. ``triton`` takes head widths D of 32, 64 and 128.
+            nothing. ``triton`` and ``cpu`` skip them: zeros in the result and in the gradients. ``reference`` computes
+            them.
+        backend: see :mod:`mova_kernels.backends`. ``triton`` takes head widths D of 32, 64 and 128, ``cpu`` even ones
+            up to 256.
 
     Returns:
         (P, L, H*D) in the dtype of ``q``. Source: the MoV-Adapter of MoVA (arXiv 2404.13046).
@@ -70,13 +73,16 @@ def expert_attention(
 def _choose(backend: str | None, q: Tensor, num_heads: int) -> str:
     width = q.shape[2] // num_heads
     unfit = {} if width in TRITON_WIDTHS else {"triton": f"it takes head widths 32, 64 and 128, not {width}"}
+    if width not in CPU_WIDTHS:
+        unfit["cpu"] = f"it takes even head widths up to {CPU_WIDTHS[-1]}, not {width}"
     return backends.choose("expert_attention", backend, q.device, q.dtype, unfit)
 
 
 def _implementation(backend: str, q: Tensor, num_heads: int):
     """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend == "triton", "backend", "must be 'triton'", backend)
-    _choose(backend, q, num_heads)
+    check(backend in ("triton", "cpu"), "backend", "must be triton or cpu", backend)
+    if _choose(backend, q, num_heads) == "cpu":
+        return native_impl
     from . import triton_impl
 
     return triton_impl

@@ -1,0 +1,251 @@
+// Compiled once per instruction set; see common/simd.h for what that forbids.
+//
+// With S = scale * Q K^T, P = softmax(S) and dP = G V^T:  dV = P^T G,  dS = P * (dP - rowsum(G * out)),
+// dK = scale * dS^T Q,  dQ = scale * dS K. Blocks of S^T, with keys as rows, are computed again from the saved sums:
+// then P^T and dS^T are left operands as they are, and dQ^T = K^T dS^T takes the same dS^T as its right operand.
+#include "common/cpu.h"
+#include "expert_attention/expert_attention_cpu.h"
+#include "expert_attention/pack.h"
+
+namespace {
+
+constexpr float log2e = 1.44269504f;
+// What belongs to a block of keys stays in the L2 cache.
+constexpr int64_t key_block = 32 * tile_rows, query_block = 64;
+static_assert(query_block % tile_columns == 0, "blocks of queries consist of whole tiles");
+
+// Where things lie in the workspace. As in pack.h, a unit has `depth` elements.
+template <class Product>
+struct Layout {
+  static constexpr int depth = Product::depth;
+  int64_t queries, units, row_units, columns, rows;  // padded: L; D in units, also of a staged row; D in whole tiles
+
+  Layout(int64_t L, int64_t D)
+      : queries(round_up(L, query_block)),
+        units((D + depth - 1) / depth),
+        row_units(round_up(D, lanes) / depth),
+        columns(round_up(D, tile_columns)),
+        rows(round_up(D, tile_rows)) {}
+
+  // In units: of Q^T and G^T, of Q and G, of staged keys and values, of K^T, of P^T and dS^T, of their gradients.
+  int64_t by_column() const { return queries * units; }
+  int64_t by_depth() const { return queries / depth * columns; }
+  int64_t staged() const { return key_block * row_units; }
+  int64_t transposed() const { return rows * key_block / depth; }
+  int64_t block() const { return key_block * query_block / depth; }
+  int64_t gradient() const { return key_block * columns; }
+  int64_t part() const { return queries * rows; }
+
+  int64_t bytes() const {
+    return (2 * (by_column() + by_depth() + queries + staged() + gradient()) + transposed() + 3 * block()) *
+           (int64_t)sizeof(unit);
+  }
+};
+
+template <class Product>
+int64_t workspace_bytes(int64_t L, int64_t D) {
+  return Layout<Product>(L, D).bytes();
+}
+
+template <class Product>
+int64_t part_size(int64_t L, int64_t D) {
+  return Layout<Product>(L, D).part();
+}
+
+// Takes the workspace apart.
+struct Cursor {
+  char* next;
+  template <class T = unit>
+  T* take(int64_t units) {
+    T* const p = (T*)next;
+    next += units * (int64_t)sizeof(unit);
+    return p;
+  }
+};
+
+// out[j] = the sum over channels of a row of x times the same row of y.
+template <class Format>
+void row_products(const typename Format::type* x, int64_t x_stride, const typename Format::type* y, int64_t y_stride,
+                  int64_t L, int64_t D, float* out) {
+  for (int64_t t = 0; t < L; ++t) {
+    vfloat sum[1] = {};
+    for_lanes(D, [&](int64_t d, int count) __attribute__((always_inline)) {
+      sum[0] += Format::load_lanes(x + t * x_stride + d, count) * Format::load_lanes(y + t * y_stride + d, count);
+    });
+    out[t] = total(sum);
+  }
+}
+
+// Row d of dst holds channel d of `key_block` staged rows.
+template <class Product>
+void transpose(const typename Product::element* rows, int64_t width, int64_t D, typename Product::element* dst) {
+  for (int64_t d = 0; d < D; ++d, dst += key_block) {
+    for (int64_t i = 0; i < key_block; ++i) dst[i] = rows[i * width + d];
+  }
+}
+
+// Tiles of S^T and dP^T to tiles of P^T and dS^T, the latter as part of a left operand and, where that differs, as part
+// of a right one. Rows from `real` on become zeros.
+template <class Product>
+inline void soften(const float* scores, const float* products, const float* lse, const float* delta, float scale,
+                   int64_t real, typename Product::element* p, typename Product::element* ds, unit* ds_right) {
+  constexpr int depth = Product::depth;
+  for (int m = 0; m < tile_rows; m += depth) {
+    vfloat gradient[depth][tile_vectors];
+    MK_UNROLL for (int i = 0; i < depth; ++i) {
+      const int64_t row = (m + i) * tile_columns;
+      vfloat v[tile_vectors];
+      MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
+        v[n] = load(scores + row + n * lanes) * scale - load(lse + n * lanes);
+      }
+      exp2(v);
+      MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
+        if (m + i >= real) v[n] = vfloat{};
+        gradient[i][n] = v[n] * (load(products + row + n * lanes) - load(delta + n * lanes));
+        Product::store(p + row + n * lanes, v[n]);
+        Product::store(ds + row + n * lanes, gradient[i][n]);
+      }
+    }
+    if constexpr (depth > 1) {
+      MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
+        Product::store_units(ds_right + m / depth * tile_columns + n * lanes, gradient[0][n], gradient[1][n]);
+      }
+    }
+  }
+}
+
+// Rows of fp32 sums to a gradient, rotated back if there are tables.
+template <class Format>
+void store_rows(const float* sums, int64_t sums_stride, int64_t rows, int64_t D, float scale, const float* cos,
+                const float* sin, typename Format::type* dst, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for_lanes(D, [&](int64_t d, int count) __attribute__((always_inline)) {
+      vfloat v = F32::load_lanes(sums + i * sums_stride + d, count) * scale;
+      if (cos) v = rotate_back(v, F32::load_lanes(cos + i * D + d, count), F32::load_lanes(sin + i * D + d, count));
+      Format::store_lanes(dst + i * stride + d, count, v);
+    });
+  }
+}
+
+template <class Format, class Product>
+void keys(const mk::AttentionGradients& g, void* workspace, int64_t begin, int64_t end, float* part) {
+  typedef typename Format::type type;
+  typedef typename Product::element element;
+  constexpr int depth = Product::depth, tile_units = tile_columns / depth;
+  const mk::AttentionHead& h = g.head;
+  const int64_t L = h.L, D = h.D;
+  const Layout<Product> layout(L, D);
+  const float root = 1 / __builtin_sqrtf((float)D), scale = log2e * root;
+
+  Cursor cursor{(char*)workspace};
+  unit* const q_columns = cursor.take(layout.by_column());
+  unit* const g_columns = cursor.take(layout.by_column());
+  unit* const q_depth = cursor.take(layout.by_depth());
+  unit* const g_depth = cursor.take(layout.by_depth());
+  float* const lse = cursor.take<float>(layout.queries);
+  float* const delta = cursor.take<float>(layout.queries);
+  element* const k_rows = cursor.take<element>(layout.staged());
+  element* const v_rows = cursor.take<element>(layout.staged());
+  element* const k_transposed = cursor.take<element>(layout.transposed());
+  element* const p = cursor.take<element>(layout.block());
+  element* const ds = cursor.take<element>(layout.block());
+  unit* const ds_right = cursor.take(layout.block());
+  float* const dk = cursor.take<float>(layout.gradient());
+  float* const dv = cursor.take<float>(layout.gradient());
+
+  const Rows<Format> query{(const type*)h.q, h.q_stride, h.cos, h.sin};
+  const Rows<Format> grad{(const type*)g.grad, g.grad_stride, nullptr, nullptr};
+  pack_columns<Format, Product>(query, L, layout.queries, D, q_columns);
+  pack_columns<Format, Product>(grad, L, layout.queries, D, g_columns);
+  pack_depth<Format, Product>(query, L, layout.queries, D, q_depth);
+  pack_depth<Format, Product>(grad, L, layout.queries, D, g_depth);
+  memcpy(lse, h.lse, L * sizeof *lse);
+  row_products<Format>((const type*)g.grad, g.grad_stride, (const type*)h.out, h.out_stride, L, D, delta);
+  for (int64_t t = L; t < layout.queries; ++t) lse[t] = __builtin_inff(), delta[t] = 0;  // queries that do not exist
+  memset(part, 0, layout.part() * sizeof *part);
+  memset(k_transposed, 0, layout.transposed() * sizeof(unit));
+
+  for (int64_t key = begin; key < end; key += key_block) {
+    const int64_t valid = end - key < key_block ? end - key : key_block, whole = round_up(valid, tile_rows);
+    stage<Format, Product>({(const type*)h.k, h.k_stride, h.cos, h.sin}, key, key_block, end, D, k_rows);
+    stage<Format, Product>({(const type*)h.v, h.v_stride, nullptr, nullptr}, key, whole, end, D, v_rows);
+    transpose<Product>(k_rows, layout.row_units * depth, D, k_transposed);
+    memset(dk, 0, layout.gradient() * sizeof *dk);
+    memset(dv, 0, layout.gradient() * sizeof *dv);
+
+    for (int64_t first = 0; first < layout.queries; first += query_block) {
+      for (int64_t t = 0; t < query_block; t += tile_columns) {
+        const int64_t query_units = (first + t) * layout.units;
+        for (int64_t i = 0; i < whole; i += tile_rows) {
+          alignas(64) float scores[tile_rows * tile_columns], products[tile_rows * tile_columns];
+          const int64_t offset = (t / tile_columns * key_block + i) * tile_columns;
+          multiply<Product, false>((const unit*)k_rows + i * layout.row_units, layout.row_units,
+                                   q_columns + query_units, layout.units, scores, tile_columns);
+          multiply<Product, false>((const unit*)v_rows + i * layout.row_units, layout.row_units,
+                                   g_columns + query_units, layout.units, products, tile_columns);
+          const int64_t real = valid - i < tile_rows ? valid - i : tile_rows;  // the others are keys that do not exist
+          soften<Product>(scores, products, lse + first + t, delta + first + t, scale, real, p + offset, ds + offset,
+                          ds_right + offset / depth);
+        }
+      }
+      const unit* const right = depth > 1 ? ds_right : (const unit*)ds;
+
+      for (int64_t c = 0; c < layout.columns; c += tile_columns) {
+        const int64_t column =
+            c / tile_columns * (layout.queries / depth * tile_columns) + first / depth * tile_columns;
+        for (int64_t i = 0; i < whole; i += tile_rows) {
+          const int64_t offset = i * layout.columns + c;
+          for (int64_t t = 0; t < query_block / tile_columns; ++t) {
+            const int64_t left = (t * key_block + i) * tile_units, right = column + t * tile_units * tile_columns;
+            multiply<Product, true>((const unit*)p + left, tile_units, g_depth + right, tile_units, dv + offset,
+                                    layout.columns);
+            multiply<Product, true>((const unit*)ds + left, tile_units, q_depth + right, tile_units, dk + offset,
+                                    layout.columns);
+          }
+        }
+      }
+      for (int64_t t = 0; t < query_block / tile_columns; ++t) {
+        float* const of_q = part + (first / tile_columns + t) * layout.rows * tile_columns;
+        for (int64_t d = 0; d < layout.rows; d += tile_rows) {
+          multiply<Product, true>((const unit*)k_transposed + d * key_block / depth, key_block / depth,
+                                  right + t * key_block / depth * tile_columns, whole / depth, of_q + d * tile_columns,
+                                  tile_columns);
+        }
+      }
+    }
+
+    store_rows<Format>(dk, layout.columns, valid, D, root, h.cos + key * D, h.sin + key * D,
+                       (type*)g.grad_k + key * h.out_stride, h.out_stride);
+    store_rows<Format>(dv, layout.columns, valid, D, 1, nullptr, nullptr, (type*)g.grad_v + key * h.out_stride,
+                       h.out_stride);
+  }
+}
+
+template <class Format, class Product>
+void queries(const mk::AttentionGradients& g, const float* part, int64_t parts) {
+  typedef typename Format::type type;
+  alignas(64) float rows[tile_columns * mk::max_head_width];
+  const mk::AttentionHead& h = g.head;
+  const Layout<Product> layout(h.L, h.D);
+  for (int64_t t = 0; t < h.L; t += tile_columns, part += layout.rows * tile_columns) {
+    for (int64_t d = 0; d < h.D; ++d) {
+      for (int j = 0; j < tile_columns; ++j) {
+        float sum = 0;
+        for (int64_t i = 0; i < parts; ++i) sum += part[i * layout.part() + d * tile_columns + j];
+        rows[j * h.D + d] = sum;
+      }
+    }
+    const int64_t count = h.L - t < tile_columns ? h.L - t : tile_columns;
+    store_rows<Format>(rows, h.D, count, h.D, 1 / __builtin_sqrtf((float)h.D), h.cos + t * h.D, h.sin + t * h.D,
+                       (type*)g.grad_q + t * h.out_stride, h.out_stride);
+  }
+}
+
+template <class Format, class Product>
+constexpr mk::AttentionBackward loops = {workspace_bytes<Product>, part_size<Product>, keys<Format, Product>,
+                                         queries<Format, Product>};
+
+}  // namespace
+
+extern const mk::AttentionBackwardLoops MK_ISA_NAME(attention_backward_loops) = {loops<F32, F32Product>,
+                                                                                 loops<BF16, NarrowProduct>};

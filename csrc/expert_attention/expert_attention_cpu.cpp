@@ -1,0 +1,127 @@
+#include "expert_attention/expert_attention_cpu.h"
+
+#include <stdlib.h>
+
+#include <atomic>
+#include <memory>
+
+#include "common/cpu.h"
+#include "expert_attention/expert_attention.h"
+
+MK_DECLARE_LOOPS(mk::AttentionForwardLoops, attention_forward_loops)
+MK_DECLARE_LOOPS(mk::AttentionBackwardLoops, attention_backward_loops)
+
+namespace {
+
+// Queries of one head that a thread takes at a time.
+constexpr int64_t query_block = 96;
+
+// Backward: how many tasks are enough for the threads of a large machine, and the fewest keys that a task is worth.
+constexpr int64_t enough_tasks = 64, fewest_keys = 384;
+
+int no_memory(const char* function) { return mk::fail(MK_NO_MEMORY, "%s: out of memory", function); }
+
+template <class Args>
+int check(const char* function, const Args& a) {
+  if (int status = mk::check_limits(function, {{"P", a.P, 0, INT64_MAX},
+                                               {"L", a.L, 1, INT64_MAX},
+                                               {"H", a.H, 1, INT64_MAX},
+                                               {"D", a.D, 2, mk::max_head_width},
+                                               {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+    return status;
+  }
+  return a.D % 2 == 0 ? MK_OK : mk::fail(MK_BAD_ARG, "%s: D must be even, got %lld", function, (long long)a.D);
+}
+
+// Head `head` of pair `pair`, of whose tensors the strides are in elements.
+template <class Args>
+mk::AttentionHead head(const Args& a, int64_t index) {
+  const int64_t pair = index / a.H, head = index % a.H, bytes = a.dtype == MK_F32 ? 4 : 2;
+  const auto at = [&](uint64_t base, int64_t stride_pair) {
+    return (char*)base + bytes * (pair * stride_pair + head * a.D);
+  };
+  return {at(a.q, a.q_stride_pair),
+          at(a.k, a.k_stride_pair),
+          at(a.v, a.v_stride_pair),
+          a.q_stride_token,
+          a.k_stride_token,
+          a.v_stride_token,
+          (const float*)a.cos,
+          (const float*)a.sin,
+          at(a.out, a.L * a.H * a.D),
+          a.H * a.D,
+          (float*)a.lse + index * a.L,
+          a.L,
+          a.D};
+}
+
+}  // namespace
+
+MK_API int mk_expert_attention_fwd(const void* block, uint64_t nbytes) {
+  const char* const function = "mk_expert_attention_fwd";
+  mk_expert_attention_fwd_args a;
+  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+  if (int status = check(function, a)) return status;
+  const auto& loops = a.dtype == MK_F32 ? attention_forward_loops().f32 : attention_forward_loops().bf16;
+  const int64_t bytes = loops.workspace_bytes(a.L, a.D), blocks = (a.L + query_block - 1) / query_block;
+
+  // A part of the range covers whole heads but for its ends, so that a thread packs few heads that another packs, too.
+  std::atomic<bool> failed{false};
+  const int64_t grain = 1 + (1 << 20) / (a.L * a.D * query_block);
+  const int status = mk::parallel_for(a.P * a.H * blocks, grain, [&](int64_t begin, int64_t end) {
+    void* const workspace = mk::workspace(bytes);
+    if (!workspace) failed = true;
+    while (workspace && begin < end) {
+      const int64_t index = begin / blocks, first = begin % blocks;
+      const int64_t count = end - begin < blocks - first ? end - begin : blocks - first;
+      const mk::AttentionHead h = head(a, index);
+      loops.pack(h, workspace);
+      const int64_t last = (first + count) * query_block;
+      loops.rows(h, workspace, first * query_block, last < a.L ? last : a.L);
+      begin += count;
+    }
+  });
+  return failed ? no_memory(function) : status;
+}
+
+MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
+  const char* const function = "mk_expert_attention_bwd";
+  mk_expert_attention_bwd_args a;
+  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+  if (int status = check(function, a)) return status;
+  const auto& loops = a.dtype == MK_F32 ? attention_backward_loops().f32 : attention_backward_loops().bf16;
+  const int64_t heads = a.P * a.H, bytes = loops.workspace_bytes(a.L, a.D), itemsize = a.dtype == MK_F32 ? 4 : 2;
+  if (heads == 0) return MK_OK;
+
+  // Keys of a head are split where there are few heads: by their number alone, so that threads do not change the bits.
+  const int64_t wanted = (enough_tasks + heads - 1) / heads, most = (a.L + fewest_keys - 1) / fewest_keys;
+  const int64_t parts = wanted < most ? wanted : most, keys = (a.L + parts - 1) / parts;
+  const int64_t part_size = loops.part_size(a.L, a.D);
+  const std::unique_ptr<float, decltype(&free)> partial{
+      (float*)aligned_alloc(64, (size_t)(heads * parts * part_size) * sizeof(float)), &free};
+  if (!partial) return no_memory(function);
+
+  const auto gradients = [&](int64_t index) {
+    const int64_t pair = index / a.H, offset = itemsize * (index % a.H) * a.D;
+    const int64_t out = itemsize * pair * a.L * a.H * a.D + offset;
+    return mk::AttentionGradients{
+        head(a, index),        (const char*)a.grad + itemsize * pair * a.grad_stride_pair + offset,
+        a.grad_stride_token,   (char*)a.grad_q + out,
+        (char*)a.grad_k + out, (char*)a.grad_v + out};
+  };
+  std::atomic<bool> failed{false};
+  const int64_t grain = 1 + (1 << 20) / (a.L * keys * a.D);
+  int status = mk::parallel_for(heads * parts, grain, [&](int64_t begin, int64_t end) {
+    void* const workspace = mk::workspace(bytes);
+    if (!workspace) failed = true;
+    for (int64_t i = begin; workspace && i < end; ++i) {
+      const int64_t first = i % parts * keys, last = first + keys < a.L ? first + keys : a.L;
+      loops.keys(gradients(i / parts), workspace, first, last, partial.get() + i * part_size);
+    }
+  });
+  if (failed) return no_memory(function);
+  if (status) return status;
+  return mk::parallel_for(heads, 1 + (1 << 20) / (part_size * parts), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) loops.queries(gradients(i), partial.get() + i * parts * part_size, parts);
+  });
+}

@@ -1,0 +1,50 @@
+// What the driver hands to the loops.
+#pragma once
+
+#include <stdint.h>
+
+namespace mk {
+
+constexpr int64_t max_head_width = 256;
+
+// One head of one pair. Its tensors are (L, D), with a stride from token to token.
+struct AttentionHead {
+  const void *q, *k, *v;
+  int64_t q_stride, k_stride, v_stride;
+  const float *cos, *sin;
+  void* out;  // forward writes it, backward reads it
+  int64_t out_stride;
+  float* lse;  // (L,), likewise
+  int64_t L, D;
+};
+
+struct AttentionGradients {
+  AttentionHead head;
+  const void* grad;  // (L, D), of `out`
+  int64_t grad_stride;
+  void *grad_q, *grad_k, *grad_v;  // (L, D), with the stride of `out`
+};
+
+struct AttentionForward {
+  int64_t (*workspace_bytes)(int64_t L, int64_t D);
+  void (*pack)(const AttentionHead&, void* workspace);  // keys and values, once per head
+  void (*rows)(const AttentionHead&, const void* workspace, int64_t first, int64_t end);  // queries from `first` on
+};
+
+// The gradient of the queries is a sum over keys. Each call of `keys` leaves the part of its keys, part_size(L, D) fp32
+// numbers; `queries` adds up `parts` of them, which follow each other.
+struct AttentionBackward {
+  int64_t (*workspace_bytes)(int64_t L, int64_t D);
+  int64_t (*part_size)(int64_t L, int64_t D);
+  void (*keys)(const AttentionGradients&, void* workspace, int64_t first, int64_t end, float* part);
+  void (*queries)(const AttentionGradients&, const float* part, int64_t parts);
+};
+
+struct AttentionForwardLoops {
+  AttentionForward f32, bf16;
+};
+struct AttentionBackwardLoops {
+  AttentionBackward f32, bf16;
+};
+
+}  // namespace mk

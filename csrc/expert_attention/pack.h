@@ -1,0 +1,96 @@
+// For loops: rows of a head, rotated or not, in the form that products take.
+#pragma once
+
+#include "common/tile.h"
+#include "expert_attention/expert_attention_cpu.h"
+
+namespace {
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// The neighbour of each lane within its pair.
+inline vfloat swap_pairs(vfloat v) {
+  vuint order;
+  MK_UNROLL for (int i = 0; i < lanes; ++i) order[i] = i ^ 1;
+  return __builtin_shuffle(v, order);
+}
+
+// -1 in even lanes, +1 in odd ones.
+inline vfloat minus_plus() {
+  vfloat v;
+  MK_UNROLL for (int i = 0; i < lanes; ++i) v[i] = i % 2 ? 1.0f : -1.0f;
+  return v;
+}
+
+inline vfloat rotate(vfloat x, vfloat cos, vfloat sin) { return x * cos + swap_pairs(x) * (sin * minus_plus()); }
+inline vfloat rotate_back(vfloat x, vfloat cos, vfloat sin) { return x * cos - swap_pairs(x * sin) * minus_plus(); }
+
+// One row of D elements, rotated if there are tables, padded with zeros to a multiple of `lanes` elements.
+template <class Format, class Product>
+inline void stage_row(const typename Format::type* src, int64_t D, const float* cos, const float* sin,
+                      typename Product::element* dst) {
+  for_lanes(D, [&](int64_t d, int count) __attribute__((always_inline)) {
+    vfloat v = Format::load_lanes(src + d, count);
+    if (cos) v = rotate(v, F32::load_lanes(cos + d, count), F32::load_lanes(sin + d, count));
+    Product::store(dst + d, v);
+  });
+}
+
+// Token-major rows of one head of one pair.
+template <class Format>
+struct Rows {
+  const typename Format::type* data;
+  int64_t stride;          // elements from token to token
+  const float *cos, *sin;  // (tokens, D), or null: no rotation
+};
+
+// `rows` rows from `first`, of which those from `end` on are zeros, with a row stride of round_up(D, lanes).
+template <class Format, class Product>
+inline void stage(const Rows<Format>& x, int64_t first, int64_t rows, int64_t end, int64_t D,
+                  typename Product::element* dst) {
+  const int64_t width = round_up(D, lanes);
+  for (int64_t i = 0; i < rows; ++i, dst += width) {
+    const int64_t t = first + i;
+    if (t >= end) {
+      memset(dst, 0, width * sizeof *dst);
+    } else if (x.cos) {
+      stage_row<Format, Product>(x.data + t * x.stride, D, x.cos + t * D, x.sin + t * D, dst);
+    } else {
+      stage_row<Format, Product>(x.data + t * x.stride, D, nullptr, nullptr, dst);
+    }
+  }
+}
+
+// Tokens as columns of a right operand: (padded / tile_columns, D in units, tile_columns). Tokens from L on are zeros.
+template <class Format, class Product>
+void pack_columns(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, unit* dst) {
+  alignas(64) typename Product::element rows[tile_columns * mk::max_head_width];
+  const int64_t units = round_up(D, lanes) / Product::depth, used = (D + Product::depth - 1) / Product::depth;
+  const unit* const src = (const unit*)rows;
+  for (int64_t t = 0; t < padded; t += tile_columns) {
+    stage<Format, Product>(x, t, tile_columns, L, D, rows);
+    for (int64_t k = 0; k < used; ++k, dst += tile_columns) {
+      for (int j = 0; j < tile_columns; ++j) dst[j] = src[j * units + k];
+    }
+  }
+}
+
+// Tokens as the depth of a right operand: (D / tile_columns, padded in units, tile_columns). Tokens from L on are
+// zeros.
+template <class Format, class Product>
+void pack_depth(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, unit* dst) {
+  constexpr int depth = Product::depth;
+  const int64_t step = padded / depth * tile_columns, columns = round_up(D, tile_columns);
+  alignas(64) float rows[depth][mk::max_head_width];
+  memset(rows, 0, sizeof rows);
+  for (int64_t t = 0; t < padded; t += depth, dst += tile_columns) {
+    stage<Format, F32Product>(x, t, 1, L, D, rows[0]);
+    if constexpr (depth == 2) stage<Format, F32Product>(x, t + 1, 1, L, D, rows[1]);
+    for (int64_t d = 0; d < columns; d += lanes) {
+      Product::store_units(dst + d / tile_columns * step + d % tile_columns, load(rows[0] + d),
+                           load(rows[depth - 1] + d));
+    }
+  }
+}
+
+}  // namespace
