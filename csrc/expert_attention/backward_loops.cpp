@@ -11,7 +11,7 @@ namespace {
 
 constexpr float log2e = 1.44269504f;
 // What belongs to a block of keys stays in the L2 cache.
-constexpr int64_t key_block = 32 * tile_rows, query_block = 64;
+constexpr int64_t key_block = 16 * tile_rows, query_block = 64;
 static_assert(query_block % tile_columns == 0, "blocks of queries consist of whole tiles");
 
 // Where things lie in the workspace. As in pack.h, a unit has `depth` elements.

@@ -9,10 +9,12 @@ import torch
 from helpers import assert_true_to, assert_within_budget, value_and_gradients
 from torch import Tensor
 
-from mova_kernels import BackendError
+from mova_kernels import BackendError, backends
 from mova_kernels.ops import expert_attention, rope2d_table
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+RAW = torch.ops.mova_kernels
 
 # pairs, grid side, heads, head width
 SHAPES = {
@@ -28,8 +30,16 @@ def problem(num_pairs: int, side: int, heads: int, width: int) -> tuple[list[Ten
     return list(torch.randn(3, num_pairs, side * side, heads * width)), rope2d_table(side, width)
 
 
-def op(tables: tuple[Tensor, Tensor], heads: int):
-    return lambda q, k, v: expert_attention(q, k, v, *tables, heads)
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    try:
+        return backends.choose("expert_attention", request.param, torch.device("cpu"), torch.float32)
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+def op(tables: tuple[Tensor, Tensor], heads: int, backend: str | None = None):
+    return lambda q, k, v: expert_attention(q, k, v, *tables, heads, backend=backend)
 
 
 def truth(tables: tuple[Tensor, Tensor], heads: int):
@@ -73,15 +83,16 @@ def test_reference_is_the_explicit_softmax(num_pairs, side, heads, width) -> Non
 # its rounding, so that there is nothing to measure a budget by.
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "one token attends to itself"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_budget(name, dtype) -> None:
+def test_error_budget(name, dtype, backend) -> None:
     num_pairs, side, heads, width = SHAPES[name]
     tables = rope2d_table(side, width)
     assert_within_budget(
         truth(tables, heads),
-        op(tables, heads),
+        op(tables, heads, backend),
         plain(tables, heads),
         lambda: problem(num_pairs, side, heads, width)[0],
         dtype,
+        times=1.5,
     )
 
 
@@ -90,40 +101,70 @@ def test_gradcheck() -> None:
     torch.autograd.gradcheck(op(tables, 2), [t.double().requires_grad_() for t in inputs])
 
 
-def test_pairs_do_not_see_each_other() -> None:
+def test_pairs_do_not_see_each_other(backend) -> None:
     inputs, tables = problem(3, 3, 2, 8)
-    together = op(tables, 2)(*inputs)
+    together = op(tables, 2, backend)(*inputs)
     inputs = [t.clone() for t in inputs]
     for t in inputs:
         t[1] = torch.nan
-    others = op(tables, 2)(*inputs)
+    others = op(tables, 2, backend)(*inputs)
+    assert others[1].isnan().all()
     torch.testing.assert_close(others[::2], together[::2])
 
 
-def test_large_scores_do_not_overflow() -> None:
+def test_large_scores_do_not_overflow(backend) -> None:
     (q, k, v), tables = problem(1, 3, 1, 4)
-    y = op(tables, 1)(1e4 * q, 1e4 * k, v)
-    assert y.isfinite().all()
+    for part in value_and_gradients(op(tables, 1, backend), (1e4 * q, 1e4 * k, v)):
+        assert part.isfinite().all()
 
 
-def test_strides_are_honoured() -> None:
-    """Queries, keys and values may be slices of one projection."""
+def test_strides_are_honoured(backend) -> None:
+    """Queries, keys and values may be slices of one projection, and channels need not be adjacent."""
     inputs, tables = problem(2, 3, 2, 8)
-    views = torch.cat(inputs, -1).split(16, -1)
-    expected, found = (value_and_gradients(op(tables, 2), x) for x in (inputs, views))
-    torch.testing.assert_close(found, expected)
+    slices = torch.cat(inputs, -1).split(16, -1)
+    turned = [t.mT.contiguous().mT for t in inputs]
+    expected, *found = (value_and_gradients(op(tables, 2, backend), x) for x in (inputs, slices, turned))
+    for parts in found:
+        torch.testing.assert_close(parts, expected)
 
 
-def test_no_pair() -> None:
+def test_no_pair(backend) -> None:
     inputs, tables = problem(0, 3, 2, 8)
-    value, *gradients = value_and_gradients(op(tables, 2), inputs)
+    value, *gradients = value_and_gradients(op(tables, 2, backend), inputs)
     assert value.shape == (0, 9, 16) and all(g.shape == (0, 9, 16) for g in gradients)
 
 
-def test_count_leaves_the_valid_pairs_as_they_are() -> None:
+def test_count_leaves_the_valid_pairs_as_they_are(backend) -> None:
     inputs, tables = problem(3, 3, 2, 8)
-    found = expert_attention(*inputs, *tables, 2, count=torch.tensor([2]))
-    torch.testing.assert_close(found[:2], op(tables, 2)(*inputs)[:2], rtol=0, atol=0)
+    found = expert_attention(*inputs, *tables, 2, count=torch.tensor([2]), backend=backend)
+    torch.testing.assert_close(found[:2], op(tables, 2, backend)(*inputs)[:2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_opcheck(count) -> None:
+    inputs, tables = problem(3, 3, 2, 8)
+    rest = (*tables, 2, None if count is None else torch.tensor([count]), "cpu")
+    try:
+        backends.choose("expert_attention", "cpu", inputs[0].device, inputs[0].dtype)
+    except BackendError as error:
+        pytest.skip(str(error))
+    torch.library.opcheck(RAW.expert_attention_fwd.default, (*inputs, *rest))
+    out, lse = RAW.expert_attention_fwd(*inputs, *rest)
+    torch.library.opcheck(RAW.expert_attention_bwd.default, (out, *inputs, out, lse, *rest))
+
+
+def test_func_grad() -> None:
+    inputs, tables = problem(1, 3, 1, 8)
+    found = torch.func.grad(lambda *x: op(tables, 1)(*x).square().sum(), argnums=(0, 1, 2))(*inputs)
+    leaves = [t.requires_grad_() for t in inputs]
+    torch.testing.assert_close(found, torch.autograd.grad(op(tables, 1)(*leaves).square().sum(), leaves))
+
+
+def test_wide_heads_are_left_to_the_reference() -> None:
+    inputs, tables = problem(1, 2, 1, 260)
+    op(tables, 1)(*inputs)
+    with pytest.raises(BackendError, match="it takes even head widths up to 256, not 260"):
+        op(tables, 1, "cpu")(*inputs)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""expert_attention in C++, called as native_impl calls it, on every instruction set of this processor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import check_budget
+from test_expert_attention import plain, truth
+from torch import Tensor
+
+from mova_kernels import _native
+from mova_kernels.ops.expert_attention.native_impl import backward, forward
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "isa")
+
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
+# pairs, tokens, heads, head width
+SHAPES = {
+    "a tile of keys and a rest, less than a vector of channels": (2, 70, 2, 6),
+    "two blocks of keys": (1, 400, 1, 64),
+    "one token less than a panel of queries": (1, 23, 2, 16),
+    "one token more": (2, 25, 1, 32),
+    "fewer channels than a tile has columns, more than a vector": (1, 30, 1, 20),
+    "two tiles of channels": (1, 40, 2, 128),
+    "two tiles of channels, the second one cut, long sums": (1, 65, 1, 200),
+    "one token": (2, 1, 2, 8),
+    "many heads": (3, 7, 30, 4),
+}
+
+
+def problem(
+    num_pairs: int, length: int, heads: int, width: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """q, k, v and the gradient of the result; tables that are no rotation, nor the same within a channel pair."""
+    return list(torch.randn(4, num_pairs, length, heads * width).to(dtype)), list(torch.randn(2, length, width))
+
+
+def both(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, tables: list[Tensor], heads: int, count: Tensor | None = None):
+    out, lse = forward(q, k, v, *tables, heads, count)
+    return out, *backward(grad, q, k, v, out, lse, *tables, heads, count)
+
+
+def by_autograd(function, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_budget(name, dtype):
+    num_pairs, length, heads, width = SHAPES[name]
+    inputs, _ = problem(num_pairs, length, heads, width, dtype)
+    angles = torch.randn(length, width // 2).repeat_interleave(2, 1)
+    tables = [angles.cos(), angles.sin()]
+    expected = by_autograd(truth(tables, heads), *(t.double() for t in inputs))
+    rival = by_autograd(plain(tables, heads), *inputs)
+    names = ("out", "grad_q", "grad_k", "grad_v")
+    for name, a, e, p in zip(names, both(*inputs, tables, heads), expected, rival, strict=True):
+        if length > 1 or name not in ("grad_q", "grad_k"):
+            check_budget(name, a, e, p, norms=(2,), times=1.5)
+        else:  # differences of equals: zeros, of which fused products leave the rounding
+            torch.testing.assert_close(a, torch.zeros_like(a), rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
+
+
+def test_gradients_are_the_adjoint_for_any_table():
+    """Tables may differ within a channel pair."""
+    inputs, tables = problem(1, 9, 2, 8, torch.float32)
+
+    def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cos, sin = (t.double() for t in tables)
+        q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k = (t * cos + torch.stack((-t[..., 1::2], t[..., ::2]), -1).flatten(-2) * sin for t in (q, k))
+        return ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    expected = by_autograd(explicit, *(t.double() for t in inputs))
+    for a, e in zip(both(*inputs, tables, 2), expected, strict=True):
+        torch.testing.assert_close(a, e.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_is_neither_read_nor_computed(dtype):
+    inputs, tables = problem(3, 30, 2, 8, dtype)
+    expected = both(*(t[:2].clone() for t in inputs), tables, 2)
+    for t in inputs:
+        t[2] = torch.nan
+    for a, e in zip(both(*inputs, tables, 2, torch.tensor([2])), expected, strict=True):
+        assert torch.equal(a[:2], e) and not a[2].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides(dtype):
+    """Slices of one projection, pairs that are one and the same, gradients without strides."""
+    _, tables = problem(1, 11, 2, 8, dtype)
+    wide = torch.randn(2, 11, 70).to(dtype)
+    q, k, v = wide[..., 1:17], wide[:1, :, 20:36].expand(2, -1, -1), wide[..., 40:56]
+    for grad in (wide[..., 50:66], torch.ones((), dtype=dtype).expand(2, 11, 16)):
+        views, copies = (
+            (both(*inputs, tables, 2)) for inputs in ((q, k, v, grad), [t.contiguous() for t in (q, k, v, grad)])
+        )
+        assert all(map(torch.equal, views, copies))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_change_results(dtype):
+    """Neither where a thread begins in the middle of a head, nor where a head's keys are split into parts."""
+    inputs, tables = problem(1, 800, 1, 8, dtype)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(both(*inputs, tables, 1))
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+def test_large_and_missing_scores():
+    """Scores of a thousand; a query of NaN spoils itself and, backward, what it looked at."""
+    (q, k, v, grad), tables = problem(1, 30, 1, 8, torch.float32)
+    assert all(t.isfinite().all() for t in both(100 * q, 100 * k, v, grad, tables, 1))
+    q[0, 3] = torch.nan
+    out, grad_q, grad_k, grad_v = both(q, k, v, grad, tables, 1)
+    others = [i for i in range(30) if i != 3]
+    assert out[0, 3].isnan().all() and out[0, others].isfinite().all() and grad_q[0, others].isfinite().all()
+    assert grad_k.isnan().all() and grad_v.isnan().all()
+
+
+def test_bad_blocks():
+    inputs, tables = problem(1, 5, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match=r"mk_expert_attention_fwd: D must be in \[2, 256\], got 258"):
+        forward(*(torch.zeros(1, 5, 258),) * 3, *torch.zeros(2, 5, 258), 1, None)
+    with pytest.raises(ValueError, match="mk_expert_attention_fwd: D must be even, got 7"):
+        forward(*(torch.zeros(1, 5, 7),) * 3, *torch.zeros(2, 5, 7), 1, None)
+    with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):
+        forward(*(t.half() for t in inputs[:3]), *tables, 1, None)
+    call = _native.function("mk_expert_attention_bwd", "q")
+    with pytest.raises(ValueError, match="mk_expert_attention_bwd: the argument block must have 192 bytes, got 8"):
+        call(0)
