@@ -161,7 +161,7 @@ void keys(const mk::AttentionGradients& g, void* workspace, int64_t begin, int64
   pack_depth<Format, Product>(grad, L, layout.queries, D, g_depth);
   memcpy(lse, h.lse, L * sizeof *lse);
   row_products<Format>((const type*)g.grad, g.grad_stride, (const type*)h.out, h.out_stride, L, D, delta);
-  for (int64_t t = L; t < layout.queries; ++t) lse[t] = __builtin_inff(), delta[t] = 0;  // queries that do not exist
+  for (int64_t t = L; t < layout.queries; ++t) lse[t] = delta[t] = 0;  // queries that do not exist
   memset(part, 0, layout.part() * sizeof *part);
   memset(k_transposed, 0, layout.transposed() * sizeof(unit));
 

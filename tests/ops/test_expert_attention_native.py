@@ -124,6 +124,15 @@ def test_large_and_missing_scores():
     assert grad_k.isnan().all() and grad_v.isnan().all()
 
 
+def test_very_negative_scores():
+    """Keys that only fill up a tile would have a score of 0, far above all others."""
+    inputs, _ = problem(1, 25, 1, 8, torch.float32)
+    inputs[0][:], inputs[1][:] = -100, 1
+    tables = [torch.ones(25, 8), torch.zeros(25, 8)]
+    expected = by_autograd(plain(tables, 1), *inputs)
+    torch.testing.assert_close(list(both(*inputs, tables, 1)), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_bad_blocks():
     inputs, tables = problem(1, 5, 1, 8, torch.float32)
     with pytest.raises(ValueError, match=r"mk_expert_attention_fwd: D must be in \[2, 256\], got 258"):
