@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mova_kernels import _triton
+from mova_kernels import _native, _triton
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,15 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(params=() if _native.cpu_reason() else _native.cpu_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this processor, one after the other, for the kernels in C++."""
+    before = _native.cpu_isa()
+    _native.set_cpu_isa(request.param)
+    yield request.param
+    _native.set_cpu_isa(before)
 
 
 @pytest.fixture

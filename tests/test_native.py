@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
@@ -19,7 +18,7 @@ from mova_kernels.ops.feature_resample import native_impl
 if _native.cpu_reason() is not None:
     pytest.skip(str(_native.cpu_reason()), allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "isa")
 
 CASES = [  # in_size, out_size, C
     pytest.param((5, 7), (5, 7), 64, id="copy"),
@@ -37,14 +36,6 @@ CASES = [  # in_size, out_size, C
     pytest.param((40, 40), (2, 2), 8, id="most-inputs-unread"),
 ]
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
-
-
-@pytest.fixture(params=_native.cpu_isas(), autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.cpu_isa()
-    _native.set_cpu_isa(request.param)
-    yield request.param
-    _native.set_cpu_isa(before)
 
 
 def interpolate(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, int], dtype: torch.dtype) -> Tensor:

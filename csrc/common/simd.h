@@ -71,6 +71,12 @@ struct F32 {
   static inline void store(float* p, int count, const vfloat v[parts]) { memcpy(p, &v[0], count * sizeof *p); }
 };
 
+// In the upper half of each lane, to nearest, ties to even. The carry could turn a NaN into an infinity.
+inline vuint round_to_bf16(vfloat v) {
+  const vuint bits = (vuint)v;
+  return v != v ? vuint{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
 // A 32-bit lane holds two bf16, the even element in its low half. Each is the upper half of an fp32, so a shift and a
 // mask widen them with no shuffle. Little-endian only.
 struct BF16 {
@@ -85,15 +91,26 @@ struct BF16 {
   }
 
   static inline void store(uint16_t* p, int count, const vfloat v[parts]) {
-    const vuint pairs = (round(v[0]) >> 16) | (round(v[1]) & 0xffff0000u);
+    const vuint pairs = (round_to_bf16(v[0]) >> 16) | (round_to_bf16(v[1]) & 0xffff0000u);
     memcpy(p, &pairs, count * sizeof *p);
   }
+};
 
- private:
-  // To nearest, ties to even, in the upper half of each lane. The carry could turn a NaN into an infinity.
-  static inline vuint round(vfloat v) {
-    const vuint bits = (vuint)v;
-    return v != v ? vuint{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+// For a shuffle, half a register of bf16 in the order of memory: they meet fp32 operands lane by lane.
+struct BF16InOrder {
+  typedef uint16_t type;
+  static constexpr int parts = 1, width = lanes;
+  typedef uint16_t vhalf __attribute__((vector_size(vector_bytes / 2)));
+
+  static inline void load(const uint16_t* p, int count, vfloat v[parts]) {
+    vhalf half = {};
+    memcpy(&half, p, count * sizeof *p);
+    v[0] = (vfloat)(__builtin_convertvector(half, vuint) << 16);
+  }
+
+  static inline void store(uint16_t* p, int count, const vfloat v[parts]) {
+    const vhalf half = __builtin_convertvector(round_to_bf16(v[0]) >> 16, vhalf);
+    memcpy(p, &half, count * sizeof *p);
   }
 };
 
