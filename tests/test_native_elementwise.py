@@ -1,4 +1,4 @@
-"""swiglu_norm, rope2d and expert_gate in C++, on every instruction set of this processor."""
+"""swiglu_norm, rope2d and expert_gate in C++; what has loops, on every instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from helpers import assert_within_budget, layer_norm, value_and_gradients
 from torch import Tensor
 
 from mova_kernels import _native
-from mova_kernels.ops import rope2d, rope2d_table, swiglu_norm
+from mova_kernels.ops import expert_gate, rope2d, rope2d_table, swiglu_norm
+from mova_kernels.ops.expert_gate import native_impl as gate_native
 from mova_kernels.ops.rope2d import native_impl as rope_native
 from mova_kernels.ops.swiglu_norm import native_impl as swiglu_native
 
 if _native.cpu_reason() is not None:
     pytest.skip(str(_native.cpu_reason()), allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "isa")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+every_isa = pytest.mark.usefixtures("isa")
 
 TIMES = 1.5  # the error of torch in the same dtype that is allowed
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -57,6 +59,7 @@ def gated_inputs(shape: tuple[int, int, int], offset: float = 0) -> list[Tensor]
     return [gate + offset, up + offset, 1 + weight / 4, bias]
 
 
+@every_isa
 @DTYPES
 @pytest.mark.parametrize(
     "shape",
@@ -73,6 +76,7 @@ def test_swiglu_norm(shape, dtype) -> None:
     assert_within_budget(gated_truth, gated, gated_in_torch, lambda: gated_inputs(shape), dtype, times=TIMES)
 
 
+@every_isa
 @DTYPES
 def test_swiglu_norm_of_a_large_mean(dtype) -> None:
     """What a variance from squares, or from lanes without a channel, would not survive."""
@@ -84,6 +88,7 @@ def test_swiglu_norm_of_a_large_mean(dtype) -> None:
     assert_within_budget(gated_truth, gated, gated_in_torch, draw, dtype, times=TIMES)
 
 
+@every_isa
 @DTYPES
 def test_swiglu_norm_of_the_widest_tokens(dtype) -> None:
     """They fill the buffers."""
@@ -94,6 +99,7 @@ def test_swiglu_norm_of_the_widest_tokens(dtype) -> None:
     torch.testing.assert_close(found, [t.to(dtype) for t in expected])
 
 
+@every_isa
 def test_statistics_of_swiglu_norm() -> None:
     gate, up, weight, bias = gated_inputs((2, 3, 21))
     _, mean, rstd = RAW.swiglu_norm_fwd(gate, up, weight, bias, 1e-5, 21, "cpu")
@@ -102,6 +108,7 @@ def test_statistics_of_swiglu_norm() -> None:
     torch.testing.assert_close(rstd, (product.var(-1, correction=0) + 1e-5).rsqrt().float())
 
 
+@every_isa
 @DTYPES
 @pytest.mark.parametrize("channels", [0, 21, 32, 40], ids=["none", "a rest", "whole vectors", "all"])
 def test_padding_of_swiglu_norm(channels, dtype) -> None:
@@ -115,6 +122,7 @@ def test_padding_of_swiglu_norm(channels, dtype) -> None:
         assert torch.equal(part[..., :channels], expected) and not part[..., channels:].any()
 
 
+@every_isa
 @DTYPES
 def test_strides_of_swiglu_norm(dtype) -> None:
     """Slices at odd offsets, expanded samples and tokens, and channels that are not adjacent."""
@@ -137,6 +145,7 @@ def test_strides_of_swiglu_norm(dtype) -> None:
             assert all(map(torch.equal, found, expected)) and all(t.is_contiguous() for t in found)
 
 
+@every_isa
 def test_gate_and_up_of_two_dtypes() -> None:
     """They meet in fp32; every gradient has the dtype of what it belongs to."""
     gate, up, weight, bias = gated_inputs((2, 3, 21))
@@ -149,6 +158,7 @@ def test_gate_and_up_of_two_dtypes() -> None:
     torch.testing.assert_close(found, [t.to(d) for t, d in zip(expected, dtypes, strict=True)], rtol=0, atol=0)
 
 
+@every_isa
 @DTYPES
 def test_threads_do_not_change_swiglu_norm(dtype) -> None:
     """Nor does how many blocks of tokens one of them has: their sums are added in order."""
@@ -161,6 +171,7 @@ def test_threads_do_not_change_swiglu_norm(dtype) -> None:
     assert_threads_do_not_matter(both)
 
 
+@every_isa
 def test_special_gates() -> None:
     """Infinities and NaN stay in their token and give what torch gives."""
     gate, up, weight, bias = gated_inputs((1, 6, 20))
@@ -172,6 +183,7 @@ def test_special_gates() -> None:
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+@every_isa
 def test_opcheck_of_swiglu_norm() -> None:
     gate, up, weight, bias = gated_inputs((2, 3, 21))
     gate = gate.transpose(0, 1).contiguous().transpose(0, 1)
@@ -205,6 +217,7 @@ def turn(cos: Tensor, sin: Tensor) -> Callable[[Tensor], Tensor]:
     return function
 
 
+@every_isa
 @DTYPES
 @pytest.mark.parametrize(
     ("heads", "width"),
@@ -229,6 +242,7 @@ def test_rope2d(heads, width, dtype) -> None:
     )
 
 
+@every_isa
 @DTYPES
 def test_strides_of_rope2d(dtype) -> None:
     """Slices at odd offsets, heads before tokens, expanded samples, and channels that are not adjacent."""
@@ -245,6 +259,7 @@ def test_strides_of_rope2d(dtype) -> None:
             assert y.is_contiguous() and torch.equal(y, op(x.contiguous(), cos, sin, "cpu"))
 
 
+@every_isa
 def test_tables_of_rope2d() -> None:
     """They are of another dtype, and not contiguous."""
     x, tables = torch.randn(2, 9, 3, 20), rope2d_table(3, 20)
@@ -252,12 +267,14 @@ def test_tables_of_rope2d() -> None:
     assert torch.equal(RAW.rope2d_fwd(x, *(t.double().T.contiguous().T for t in tables), "cpu"), expected)
 
 
+@every_isa
 @DTYPES
 def test_threads_do_not_change_rope2d(dtype) -> None:
     x, tables = torch.randn(3, 400, 5, 64).to(dtype), rope2d_table(20, 64)
     assert_threads_do_not_matter(lambda: [op(x, *tables, "cpu") for op in (RAW.rope2d_fwd, RAW.rope2d_bwd)])
 
 
+@every_isa
 def test_opcheck_of_rope2d() -> None:
     x, tables = torch.randn(2, 3, 9, 20).transpose(1, 2), rope2d_table(3, 20)
     for op in (RAW.rope2d_fwd, RAW.rope2d_bwd):
@@ -274,3 +291,76 @@ def test_bad_arguments_of_rope2d() -> None:
         rope_native.rotated(x[..., :7], *(t[:, :7] for t in tables), False)
     with pytest.raises(ValueError, match="backend must be one of triton, cpu, got 'reference'"):
         RAW.rope2d_fwd(x, *tables, "reference")
+
+
+def ranked(logits: Tensor, selected: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Weights in fp64, and kept, one sample at a time: NaN counts as infinity, and the lowest index wins."""
+    weights, kept = torch.zeros_like(logits, dtype=torch.float64), torch.zeros_like(selected)
+    for b, row in enumerate(logits.double()):
+        order = sorted(selected[b].nonzero().flatten().tolist(), key=lambda e: (-row[e].nan_to_num(torch.inf), e))
+        kept[b, order[:topk]] = True
+        weights[b, kept[b]] = row[kept[b]].softmax(0)
+    return weights, kept
+
+
+@DTYPES
+@pytest.mark.parametrize("topk", [1, 3, 40, 2**40])
+def test_expert_gate(topk, dtype) -> None:
+    """Few values, so that many are equal, and all that are not numbers."""
+    logits = torch.randint(-3, 4, (50, 37)).to(dtype)
+    logits[10:20, ::5], logits[20:30, 1::4], logits[30:40, 2::3] = torch.nan, torch.inf, -torch.inf
+    selected = torch.rand(50, 37) < 0.5
+    selected[:2] = False
+    weights, kept = RAW.expert_gate_fwd(logits, selected, topk, "cpu")
+    truth, best = ranked(logits, selected, topk)
+    assert torch.equal(kept, best) and weights.dtype == torch.float32
+    torch.testing.assert_close(weights, truth.float(), rtol=2**-23, atol=0, equal_nan=True)
+
+    finite = torch.where(kept, logits.nan_to_num(1, 2, -2), torch.nan)  # nothing else may be read
+    grad = torch.where(kept, torch.randn(50, 37), torch.nan)
+    found = RAW.expert_gate_bwd(grad, finite, kept, "cpu")
+    odds = torch.where(kept, finite.double().exp(), 0)
+    truth = odds / odds.sum(1, keepdim=True).clamp(min=1e-9)
+    truth = truth * (grad.double().nan_to_num() - (truth * grad.double().nan_to_num()).sum(1, keepdim=True))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, truth.float().to(dtype), rtol=2**-23 if dtype == torch.float32 else 0, atol=1e-12)
+
+
+@DTYPES
+def test_strides_of_expert_gate(dtype) -> None:
+    logits, selected = torch.randn(9, 5).to(dtype).T, (torch.rand(5, 27) < 0.7)[:, ::3]
+    grad = torch.randn(5, 1).expand(5, 9)
+    weights, kept = RAW.expert_gate_fwd(logits, selected, 3, "cpu")
+    expected = RAW.expert_gate_fwd(logits.contiguous(), selected.contiguous(), 3, "cpu")
+    assert torch.equal(weights, expected[0]) and torch.equal(kept, expected[1])
+    found = RAW.expert_gate_bwd(grad, logits, kept.T.contiguous().T, "cpu")
+    assert torch.equal(found, RAW.expert_gate_bwd(grad.contiguous(), logits.contiguous(), kept, "cpu"))
+
+
+def test_most_experts() -> None:
+    """They fill the buffer."""
+    logits = torch.randn(2, 1024)
+    weights, kept = expert_gate(logits, torch.ones_like(logits, dtype=torch.bool), 1024, backend="cpu")
+    assert kept.all()
+    torch.testing.assert_close(weights, logits.double().softmax(1).float(), rtol=2**-23, atol=0)
+
+
+def test_opcheck_of_expert_gate() -> None:
+    logits, selected = torch.randn(9, 5).T, torch.rand(5, 9) < 0.7
+    torch.library.opcheck(RAW.expert_gate_fwd.default, (logits, selected, 3, "cpu"))
+    weights, kept = RAW.expert_gate_fwd(logits, selected, 3, "cpu")
+    torch.library.opcheck(RAW.expert_gate_bwd.default, (weights, logits, kept, "cpu"))
+
+
+def test_bad_arguments_of_expert_gate() -> None:
+    with pytest.raises(ValueError, match="mk_expert_gate_fwd: the argument block must have 96 bytes, got 88"):
+        _native.function("mk_expert_gate_fwd", "4Q7q")(*[0] * 11)
+    logits, all_of_them = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"topk must be in \[1, .*\], got 0"):
+        gate_native.forward(logits, all_of_them, 0)
+    with pytest.raises(ValueError, match=r"N must be in \[0, 1024\], got 1025"):
+        gate_native.forward(torch.zeros(1, 1025), torch.zeros(1, 1025, dtype=torch.bool), 1)
+    with pytest.raises(ValueError, match=r"mk_expert_gate_bwd: dtype must be in \[0, 1\], got 2"):
+        gate_native.backward(logits, logits.half(), all_of_them)
+    with pytest.raises(ValueError, match="backend must be one of triton, cpu, got 'reference'"):
+        RAW.expert_gate_fwd(logits, all_of_them, 1, "reference")
