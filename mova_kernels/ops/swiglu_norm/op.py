@@ -126,6 +126,7 @@ class _SwigluNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        weight = ctx.saved_tensors[2]
-        grad_gate, grad_up, grad_weight, grad_bias = _bwd(grad, *ctx.saved_tensors, *ctx.settings)
+        # Read once: activation checkpointing refuses a second time.
+        gate, up, weight, mean, rstd = ctx.saved_tensors
+        grad_gate, grad_up, grad_weight, grad_bias = _bwd(grad, gate, up, weight, mean, rstd, *ctx.settings)
         return grad_gate, grad_up, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype), None, None, None
