@@ -123,6 +123,16 @@ def test_padding_of_swiglu_norm(channels, dtype) -> None:
 
 
 @every_isa
+def test_swiglu_norm_rounds_once() -> None:
+    """What bf16 tokens give is what they give in fp32, rounded."""
+    gate, up, weight, bias = gated_inputs((2, 3, 21))
+    gate, up, cotangent = gate.bfloat16(), up.bfloat16(), torch.randn(2, 3, 21).bfloat16()
+    found = value_and_gradients(gated, [gate, up, weight, bias], cotangent)
+    wide = value_and_gradients(gated, [gate.float(), up.float(), weight, bias], cotangent)
+    assert all(map(torch.equal, found, [t.to(f.dtype) for t, f in zip(wide, found, strict=True)]))
+
+
+@every_isa
 @DTYPES
 def test_strides_of_swiglu_norm(dtype) -> None:
     """Slices at odd offsets, expanded samples and tokens, and channels that are not adjacent."""
@@ -240,6 +250,22 @@ def test_rope2d(heads, width, dtype) -> None:
         dtype,
         times=TIMES,
     )
+
+
+@every_isa
+def test_rope2d_rounds_once() -> None:
+    """Every bf16 stays what it is under a turn by nothing, NaN stays NaN, and sums are rounded as torch rounds them."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).view(1, 256, 1, 256)
+    pairs = torch.stack((every, torch.zeros_like(every)), -1).flatten(-2)
+    y = RAW.rope2d_fwd(pairs, torch.ones(256, 512), torch.zeros(256, 512), "cpu")[..., ::2]
+    numbers = ~every.isnan()
+    assert torch.equal(y.isnan(), ~numbers)
+    assert torch.equal(y[numbers].view(torch.int16), every[numbers].view(torch.int16))
+    nan = torch.full((256, 512), 2**31 - 1, dtype=torch.int32).view(torch.float32)  # rounding would carry over
+    assert RAW.rope2d_fwd(pairs, nan, nan, "cpu").isnan().all()
+    x, tables = torch.randn(2, 25, 3, 20).bfloat16(), rope2d_table(5, 20)
+    for op in (RAW.rope2d_fwd, RAW.rope2d_bwd):
+        assert torch.equal(op(x, *tables, "cpu"), op(x.float(), *tables, "cpu").bfloat16())
 
 
 @every_isa
