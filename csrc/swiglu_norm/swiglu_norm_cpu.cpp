@@ -49,7 +49,7 @@ MK_API int mk_swiglu_norm_bwd(const void* block, uint64_t nbytes) {
   const int status = mk::parallel_for(a.blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       float* const sum_weight = sums + 2 * b * a.width;
-      memset(sum_weight, 0, 2 * a.width * sizeof *sums);
+      for (int64_t i = 0; i < 2 * a.width; ++i) sum_weight[i] = 0;
       for (int64_t i = tokens * b / a.blocks; i < tokens * (b + 1) / a.blocks; ++i) {
         const int64_t sample = i / a.L, token = i % a.L;
         run({(const char*)a.grad + bytes * (sample * a.grad_stride_sample + token * a.grad_stride_token),

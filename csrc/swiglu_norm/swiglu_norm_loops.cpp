@@ -34,7 +34,7 @@ inline void store(typename Format::type* p, int count, vfloat v) {
 
 template <class type>
 inline void clear(type* p, int64_t begin, int64_t end) {
-  memset(p + begin, 0, (end - begin) * sizeof *p);
+  for (int64_t i = begin; i < end; ++i) p[i] = 0;
 }
 
 inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp2(x * -1.44269504f)); }
