@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from .backends import Backend
 
@@ -125,6 +126,11 @@ def function(name: str, layout: str, library: str = "cpu") -> Callable[..., None
             _raise(_require(library), status)
 
     return call
+
+
+def adjacent_channels(x: Tensor) -> Tensor:
+    """``x``, or a copy whose last dimension has stride 1, which is what the C functions take."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def cuda_stream(device: int) -> int:

@@ -108,6 +108,20 @@ def _error_and_budget(actual: Tensor, truth: Tensor, plain: Tensor, norm: float,
     return error, times * plain_error + torch.finfo(actual.dtype).eps / 2 * size
 
 
+def assert_threads_do_not_matter(function: Callable[[], Sequence[Tensor]]) -> None:
+    """function() gives the same bits with any number of threads."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5, 1):
+            torch.set_num_threads(threads)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        assert all(map(torch.equal, found, results[0]))
+
+
 def compare(actual: Tensor, expected: Tensor) -> str:
     """The difference as a vector: relative L2, cosine, signed bias, and the worst index."""
     if actual.shape != expected.shape or not actual.numel():

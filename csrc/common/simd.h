@@ -77,8 +77,7 @@ inline vfloat exp2(vfloat x) {
 }
 
 // A format moves one vector register of `count` <= `width` neighbouring elements between memory and `parts` fp32
-// vectors. A `count` known to be `width` compiles to a single load or store. load_lanes and store_lanes move `count` <=
-// `lanes` elements, which lie in the vector in the order they have in memory.
+// vectors. A `count` known to be `width` compiles to a single load or store.
 struct F32 {
   typedef float type;
   static constexpr int parts = 1, width = lanes;
@@ -88,14 +87,13 @@ struct F32 {
     memcpy(&v[0], p, count * sizeof *p);
   }
   static inline void store(float* p, int count, const vfloat v[parts]) { memcpy(p, &v[0], count * sizeof *p); }
-
-  static inline vfloat load_lanes(const float* p, int count) {
-    vfloat v;
-    load(p, count, &v);
-    return v;
-  }
-  static inline void store_lanes(float* p, int count, vfloat v) { store(p, count, &v); }
 };
+
+// In the upper half of each lane, to nearest, ties to even. The carry could turn a NaN into an infinity.
+inline vuint round_to_bf16(vfloat v) {
+  const vuint bits = (vuint)v;
+  return v != v ? vuint{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
 
 // A 32-bit lane holds two bf16, the even element in its low half. Each is the upper half of an fp32, so a shift and a
 // mask widen them with no shuffle. Little-endian only.
@@ -111,27 +109,39 @@ struct BF16 {
   }
 
   static inline void store(uint16_t* p, int count, const vfloat v[parts]) {
-    const vuint pairs = (round(v[0]) >> 16) | (round(v[1]) & 0xffff0000u);
+    const vuint pairs = (round_to_bf16(v[0]) >> 16) | (round_to_bf16(v[1]) & 0xffff0000u);
     memcpy(p, &pairs, count * sizeof *p);
   }
+};
 
-  static inline vfloat load_lanes(const uint16_t* p, int count) {
-    vhalf v = {};
-    memcpy(&v, p, count * sizeof *p);
-    return (vfloat)(__builtin_convertvector(v, vuint) << 16);
-  }
-  static inline void store_lanes(uint16_t* p, int count, vfloat v) {
-    const vhalf narrow = __builtin_convertvector(round(v) >> 16, vhalf);
-    memcpy(p, &narrow, count * sizeof *p);
+// For a shuffle, half a register of bf16 in the order of memory: they meet fp32 operands lane by lane.
+struct BF16InOrder {
+  typedef uint16_t type;
+  static constexpr int parts = 1, width = lanes;
+
+  static inline void load(const uint16_t* p, int count, vfloat v[parts]) {
+    vhalf half = {};
+    memcpy(&half, p, count * sizeof *p);
+    v[0] = (vfloat)(__builtin_convertvector(half, vuint) << 16);
   }
 
- private:
-  // To nearest, ties to even, in the upper half of each lane. The carry could turn a NaN into an infinity.
-  static inline vuint round(vfloat v) {
-    const vuint bits = (vuint)v;
-    return v != v ? vuint{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  static inline void store(uint16_t* p, int count, const vfloat v[parts]) {
+    const vhalf half = __builtin_convertvector(round_to_bf16(v[0]) >> 16, vhalf);
+    memcpy(p, &half, count * sizeof *p);
   }
 };
+
+// Moves `count` <= `lanes` elements of a format with one part.
+template <class Format>
+inline vfloat load(const typename Format::type* p, int count) {
+  vfloat v[1];
+  Format::load(p, count, v);
+  return v[0];
+}
+template <class Format>
+inline void store(typename Format::type* p, int count, vfloat v) {
+  Format::store(p, count, &v);
+}
 
 // body(i, count) for every vector of n elements: `count` of them from the i-th on. All but the last see a constant.
 template <class Body>

@@ -70,7 +70,7 @@ void row_products(const typename Format::type* x, int64_t x_stride, const typena
   for (int64_t t = 0; t < L; ++t) {
     vfloat sum[1] = {};
     for_lanes(D, [&](int64_t d, int count) __attribute__((always_inline)) {
-      sum[0] += Format::load_lanes(x + t * x_stride + d, count) * Format::load_lanes(y + t * y_stride + d, count);
+      sum[0] += load<Format>(x + t * x_stride + d, count) * load<Format>(y + t * y_stride + d, count);
     });
     out[t] = total(sum);
   }
@@ -120,9 +120,9 @@ void store_rows(const float* sums, int64_t sums_stride, int64_t rows, int64_t D,
                 const float* sin, typename Format::type* dst, int64_t stride) {
   for (int64_t i = 0; i < rows; ++i) {
     for_lanes(D, [&](int64_t d, int count) __attribute__((always_inline)) {
-      vfloat v = F32::load_lanes(sums + i * sums_stride + d, count) * scale;
-      if (cos) v = rotate_back(v, F32::load_lanes(cos + i * D + d, count), F32::load_lanes(sin + i * D + d, count));
-      Format::store_lanes(dst + i * stride + d, count, v);
+      vfloat v = load<F32>(sums + i * sums_stride + d, count) * scale;
+      if (cos) v = rotate<true>(v, load<F32>(cos + i * D + d, count), load<F32>(sin + i * D + d, count));
+      store<Format>(dst + i * stride + d, count, v);
     });
   }
 }
@@ -248,4 +248,4 @@ constexpr mk::AttentionBackward loops = {workspace_bytes<Product>, part_size<Pro
 }  // namespace
 
 extern const mk::AttentionBackwardLoops MK_ISA_NAME(attention_backward_loops) = {loops<F32, F32Product>,
-                                                                                 loops<BF16, NarrowProduct>};
+                                                                                 loops<BF16InOrder, NarrowProduct>};

@@ -136,7 +136,7 @@ void panel(const mk::AttentionHead& h, const Packed<Product>& packed, const unit
     const float sum = total({running[i].sum});
     type* const dst = (type*)h.out + (first + i) * h.out_stride;
     for_lanes(h.D, [&](int64_t d, int count) __attribute__((always_inline)) {
-      Format::store_lanes(dst + d, count, load(out + i * columns + d) / sum);
+      store<Format>(dst + d, count, load(out + i * columns + d) / sum);
     });
     h.lse[first + i] = running[i].most * scale + __builtin_log2f(sum);
   }
@@ -157,4 +157,4 @@ constexpr mk::AttentionForward loops = {workspace_bytes<Product>, pack<Format, P
 }  // namespace
 
 extern const mk::AttentionForwardLoops MK_ISA_NAME(attention_forward_loops) = {loops<F32, F32Product>,
-                                                                               loops<BF16, NarrowProduct>};
+                                                                               loops<BF16InOrder, NarrowProduct>};

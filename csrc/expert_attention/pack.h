@@ -3,35 +3,19 @@
 
 #include "common/tile.h"
 #include "expert_attention/expert_attention_cpu.h"
+#include "rope2d/rotate.h"
 
 namespace {
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// The neighbour of each lane within its pair.
-inline vfloat swap_pairs(vfloat v) {
-  vuint order;
-  MK_UNROLL for (int i = 0; i < lanes; ++i) order[i] = i ^ 1;
-  return __builtin_shuffle(v, order);
-}
-
-// -1 in even lanes, +1 in odd ones.
-inline vfloat minus_plus() {
-  vfloat v;
-  MK_UNROLL for (int i = 0; i < lanes; ++i) v[i] = i % 2 ? 1.0f : -1.0f;
-  return v;
-}
-
-inline vfloat rotate(vfloat x, vfloat cos, vfloat sin) { return x * cos + swap_pairs(x) * (sin * minus_plus()); }
-inline vfloat rotate_back(vfloat x, vfloat cos, vfloat sin) { return x * cos - swap_pairs(x * sin) * minus_plus(); }
 
 // One row of D elements, rotated if there are tables, padded with zeros to a multiple of `lanes` elements.
 template <class Format, class Product>
 inline void stage_row(const typename Format::type* src, int64_t D, const float* cos, const float* sin,
                       typename Product::element* dst) {
   for_lanes(D, [&](int64_t d, int count) __attribute__((always_inline)) {
-    vfloat v = Format::load_lanes(src + d, count);
-    if (cos) v = rotate(v, F32::load_lanes(cos + d, count), F32::load_lanes(sin + d, count));
+    vfloat v = load<Format>(src + d, count);
+    if (cos) v = rotate<false>(v, load<F32>(cos + d, count), load<F32>(sin + d, count));
     Product::store(dst + d, v);
   });
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import check_budget
+from helpers import assert_threads_do_not_matter, check_budget
 from test_expert_attention import plain, truth
 from torch import Tensor
 
@@ -105,12 +105,7 @@ def test_strides(dtype):
 def test_threads_do_not_change_results(dtype):
     """Neither where a thread begins in the middle of a head, nor where a head's keys are split into parts."""
     inputs, tables = problem(1, 800, 1, 8, dtype)
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(both(*inputs, tables, 1))
-    for other in results[1:]:
-        assert all(map(torch.equal, other, results[0]))
+    assert_threads_do_not_matter(lambda: both(*inputs, tables, 1))
 
 
 def test_large_and_missing_scores():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers import assert_true_to, assert_within_budget, mask, value_and_gradients
 from torch import Tensor
 
+from mova_kernels import BackendError, _native, backends
 from mova_kernels.ops import expert_gate
+from mova_kernels.ops.expert_gate import op as op_module
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -15,8 +20,18 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SELECTED = mask("xxxx", "xxx.", ".xx.", "x...", "....")
 
 
-def weights_of(selected: Tensor, topk: int):
-    return lambda logits: expert_gate(logits, selected, topk)[0]
+@pytest.fixture(params=["reference", "cpu"])
+def op(request: pytest.FixtureRequest) -> Callable[..., tuple[Tensor, Tensor]]:
+    """expert_gate on each backend that has a CPU."""
+    try:
+        backends.choose("expert_gate", request.param, torch.device("cpu"), torch.float32)
+    except BackendError as error:
+        pytest.skip(str(error))
+    return functools.partial(expert_gate, backend=request.param)
+
+
+def weights_of(selected: Tensor, topk: int, op: Callable[..., tuple[Tensor, Tensor]] = expert_gate):
+    return lambda logits: op(logits, selected, topk)[0]
 
 
 def subset_softmax(selected: Tensor, topk: int):
@@ -59,26 +74,26 @@ def test_gradcheck(topk) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_budget(dtype) -> None:
+def test_error_budget(dtype, op) -> None:
     some = SELECTED[:-1]  # the official formula weighs experts which a sample without any did not select
-    truth, function, plain = (f(some, 2) for f in (subset_softmax, weights_of, official))
-    assert_within_budget(truth, function, plain, lambda: [3 * torch.randn(4, 4)], dtype)
+    truth, plain = subset_softmax(some, 2), official(some, 2)
+    assert_within_budget(truth, weights_of(some, 2, op), plain, lambda: [3 * torch.randn(4, 4)], dtype)
 
 
 @pytest.mark.parametrize("topk", [1, 3, 7])
-def test_weights_are_the_official_ones(topk) -> None:
+def test_weights_are_the_official_ones(topk, op) -> None:
     """T3: the official -1e6 makes unselected scores exactly 0, which leaves the same softmax, rounded elsewhere."""
     logits = 3 * torch.randn(4000, 7)
     selected = torch.rand(4000, 7) < 0.5
     selected[torch.arange(4000), torch.randint(7, (4000,))] = True
-    weights, kept = expert_gate(logits, selected, topk)
+    weights, kept = op(logits, selected, topk)
     difference = (weights - official(selected, topk)(logits)).abs().max()
     assert difference <= 2e-7
     assert torch.equal(kept.sum(1), selected.sum(1).clamp(max=topk))
 
 
-def test_kept_and_weights_belong_together() -> None:
-    weights, kept = expert_gate(torch.randn(5, 4), SELECTED, 2)
+def test_kept_and_weights_belong_together(op) -> None:
+    weights, kept = op(torch.randn(5, 4), SELECTED, 2)
     assert kept.dtype == torch.bool and weights.dtype == torch.float32
     assert not (kept & ~SELECTED).any()
     assert kept.sum(1).tolist() == [2, 2, 2, 1, 0]
@@ -86,46 +101,86 @@ def test_kept_and_weights_belong_together() -> None:
     torch.testing.assert_close(weights.sum(1), torch.tensor([1.0, 1, 1, 1, 0]))
 
 
-def test_equal_logits_follow_topk_and_share_equally() -> None:
+def test_equal_logits_share_equally(op) -> None:
+    """The reference keeps those which topk takes, C++ those with the lowest indices."""
     logits = torch.zeros(3, 6)
     selected = mask("xxxxxx", "x.x.x.", ".....x")
-    weights, kept = expert_gate(logits, selected, 2)
+    weights, kept = op(logits, selected, 2)
     chosen = torch.where(selected, logits, -torch.inf).topk(2).indices
-    assert torch.equal(kept, selected & torch.zeros_like(selected).scatter(1, chosen, True))
+    followed = selected & torch.zeros_like(selected).scatter(1, chosen, True)
+    expected = {"reference": followed, "cpu": mask("xx....", "x.x...", ".....x")}[op.keywords["backend"]]
+    assert torch.equal(kept, expected)
     assert torch.equal(weights, kept / kept.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 3e38])
-def test_unselected_logits_change_nothing(poison) -> None:
+def test_unselected_logits_change_nothing(poison, op) -> None:
     clean = torch.randn(5, 4)
     poisoned = torch.where(SELECTED, clean, poison)
-    for a, b in zip(*(value_and_gradients(weights_of(SELECTED, 2), [x]) for x in (clean, poisoned)), strict=True):
+    for a, b in zip(*(value_and_gradients(weights_of(SELECTED, 2, op), [x]) for x in (clean, poisoned)), strict=True):
         assert torch.equal(a, b)
         assert not b[~SELECTED].any()
 
 
-def test_large_logits_do_not_overflow() -> None:
-    weights, _ = expert_gate(torch.tensor([[3e38, 3e38, -3e38]]), mask("xxx"), 3)
+def test_large_logits_do_not_overflow(op) -> None:
+    weights, _ = op(torch.tensor([[3e38, 3e38, -3e38]]), mask("xxx"), 3)
     assert weights.tolist() == [[0.5, 0.5, 0.0]]
 
 
 @pytest.mark.parametrize(("selected", "topk"), [(mask(".x..", "x..."), 3), (mask("xxxx", "xx.."), 1)])
-def test_one_expert_has_weight_one_and_no_gradient(selected, topk) -> None:
+def test_one_expert_has_weight_one_and_no_gradient(selected, topk, op) -> None:
     """T5: the only expert's logit cannot change its weight."""
-    weights, grad = value_and_gradients(weights_of(selected, topk), [torch.randn(2, 4)])
+    weights, grad = value_and_gradients(weights_of(selected, topk, op), [torch.randn(2, 4)])
     assert weights.sum(1).tolist() == [1.0, 1.0] and weights.max(1).values.tolist() == [1.0, 1.0]
     assert not grad.any()
 
 
-def test_sample_without_experts_has_weight_and_gradient_zero() -> None:
+def test_sample_without_experts_has_weight_and_gradient_zero(op) -> None:
     with torch.autograd.set_detect_anomaly(True):  # a NaN that a later torch.where hides would still stop people here
-        weights, grad = value_and_gradients(weights_of(mask("...", "xx."), 2), [torch.randn(2, 3)])
+        weights, grad = value_and_gradients(weights_of(mask("...", "xx."), 2, op), [torch.randn(2, 3)])
     assert not weights[0].any() and not grad[0].any()
     assert grad[1].any() and grad.isfinite().all()
 
 
-def test_no_sample() -> None:
-    weights, kept = expert_gate(torch.randn(0, 4), torch.zeros(0, 4, dtype=torch.bool), 2)
+def test_gradients_where_the_gate_is_sure(op) -> None:
+    """What fp32 inside would leave of them is noise."""
+    logits = torch.tensor([[12.0, 0.0, -1.0, 3.0]])
+    truth, found = (
+        value_and_gradients(weights_of(mask("xxx."), 3, f), [x])
+        for f, x in ((expert_gate, logits.double()), (op, logits))
+    )
+    torch.testing.assert_close(found, [t.float() for t in truth], rtol=1e-6, atol=0)
+
+
+def test_compile(op) -> None:
+    torch._dynamo.reset()
+    logits = [torch.randn(5, 4)]
+    compiled = torch.compile(weights_of(SELECTED, 2, op), fullgraph=True, backend="aot_eager")
+    expected = value_and_gradients(weights_of(SELECTED, 2, op), logits)
+    torch.testing.assert_close(value_and_gradients(compiled, logits), expected)
+
+
+def test_gradients_of_functorch(op) -> None:
+    logits = torch.randn(5, 4)
+    function = weights_of(SELECTED, 2, op)
+    _, expected = value_and_gradients(lambda x: function(x).square(), [logits], torch.ones(5, 4))
+    torch.testing.assert_close(torch.func.grad(lambda x: function(x).square().sum())(logits), expected)
+
+
+def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
+    many = torch.zeros(1, 1025)
+    for logits, expected in ((LOGITS, "cpu"), (LOGITS.bfloat16(), "cpu"), (many, "reference")):
+        monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+        assert op_module._choose(None, logits) == expected
+        monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
+        assert op_module._choose(None, logits) == "reference"
+    monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+    with pytest.raises(BackendError, match=r"'cpu' cannot run expert_gate .*it takes N up to 1024, not 1025"):
+        expert_gate(many, many > 0, 1, backend="cpu")
+
+
+def test_no_sample(op) -> None:
+    weights, kept = op(torch.randn(0, 4), torch.zeros(0, 4, dtype=torch.bool), 2)
     assert weights.shape == kept.shape == (0, 4)
 
 

@@ -178,7 +178,7 @@ def test_compile() -> None:
 def test_too_many_experts_are_refused_with_a_reason() -> None:
     with pytest.raises(BackendError, match=r"cannot run expert_gate .* it takes N up to 1024, not 1025"):
         op(torch.ones(1, 1025, dtype=torch.bool), 2)(torch.zeros(1, 1025))
-    assert backends.choose("expert_gate", None, torch.device("cpu"), torch.float32) == "reference"
+    assert backends.choose("expert_gate", None, torch.device("cpu"), torch.float32) != "triton"
 
 
 def test_wide_floats_are_refused_with_a_reason() -> None:

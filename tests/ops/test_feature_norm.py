@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import assert_true_to, assert_within_budget, layer_norm, value_and_gradients
 from test_feature_resample import four_taps, interpolate
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mova_kernels import BackendError, _native, backends, use_backend
 from mova_kernels.ops import feature_norm
@@ -179,6 +180,12 @@ def test_cpu_is_refused_with_a_reason(x, size, reason, monkeypatch) -> None:
     monkeypatch.setattr(_native, "cpu_reason", lambda: None)
     with pytest.raises(BackendError, match=f"'cpu' cannot run feature_norm .*{reason}"):
         feature_norm([x], [size], OUT, [None], backend="cpu")
+
+
+def test_activation_checkpointing(backend) -> None:
+    x, function = features(), op(backend=backend)
+    found = value_and_gradients(lambda *x: checkpoint(function, *x, use_reentrant=False), x)
+    torch.testing.assert_close(found, value_and_gradients(function, x))
 
 
 def test_gradients_of_functorch(backend) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_true_to, assert_within_budget
+from helpers import assert_true_to, assert_within_budget, value_and_gradients
 from torch import Tensor
 
-from mova_kernels import MoVAdapterConfig
+from mova_kernels import BackendError, MoVAdapterConfig, _native, backends
 from mova_kernels.dense_reference import rope_tables
 from mova_kernels.ops import rope2d, rope2d_table
 
@@ -17,6 +19,16 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # R, H, D: the smallest head width that has a pair for each axis; a grid side and heads of official proportions.
 SHAPES = pytest.mark.parametrize(("side", "heads", "width"), [(3, 1, 4), (5, 3, 16)], ids=["smallest", "usual"])
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def op(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """rope2d on each backend that has a CPU."""
+    try:
+        backends.choose("rope2d", request.param, torch.device("cpu"), torch.float32)
+    except BackendError as error:
+        pytest.skip(str(error))
+    return functools.partial(rope2d, backend=request.param)
 
 
 def rotate(cos: Tensor, sin: Tensor):
@@ -49,21 +61,21 @@ def test_reference_is_complex_multiplication(side, heads, width) -> None:
 
 @SHAPES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_budget(side, heads, width, dtype) -> None:
+def test_error_budget(side, heads, width, dtype, op) -> None:
     tables = rope2d_table(side, width)
     assert_within_budget(
         rotate(*tables),
-        lambda x: rope2d(x, *tables),
+        lambda x: op(x, *tables),
         plain(*tables),
         lambda: [torch.randn(2, side * side, heads, width)],
         dtype,
     )
 
 
-def test_bf16_is_rounded_once() -> None:
+def test_bf16_is_rounded_once(op) -> None:
     tables = rope2d_table(5, 16)
     x = torch.randn(2, 25, 3, 16).bfloat16()
-    assert torch.equal(rope2d(x, *tables), rope2d(x.float(), *tables).bfloat16())
+    assert torch.equal(op(x, *tables), op(x.float(), *tables).bfloat16())
 
 
 def test_gradcheck() -> None:
@@ -72,12 +84,23 @@ def test_gradcheck() -> None:
     torch.autograd.gradcheck(lambda x: rope2d(x, *tables), (x,))
 
 
-def test_inverse_rotation_is_the_gradient() -> None:
+def test_inverse_rotation_is_the_gradient(op) -> None:
     cos, sin = rope2d_table(3, 8)
-    x, grad = torch.randn(2, 2, 9, 1, 8, dtype=torch.float64).unbind()
+    x, grad = torch.randn(2, 2, 9, 1, 8).unbind()
     leaf = x.requires_grad_()
-    rope2d(leaf, cos, sin).backward(grad)
-    torch.testing.assert_close(leaf.grad, rope2d(grad, cos, -sin))
+    op(leaf, cos, sin).backward(grad)
+    torch.testing.assert_close(leaf.grad, op(grad, cos, -sin))
+
+
+def test_tables_may_differ_within_a_pair(op) -> None:
+    """No rotation then, but still what the formula says, and its adjoint."""
+    x, cos, sin = torch.randn(2, 9, 3, 8), *torch.randn(2, 9, 8)
+    for found, expected in zip(
+        value_and_gradients(lambda x: op(x, cos, sin), [x]),
+        value_and_gradients(lambda x: rope2d(x, cos, sin), [x.double()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected.float())
 
 
 @pytest.mark.parametrize(("side", "width"), [(48, 64), (7, 12), (1, 4)], ids=["official", "odd side", "one token"])
@@ -130,8 +153,47 @@ def test_scores_depend_on_the_distance_alone() -> None:
     assert math.isclose(near, far, abs_tol=rounding * (q.norm() * k.norm()).item())
 
 
-def test_no_sample() -> None:
-    assert rope2d(torch.randn(0, 9, 2, 8), *rope2d_table(3, 8)).shape == (0, 9, 2, 8)
+@pytest.mark.parametrize("shape", [(0, 9, 2, 8), (2, 9, 0, 8)], ids=["no sample", "no head"])
+def test_nothing_to_do(shape, op) -> None:
+    value, grad = value_and_gradients(lambda x: op(x, *rope2d_table(3, 8)), [torch.randn(shape)])
+    assert value.shape == grad.shape == shape
+
+
+LAYOUTS = {
+    "a slice of one projection": lambda x: torch.cat([x, x, x], 2)[:, :, 3:6],
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels are not adjacent": lambda x: x.mT.contiguous().mT,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_are_honoured(layout, op) -> None:
+    tables = rope2d_table(3, 8)
+    x = torch.randn(2, 9, 3, 8)
+    torch.testing.assert_close(op(LAYOUTS[layout](x), *tables), op(x, *tables), rtol=0, atol=0)
+
+
+def test_compile(op) -> None:
+    torch._dynamo.reset()
+    tables = rope2d_table(3, 8)
+    inputs = [torch.randn(2, 9, 3, 8)]
+    compiled = torch.compile(lambda x: op(x, *tables), fullgraph=True, backend="aot_eager")
+    expected = value_and_gradients(lambda x: op(x, *tables), inputs)
+    torch.testing.assert_close(value_and_gradients(compiled, inputs), expected)
+
+
+def test_gradients_of_functorch(op) -> None:
+    tables, x = rope2d_table(3, 8), torch.randn(2, 9, 3, 8)
+    _, expected = value_and_gradients(lambda x: op(x, *tables), [x], torch.ones_like(x))
+    torch.testing.assert_close(torch.func.grad(lambda x: op(x, *tables).sum())(x), expected)
+
+
+def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
+    for dtype, expected in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
+        monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+        assert backends.choose("rope2d", None, X.device, dtype) == expected
+        monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
+        assert backends.choose("rope2d", None, X.device, dtype) == "reference"
 
 
 X, TABLE = torch.zeros(2, 9, 1, 8), torch.zeros(9, 8)

@@ -133,4 +133,4 @@ def test_wide_floats_are_refused_with_a_reason() -> None:
 
 
 def test_auto_does_not_take_what_never_ran() -> None:
-    assert backends.choose("rope2d", None, torch.device("cpu"), torch.float32) == "reference"
+    assert backends.choose("rope2d", None, torch.device("cpu"), torch.float32) != "triton"

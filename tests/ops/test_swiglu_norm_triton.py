@@ -190,7 +190,7 @@ def test_too_wide_rows_are_refused_with_a_reason() -> None:
     inputs = problem((1, 1, 4097), torch.float32)
     with pytest.raises(BackendError, match=r"cannot run swiglu_norm .* it takes F up to 4096, not 4097"):
         op(*inputs)
-    assert backends.choose("swiglu_norm", None, inputs[0].device, torch.float32) == "reference"
+    assert backends.choose("swiglu_norm", None, inputs[0].device, torch.float32) != "triton"
 
 
 def test_wide_floats_are_refused_with_a_reason() -> None:

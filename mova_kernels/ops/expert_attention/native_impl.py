@@ -18,7 +18,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_heads: int, count: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(P, L, H*D) x 3, (L, D) fp32 x 2, (1,) int64 or None -> (P, L, H*D), and (P, H, L) fp32 for :func:`backward`."""
-    q, k, v = (_adjacent_channels(t) for t in (q, k, v))
+    q, k, v = (_native.adjacent_channels(t) for t in (q, k, v))
     num_pairs, length, width = q.shape
     used = num_pairs if count is None else int(count)
     out = q.new_empty(q.shape)
@@ -37,7 +37,7 @@ def backward(
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, (P, L, H*D), contiguous; bit for bit the same at every call."""
-    grad, q, k, v = (_adjacent_channels(t) for t in (grad, q, k, v))
+    grad, q, k, v = (_native.adjacent_channels(t) for t in (grad, q, k, v))
     num_pairs, length, width = q.shape
     used = num_pairs if count is None else int(count)
     grads = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
@@ -49,10 +49,6 @@ def backward(
         used, length, num_heads, width // num_heads, *_strides(grad, q, k, v), _native.DTYPES[q.dtype],
     )  # fmt: skip
     return grads
-
-
-def _adjacent_channels(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[int]:

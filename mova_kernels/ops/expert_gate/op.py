@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _triton, backends
+from ... import _native, _triton, backends
 from ..._checks import check, check_floats, check_tensor
 from ..._library import define
-from . import reference
+from . import native_impl, reference
 
-TRITON_MOST = 1024  # N: a sample's experts are handled by one program
+MOST = {"triton": 1024, "cpu": 1024}  # N: one program handles a sample's experts; they wait on the stack
 
-backends.register("expert_gate", _triton.BACKEND)
+backends.register("expert_gate", _triton.BACKEND, _native.BACKEND)
 
 
 def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -22,8 +22,9 @@ def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | N
         logits: (B, N), float: the gate's raw scores. Those of unselected experts are ignored, whatever they are.
         selected: (B, N) bool on logits' device: the routing.
         topk: at most this many experts are kept per sample. Among equal logits the choice is torch.topk's; ``triton``
-            takes those with the lowest indices.
-        backend: see :mod:`mova_kernels.backends`. ``triton`` takes N up to 1024, and no fp64 logits.
+            and ``cpu`` take those with the lowest indices, and never an unselected expert for one whose logit is
+            -infinity.
+        backend: see :mod:`mova_kernels.backends`. ``triton`` and ``cpu`` take N up to 1024, and no fp64 logits.
 
     Returns:
         weights: (B, N) fp32 (fp64 for fp64 logits), exactly 0 where not kept; a row without experts is all 0.
@@ -50,15 +51,16 @@ def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | N
 
 
 def _choose(backend: str | None, logits: Tensor) -> str:
-    most = logits.shape[1]
-    unfit = {} if most <= TRITON_MOST else {"triton": f"it takes N up to {TRITON_MOST}, not {most}"}
+    experts = logits.shape[1]
+    unfit = {b: f"it takes N up to {most}, not {experts}" for b, most in MOST.items() if experts > most}
     return backends.choose("expert_gate", backend, logits.device, logits.dtype, unfit)
 
 
 def _implementation(backend: str, logits: Tensor):
     """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend == "triton", "backend", "must be 'triton'", backend)
-    _choose(backend, logits)
+    check(backend in MOST, "backend", f"must be one of {', '.join(MOST)}", backend)
+    if _choose(backend, logits) == "cpu":
+        return native_impl
     from . import triton_impl
 
     return triton_impl

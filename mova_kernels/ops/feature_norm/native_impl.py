@@ -56,7 +56,7 @@ def _forward(
 def _backward(
     grad: Tensor, y: Tensor, rstd: Tensor, rows: Tensor | None, num_rows: int, in_size: list[int], out_size: list[int]
 ) -> Tensor:
-    grad, rows = feature_resample.adjacent_channels(grad), None if rows is None else rows.contiguous()
+    grad, rows = _native.adjacent_channels(grad), None if rows is None else rows.contiguous()
     y, rstd = y.contiguous(), rstd.contiguous()
     resampled = torch.empty_like(y)  # its gradient, rounded to the dtype as in torch
     _bwd(

@@ -158,7 +158,8 @@ class _FeatureNorm(torch.autograd.Function):
     def backward(ctx, *grads):
         num_rows, sizes, backend = ctx.arguments
         experts = len(num_rows)
-        rows, output = ctx.saved_tensors[:experts], ctx.saved_tensors[experts:]
+        tensors = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+        rows, output = tensors[:experts], tensors[experts:]
         found = _bwd(_halves(grads)[0], *_halves(output), rows, num_rows, sizes, backend)
         return None, None, None, *(None for _ in rows), *found
 

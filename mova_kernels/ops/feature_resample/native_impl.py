@@ -46,21 +46,16 @@ def cuda_backward(grad: Tensor, in_size: list[int], out_size: list[int]) -> Tens
     return grad_x
 
 
-def adjacent_channels(x: Tensor) -> Tensor:
-    """``x``, copied unless its channels are adjacent."""
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 def forward_operands(x: Tensor, rows: Tensor | None, out_size: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
     """x and rows as C++ and CUDA take them, and the result (M, H*W, C), not yet written."""
     m = x.shape[0] if rows is None else rows.shape[0]
     y = x.new_empty((m, out_size[0] * out_size[1], x.shape[2]))
-    return adjacent_channels(x), None if rows is None else rows.contiguous(), y
+    return _native.adjacent_channels(x), None if rows is None else rows.contiguous(), y
 
 
 def _backward_operands(grad: Tensor, in_size: list[int]) -> tuple[Tensor, Tensor]:
     grad_x = grad.new_empty((grad.shape[0], in_size[0] * in_size[1], grad.shape[2]))
-    return adjacent_channels(grad), grad_x
+    return _native.adjacent_channels(grad), grad_x
 
 
 def _block(x: Tensor, rows: Tensor | None, y: Tensor, in_size: list[int], out_size: list[int]) -> tuple[int, ...]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _triton, backends
+from ... import _native, _triton, backends
 from ..._checks import check, check_floats, check_tensor
 from ..._library import define
-from . import reference
+from . import native_impl, reference
 
-backends.register("rope2d", _triton.BACKEND)
+backends.register("rope2d", _triton.BACKEND, _native.BACKEND)
 
 
 def rope2d(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:
@@ -19,7 +19,7 @@ def rope2d(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -
     Args:
         x: (B, L, H, D) queries or keys, float; any strides.
         cos, sin: (L, D) tables of :func:`rope2d_table`, fp32 whatever the dtype of ``x``, on x's device; constants,
-            they get no gradient from ``triton``.
+            they get no gradient from ``triton`` and ``cpu``.
         backend: see :mod:`mova_kernels.backends`.
 
     Returns:
@@ -46,8 +46,9 @@ def rope2d(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -
 
 def _implementation(backend: str, x: Tensor):
     """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend == "triton", "backend", "must be 'triton'", backend)
-    backends.choose("rope2d", backend, x.device, x.dtype)
+    check(backend in ("triton", "cpu"), "backend", "must be one of triton, cpu", backend)
+    if backends.choose("rope2d", backend, x.device, x.dtype) == "cpu":
+        return native_impl
     from . import triton_impl
 
     return triton_impl

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _triton, backends
+from ... import _native, _triton, backends
 from ..._checks import check, check_floats, check_tensor
 from ..._library import define
-from . import reference
+from . import native_impl, reference
 
-TRITON_WIDEST = 4096  # F: a row lies in the registers of one program
+# The widest F: Triton keeps a token in the registers of one program, C++ on the stack.
+WIDEST = {"triton": 4096, "cpu": 8192}
 
-backends.register("swiglu_norm", _triton.BACKEND)
+backends.register("swiglu_norm", _triton.BACKEND, _native.BACKEND)
 
 
 def swiglu_norm(
@@ -33,7 +34,8 @@ def swiglu_norm(
         eps: added to the variance.
         channels: how many of the F channels count, by default all. The others only align rows in memory: they are
             ignored, and zeros in the result and the gradients.
-        backend: see :mod:`mova_kernels.backends`. ``triton`` takes F up to 4096.
+        backend: see :mod:`mova_kernels.backends`. ``triton`` takes F up to 4096, ``cpu`` up to 8192; both compute in
+            fp32 and round once, where ``reference`` rounds the product to the dtype of ``gate``.
 
     Returns:
         (B, L, F) in the dtype of ``gate``. Source: SwiGLU (arXiv 2002.05202) with the sub-LN of EVA-02.
@@ -60,14 +62,15 @@ def swiglu_norm(
 
 def _choose(backend: str | None, gate: Tensor) -> str:
     width = gate.shape[2]
-    unfit = {} if width <= TRITON_WIDEST else {"triton": f"it takes F up to {TRITON_WIDEST}, not {width}"}
+    unfit = {b: f"it takes F up to {widest}, not {width}" for b, widest in WIDEST.items() if width > widest}
     return backends.choose("swiglu_norm", backend, gate.device, gate.dtype, unfit)
 
 
 def _implementation(backend: str, gate: Tensor):
     """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend == "triton", "backend", "must be 'triton'", backend)
-    _choose(backend, gate)
+    check(backend in WIDEST, "backend", f"must be one of {', '.join(WIDEST)}", backend)
+    if _choose(backend, gate) == "cpu":
+        return native_impl
     from . import triton_impl
 
     return triton_impl
@@ -123,6 +126,7 @@ class _SwigluNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
-        weight = ctx.saved_tensors[2]
-        grad_gate, grad_up, grad_weight, grad_bias = _bwd(grad, *ctx.saved_tensors, *ctx.settings)
+        # Read once: activation checkpointing refuses a second time.
+        gate, up, weight, mean, rstd = ctx.saved_tensors
+        grad_gate, grad_up, grad_weight, grad_bias = _bwd(grad, gate, up, weight, mean, rstd, *ctx.settings)
         return grad_gate, grad_up, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype), None, None, None

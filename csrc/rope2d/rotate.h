@@ -1,0 +1,25 @@
+// For loops, which are compiled once per instruction set: the rotation of channel pairs.
+#pragma once
+
+#include "common/simd.h"
+
+namespace {
+
+typedef uint64_t vpairs __attribute__((vector_size(vector_bytes)));
+
+// (a, b) -> (b, a) in every pair of lanes: a rotation of 64-bit lanes needs no shuffle.
+inline vfloat swap_pairs(vfloat v) {
+  const vpairs pairs = (vpairs)v;
+  return (vfloat)(pairs << 32 | pairs >> 32);
+}
+
+// The pairs (a, b) -> (a cos - b sin, b cos + a sin), where an entry of the tables belongs to the lane that it makes,
+// or the adjoint of that.
+template <bool adjoint>
+inline vfloat rotate(vfloat x, vfloat cos, vfloat sin) {
+  vfloat cross = (vfloat)((vpairs)sin ^ 0x80000000u);  // -sin in even lanes, the low halves; little-endian only
+  if (adjoint) cross = swap_pairs(cross);
+  return x * cos + swap_pairs(x) * cross;
+}
+
+}  // namespace

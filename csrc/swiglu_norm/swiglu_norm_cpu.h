@@ -1,0 +1,36 @@
+// What the driver hands to the loops.
+#pragma once
+
+#include <stdint.h>
+
+namespace mk {
+
+// What several passes need of a token waits in fp32 on the stack, in the L1 cache.
+constexpr int64_t max_swiglu_channels = 8192;
+
+struct SwigluToken {
+  const void *gate, *up;
+  const float *weight, *bias;
+  void* y;
+  float *mean, *rstd;
+  float eps;
+  int64_t F, width;
+};
+
+struct GradSwigluToken {
+  const void *grad, *gate, *up;
+  const float* weight;
+  float mean, rstd;
+  void *grad_gate, *grad_up;
+  float *sum_weight, *sum_bias;  // (F,): the token is added to them
+  int64_t F, width;
+};
+
+struct SwigluLoops {
+  void (*f32)(const SwigluToken&);
+  void (*bf16)(const SwigluToken&);
+  void (*grad_f32)(const GradSwigluToken&);
+  void (*grad_bf16)(const GradSwigluToken&);
+};
+
+}  // namespace mk
