@@ -31,7 +31,7 @@ struct Workspace {
   int64_t bytes = 0;
   ~Workspace() { free(memory); }
 };
-thread_local Workspace thread_workspace;
+thread_local Workspace thread_workspaces[2];
 
 }  // namespace
 
@@ -47,8 +47,8 @@ int mk::parallel_for(int64_t n, int64_t grain, mk_range_body body, void* context
   return error ? fail(MK_THREADS_ERROR, "parallel_for failed with code %d", error) : MK_OK;
 }
 
-void* mk::workspace(int64_t bytes) {
-  Workspace& w = thread_workspace;
+void* mk::workspace(int64_t bytes, int slot) {
+  Workspace& w = thread_workspaces[slot];
   if (bytes > w.bytes) {
     free(w.memory);
     const int64_t rounded = (bytes + 63) / 64 * 64;

@@ -39,7 +39,9 @@ int parallel_for(int64_t n, int64_t grain, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// Scratch memory of the calling thread, aligned to 64 bytes; its next call gets the same. Null if there is none.
-void* workspace(int64_t bytes);
+// Scratch memory of the calling thread, aligned to 64 bytes; the next call with this slot gets the same. Null if there
+// is none. What the parts of a parallel_for share is in another slot than what each of them has for itself.
+constexpr int own_slot = 0, shared_slot = 1;
+void* workspace(int64_t bytes, int slot = own_slot);
 
 }  // namespace mk

@@ -10,6 +10,8 @@ namespace mk {
 // Remembers the message for mk_last_error and returns the status, so that callers can write `return fail(...)`.
 __attribute__((format(printf, 2, 3))) int fail(int status, const char* format, ...);
 
+inline int no_memory(const char* function) { return fail(MK_NO_MEMORY, "%s: out of memory", function); }
+
 // Copies the caller's block. A size that differs means that the two sides were built from different headers.
 template <class Args>
 int read_args(const char* function, const void* block, uint64_t nbytes, Args* args) {

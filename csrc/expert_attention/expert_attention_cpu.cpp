@@ -19,8 +19,6 @@ constexpr int64_t query_block = 96;
 // Backward: how many tasks are enough for the threads of a large machine, and the fewest keys that a task is worth.
 constexpr int64_t enough_tasks = 64, fewest_keys = 384;
 
-int no_memory(const char* function) { return mk::fail(MK_NO_MEMORY, "%s: out of memory", function); }
-
 template <class Args>
 int check(const char* function, const Args& a) {
   if (int status = mk::check_limits(function, {{"P", a.P, 0, INT64_MAX},
@@ -81,7 +79,7 @@ MK_API int mk_expert_attention_fwd(const void* block, uint64_t nbytes) {
       begin += count;
     }
   });
-  return failed ? no_memory(function) : status;
+  return failed ? mk::no_memory(function) : status;
 }
 
 MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
@@ -99,7 +97,7 @@ MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
   const int64_t part_size = loops.part_size(a.L, a.D);
   const std::unique_ptr<float, decltype(&free)> partial{
       (float*)aligned_alloc(64, (size_t)(heads * parts * part_size) * sizeof(float)), &free};
-  if (!partial) return no_memory(function);
+  if (!partial) return mk::no_memory(function);
 
   const auto gradients = [&](int64_t index) {
     const int64_t pair = index / a.H, offset = itemsize * (index % a.H) * a.D;
@@ -119,7 +117,7 @@ MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
       loops.keys(gradients(i / parts), workspace, first, last, partial.get() + i * part_size);
     }
   });
-  if (failed) return no_memory(function);
+  if (failed) return mk::no_memory(function);
   if (status) return status;
   return mk::parallel_for(heads, 1 + (1 << 20) / (part_size * parts), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) loops.queries(gradients(i), partial.get() + i * parts * part_size, parts);

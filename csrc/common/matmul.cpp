@@ -1,0 +1,42 @@
+#include <atomic>
+
+#include "common/cpu.h"
+#include "common/matmul_cpu.h"
+
+MK_DECLARE_LOOPS(mk::MatmulLoops, matmul_loops)
+
+MK_API int mk_matmul(const void* block, uint64_t nbytes) {
+  const char* const function = "mk_matmul";
+  mk_matmul_args a;
+  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+  if (int status =
+          mk::check_limits(function, {{"M", a.M, 0, INT64_MAX}, {"N", a.N, 0, INT64_MAX}, {"K", a.K, 0, INT64_MAX}})) {
+    return status;
+  }
+  if (a.M == 0 || a.N == 0) return MK_OK;
+  const mk::MatmulLoops& loops = matmul_loops();
+  const int64_t groups = (a.N + mk::matmul_columns - 1) / mk::matmul_columns;
+  const int64_t panels = (a.M + mk::matmul_rows - 1) / mk::matmul_rows;
+  const int64_t left_bytes = loops.left_bytes(a.K), grain = 1 + (1 << 20) / (mk::matmul_rows * (a.K + 1));
+
+  void* const right = mk::workspace(loops.right_bytes(a.K, a.N), mk::shared_slot);
+  if (!right) return mk::no_memory(function);
+  int status =
+      mk::parallel_for(groups, 1 + (1 << 16) / (mk::matmul_columns * (a.K + 1)), [&](int64_t begin, int64_t end) {
+        const int64_t last = end * mk::matmul_columns;
+        loops.pack_right(a, begin * mk::matmul_columns, last < a.N ? last : a.N, right);
+      });
+  if (status) return status;
+
+  std::atomic<bool> failed{false};
+  status = mk::parallel_for(panels * groups, grain, [&](int64_t begin, int64_t end) {
+    void* const left = mk::workspace(left_bytes);
+    if (!left) failed = true;
+    for (int64_t i = begin; left && i < end; ++i) {
+      const int64_t row = i / groups * mk::matmul_rows, group = i % groups;
+      if (i == begin || group == 0) loops.pack_left(a, row, left);
+      loops.block(a, left, right, row, group * mk::matmul_columns);
+    }
+  });
+  return failed ? mk::no_memory(function) : status;
+}
