@@ -48,7 +48,7 @@ def cuda_backward(grad: Tensor, in_size: list[int], out_size: list[int]) -> Tens
 
 def adjacent_channels(x: Tensor) -> Tensor:
     """``x``, copied unless its channels are adjacent."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def forward_operands(x: Tensor, rows: Tensor | None, out_size: list[int]) -> tuple[Tensor, Tensor | None, Tensor]:
