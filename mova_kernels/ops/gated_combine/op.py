@@ -80,12 +80,12 @@ def _choose(backend: str | None, attended: Tensor) -> str:
     return backends.choose("gated_combine", backend, attended.device, attended.dtype, unfit)
 
 
-def _forward_kernel(x, attended, gate, tables, scale, shift, weight, bias, eps, backend):
+def _forward_kernel(x, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
     arguments = (PairTables(*tables), scale, shift, weight, bias, eps)
     return _implementation(backend, attended).forward(x, attended, gate, *arguments)
 
 
-def _backward_kernel(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend):
+def _backward_kernel(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
     arguments = (PairTables(*tables), scale, shift, weight, bias, eps)
     return _implementation(backend, attended).backward(grad, attended, gate, *arguments)
 
@@ -100,11 +100,11 @@ def _implementation(backend: str, attended: Tensor):
     return triton_impl
 
 
-def _forward_fake(x, attended, gate, tables, scale, shift, weight, bias, eps, backend):
+def _forward_fake(x, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
     return x.new_empty(x.shape)
 
 
-def _backward_fake(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend):
+def _backward_fake(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
     parameters = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*scale, *shift, *weight, *bias)]
     return attended.new_empty(attended.shape), gate.new_empty(gate.shape), parameters
 
