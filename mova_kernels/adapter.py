@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
 from ._checks import check, check_floats, check_like, check_tensor
+from ._linear import linear
 from .config import MoVAdapterConfig
 from .ragged import RaggedPairs, host_sees_values, validated_routing
 
@@ -51,7 +52,7 @@ class MoVAdapter(
         self.rope = RopeTable(config.resolution, config.head_channels)
         self.blocks = nn.ModuleList(AdapterBlock(config) for _ in range(config.num_layers))
         self.downsample = Downsample(width, config.resolution)
-        self.mlp = nn.Sequential(
+        self.mlp = OutputMLP(
             nn.Linear(width, config.out_channels), nn.GELU(), nn.Linear(config.out_channels, config.out_channels)
         )
         self.reset_parameters()
@@ -379,8 +380,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(P, L, C), (P, L, C_e), tables of rope2d -> (P, L, C)."""
-        q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
-        return self.proj(self.inner_attn_ln(ops.expert_attention(q, k, v, cos, sin, self.num_heads)))
+        q, k, v = _linear(self.q_proj, x), _linear(self.k_proj, context), _linear(self.v_proj, context)
+        attended = ops.expert_attention(q, k, v, cos, sin, self.num_heads)
+        return _linear(self.proj, self.inner_attn_ln(attended))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for table in ("freqs_cos", "freqs_sin"):  # official checkpoints carry them; ours come from the config
@@ -403,10 +405,12 @@ class SwiGLU(nn.Module):
         """(B, L, C) -> (B, L, C)."""
         if x.is_cuda and self.w1.out_features % 64 and all(map(_is_plain, self.children())):
             return self._aligned(x)
-        gate, up = self.w1(x), self.w2(x)
+        gate, up = _linear(self.w1, x), _linear(self.w2, x)
         if _is_plain(self.ffn_ln):
-            return self.w3(ops.swiglu_norm(gate, up, self.ffn_ln.weight, self.ffn_ln.bias, self.ffn_ln.eps))
-        return self.w3(self.ffn_ln(F.silu(gate) * up))
+            normed = ops.swiglu_norm(gate, up, self.ffn_ln.weight, self.ffn_ln.bias, self.ffn_ln.eps)
+        else:
+            normed = self.ffn_ln(F.silu(gate) * up)
+        return _linear(self.w3, normed)
 
     def _aligned(self, x: Tensor) -> Tensor:
         """The same with hidden rows padded to a multiple of 64 channels.
@@ -423,6 +427,16 @@ class SwiGLU(nn.Module):
         scale, shift = (F.pad(t, (0, padding)) for t in (self.ffn_ln.weight, self.ffn_ln.bias))
         normed = ops.swiglu_norm(gate, up, scale, shift, self.ffn_ln.eps, channels=hidden)
         return F.linear(normed, F.pad(self.w3.weight, (0, padding)), self.w3.bias)
+
+
+class OutputMLP(nn.Sequential):
+    """Linear, GELU, Linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, (R // 2)**2, C) -> (B, (R // 2)**2, out_channels)."""
+        for module in self:
+            x = _linear(module, x) if isinstance(module, nn.Linear) else module(x)
+        return x
 
 
 class Downsample(nn.Sequential):
@@ -574,6 +588,13 @@ def _is_plain(module: nn.Module) -> bool:
         and "forward" not in vars(module)
         and all(p is None or type(p) in _PLAIN_TENSORS for p in module._parameters.values())
     )
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    """The module's result, by a faster product where the module may be bypassed."""
+    if torch.compiler.is_compiling() or not _is_plain(module):
+        return module(x)
+    return linear(x, module.weight, module.bias)
 
 
 def _is_of_experts(name: str) -> bool:

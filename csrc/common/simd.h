@@ -13,6 +13,9 @@
 #define MK_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// For a function with a `count` of channels: a copy of it for the constant, without calls of memcpy.
+#define MK_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 #if defined(__AVX512F__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from helpers import (
     ROUTINGS,
     assert_true_to,
     assert_within_budget,
+    check_budget,
     layer_norm,
     mask,
     padded_pairs,
@@ -16,16 +19,40 @@ from helpers import (
 )
 from torch import Tensor
 
-from mova_kernels import RaggedPairs
+from mova_kernels import BackendError, RaggedPairs, _native, backends, use_backend
 from mova_kernels.ops import gated_combine
+from mova_kernels.ops.gated_combine import native_impl
+from mova_kernels.ops.gated_combine import op as op_module
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+RAW = torch.ops.mova_kernels
 
 TOKENS, WIDTH, INNER = 3, 5, 4
 MIXED = ROUTINGS["idle expert and sample without experts"]
 routings = pytest.mark.parametrize("selected", ROUTINGS.values(), ids=ROUTINGS)
 FORMS = {"exact": RaggedPairs.from_routing, "padded": padded_pairs}
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every call of the test runs on it."""
+    try:
+        backends.choose("gated_combine", request.param, torch.device("cpu"), torch.float32)
+    except BackendError as error:
+        pytest.skip(str(error))
+    with use_backend(f"gated_combine={request.param}"):
+        yield request.param
+
+
+@pytest.fixture(params=_native.cpu_isas() if _native.cpu_reason() is None else ["none"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "none":
+        pytest.skip(str(_native.cpu_reason()))
+    before = _native.cpu_isa()
+    _native.set_cpu_isa(request.param)
+    yield request.param
+    _native.set_cpu_isa(before)
 
 
 def problem(
@@ -79,8 +106,19 @@ def test_reference_adds_one_pair_after_the_other(selected, form) -> None:
 
 @forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_budget(form, dtype) -> None:
-    assert_within_budget(truth(MIXED), op(form(MIXED)), plain(MIXED), lambda: problem(MIXED), dtype)
+def test_error_budget(form, dtype, backend) -> None:
+    times = 1.5 if backend == "cpu" else 2
+    assert_within_budget(truth(MIXED), op(form(MIXED)), plain(MIXED), lambda: problem(MIXED), dtype, times=times)
+
+
+@routings
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_budget_of_every_routing(selected, form, dtype, backend) -> None:
+    """With enough channels and tokens for whole vectors and rests, and for more than one part of the tokens."""
+    draw = lambda: problem(selected, torch.float64, 67, 40, 69)  # noqa: E731
+    times = 1.5 if backend == "cpu" else 2
+    assert_within_budget(truth(selected), op(form(selected)), plain(selected), draw, dtype, 3, times)
 
 
 @forms
@@ -91,7 +129,7 @@ def test_gradcheck(form) -> None:
 
 
 @forms
-def test_sample_without_pairs_keeps_its_bits(form) -> None:
+def test_sample_without_pairs_keeps_its_bits(form, backend) -> None:
     x, *others = problem(MIXED, torch.bfloat16)
     y = op(form(MIXED))(x, *others)
     assert torch.equal(y[1], x[1])
@@ -99,21 +137,21 @@ def test_sample_without_pairs_keeps_its_bits(form) -> None:
 
 
 @forms
-def test_x_stays_as_it_was(form) -> None:
-    x, *others = problem(MIXED)
+def test_x_stays_as_it_was(form, backend) -> None:
+    x, *others = problem(MIXED, torch.float32)
     before = x.clone()
     op(form(MIXED))(x, *others)
     assert torch.equal(x, before)
 
 
-def test_packed_or_dense_features_make_no_difference() -> None:
+def test_packed_or_dense_features_make_no_difference(backend) -> None:
     """Attended rows are numbered by pair, so where the features came from must not matter."""
-    inputs = problem(MIXED)
+    inputs = problem(MIXED, torch.float32)
     packed, dense = (op(RaggedPairs.from_routing(MIXED, [p] * 3))(*inputs) for p in (True, False))
     assert torch.equal(packed, dense)
 
 
-def test_bf16_tokens_take_an_fp32_gate() -> None:
+def test_bf16_tokens_take_an_fp32_gate(backend) -> None:
     """The gate comes in fp32 from expert_gate whatever the tokens' dtype."""
     inputs = problem(MIXED, torch.bfloat16)
     inputs[2] = torch.rand(len(inputs[2]))
@@ -129,7 +167,7 @@ def test_a_pair_of_weight_zero_contributes_nothing() -> None:
     assert torch.equal(op(RaggedPairs.from_routing(selected))(*inputs), op(kept)(*fewer))
 
 
-def test_compiled_graph_serves_every_routing() -> None:
+def test_compiled_graph_serves_every_routing(backend) -> None:
     torch._dynamo.reset()
 
     def function(selected: Tensor, attended: Tensor, gate: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -147,6 +185,163 @@ def test_compiled_graph_serves_every_routing() -> None:
         torch.testing.assert_close(found, expected)
         with torch.no_grad():
             torch.testing.assert_close(compiled(selected, *wide, x, *parameters), expected[0])
+
+
+def test_strides_are_honoured(backend) -> None:
+    inputs = problem(MIXED, torch.float32, 6, 8, 7)
+    views = [t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t for t in inputs]
+    views[1] = torch.cat([inputs[1], inputs[1]], 2)[..., :7]
+    views[3] = torch.stack([inputs[3], inputs[3]], 1)[:, 0]
+    function = op(RaggedPairs.from_routing(MIXED))
+    torch.testing.assert_close(value_and_gradients(function, views), value_and_gradients(function, inputs))
+
+
+def test_idle_experts_get_none(backend) -> None:
+    leaves = [t.requires_grad_() for t in problem(MIXED, torch.float32)]
+    op(RaggedPairs.from_routing(MIXED))(*leaves).sum().backward()
+    assert [t.grad is not None for t in leaves[3:]] == MIXED.any(0).tolist() * 4
+
+
+def test_padding_is_not_read_and_gets_no_gradient(backend) -> None:
+    pairs = padded_pairs(MIXED)
+    x, attended, gate, *parameters = problem(MIXED, torch.float32)
+    padding = pairs.num_pairs - len(gate)
+    attended = torch.cat([attended, attended.new_full((padding, TOKENS, INNER), torch.nan)]).requires_grad_()
+    gate = F.pad(gate, (0, padding)).requires_grad_()
+    norms = list(zip(parameters[:3], parameters[3:6], strict=True))
+    y = gated_combine(x, attended, gate, pairs, norms, parameters[6:9], parameters[9:])
+    assert y.isfinite().all()
+    if backend == "cpu":  # NaN in the reference, where 0 * NaN never leaves the padding
+        y.sum().backward()
+        assert attended.grad[:-padding].all() and gate.grad[:-padding].all()
+        assert not attended.grad[-padding:].any() and not gate.grad[-padding:].any()
+
+
+def test_autocast_mixes_dtypes(backend) -> None:
+    """fp32 tokens and parameters, bf16 attention; and the other way round."""
+    for x_dtype, dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        x, attended, *others = problem(MIXED, torch.float32, 5, 20, 33)
+        leaves = [t.requires_grad_() for t in (x.to(x_dtype), attended.to(dtype), *others)]
+        function = op(RaggedPairs.from_routing(MIXED))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = function(*leaves)
+        assert y.dtype == x_dtype
+        expected = truth(MIXED)(*(t.double() for t in leaves))
+        torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.2)
+        y.sum().backward()
+        assert all(t.grad is None or t.grad.dtype == t.dtype for t in leaves)
+
+
+def test_gradients_of_functorch(backend) -> None:
+    inputs = problem(MIXED, torch.float32)
+    function = op(RaggedPairs.from_routing(MIXED))
+    expected = value_and_gradients(lambda *flat: function(*flat).square().sum(), inputs, torch.ones(()))[1:]
+    found = torch.func.grad(lambda flat: function(*flat).square().sum())(tuple(inputs))
+    torch.testing.assert_close(list(found), expected)
+
+
+@pytest.mark.parametrize("name", ["no pair", "idle expert and sample without experts", "no sample"])
+def test_opcheck(name, isa) -> None:
+    selected = ROUTINGS[name]
+    pairs = RaggedPairs.from_routing(selected)
+    x, attended, gate, *parameters = problem(selected, torch.float32)
+    groups = [parameters[i : i + 3] for i in range(0, 12, 3)]
+    groups[2] = [t.t().contiguous().t() for t in groups[2]]
+    arguments = (attended, gate, list(pairs.tables), *groups, 1e-5, "cpu")
+    torch.library.opcheck(RAW.gated_combine_fwd.default, (x, *arguments))
+    torch.library.opcheck(RAW.gated_combine_bwd.default, (torch.randn_like(x), *arguments))
+
+
+def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
+    choose = lambda dtype, width=4: op_module._choose(None, torch.zeros(1, 1, width, dtype=dtype))  # noqa: E731
+    monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+    wanted = {torch.float32: "cpu", torch.bfloat16: "cpu", torch.float16: "reference", torch.float64: "reference"}
+    assert {dtype: choose(dtype) for dtype in wanted} == wanted
+    assert choose(torch.float32, 8192) == "cpu" and choose(torch.float32, 8193) == choose(torch.float32, 0)
+    assert choose(torch.float32, 0) == "reference"
+    monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
+    assert {choose(dtype) for dtype in wanted} == {"reference"}
+
+
+def weighed(x: Tensor, scale: Tensor, shift: Tensor, gate: float) -> Tensor:
+    return gate * F.layer_norm(x, scale.shape, scale, shift, 1e-3)
+
+
+WIDTHS_IN_CPP = [1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 130, 600, 8192]  # around the vectors of every instruction set
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", WIDTHS_IN_CPP)
+def test_tokens_in_cpp(width, dtype, isa) -> None:
+    """A mean that is large beside the deviation, strided tokens, and more than one part of them."""
+    tokens, gate = 130 if width < 8192 else 3, -0.7
+    x = (torch.randn(tokens, width + 3) + 30).to(dtype)[:, 2:-1]
+    scale, shift = ((torch.randn(width) + 1).to(dtype) for _ in range(2))
+    dz = torch.randn(tokens, width).to(dtype)
+    wide = x.new_empty(tokens, width + 5)
+    native_impl._weigh(x, scale, shift, gate, wide[:, 4:-1], 1e-3)
+    assert wide[:, :4].isnan().all() and wide[:, -1].isnan().all()  # the memory was filled with NaN
+    parts = -(-tokens // native_impl.TOKENS_PER_PART)
+    grad_x, z = torch.empty_like(dz), torch.empty_like(dz)
+    sums, along = torch.empty(2, parts, width), torch.empty(tokens)
+    native_impl._weigh_backward(x, dz, scale, shift, gate, grad_x, z, sums[0], sums[1], along, 1e-3)
+    assert torch.equal(z, wide[:, 4:-1])
+    found = [z, grad_x, *sums.sum(1), along.sum()[None]]
+
+    def all_of(to: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(to).requires_grad_() for t in (x, scale, shift, torch.tensor([gate]))]
+        y = weighed(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dz.to(to))]
+
+    names = ("z", "x", "scale", "shift", "gate")
+    for name, actual, true, rival in zip(names, found, all_of(torch.float64), all_of(torch.float32), strict=True):
+        if name == "gate":  # one number, whose error is luck: at most that of any order of summation
+            terms = (dz.double() * all_of(torch.float64)[0] / gate).abs().sum()
+            assert abs(actual.double() - true) <= dz.numel() * 2**-24 * terms
+        elif width > 2:
+            check_budget(name, actual, true, rival.to(actual.dtype), (2,), times=1.5)
+        else:  # exact zeros in torch, for one
+            torch.testing.assert_close(actual, true.to(actual.dtype))
+
+
+def test_a_mean_that_cannot_be_represented(isa) -> None:
+    """A rounded mean is off by up to 1/32 here, which the variance must not see."""
+    x = torch.randn(5, 600) + 1e6
+    one, zero = torch.ones(600), torch.zeros(600)
+    z = torch.empty_like(x)
+    native_impl._weigh(x, one, zero, 1.0, z, 1e-5)
+    true, rival = (F.layer_norm(x.to(t), (600,)) for t in (torch.float64, torch.float32))
+    check_budget("z", z, true, rival, times=1.5)
+
+
+def test_bad_arguments_of_cpp() -> None:
+    if _native.cpu_reason() is not None:
+        pytest.skip(str(_native.cpu_reason()))
+    with pytest.raises(ValueError, match="must have 88 bytes, got 80"):
+        _native.function("mk_gated_combine_fwd", "4Q4q2d")(*[0] * 8, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"I must be in \[1, 8192\], got 8193"):
+        native_impl._weigh(*[torch.zeros(1, 8193)] * 3, 0.0, torch.zeros(1, 8193), 0.0)
+    with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):
+        native_impl._bwd(*[0] * 9, 1, 1, 1, 0.0, 0.0, 2)
+    with pytest.raises(BackendError, match="it takes 1 to 8192 attended channels, not 8193"):
+        op_module._choose("cpu", torch.zeros(1, 1, 8193))
+
+
+@pytest.mark.all_threads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpp_does_not_depend_on_threads(dtype, isa) -> None:
+    x, dz, scale, shift = (torch.randn(size).to(dtype) for size in ((700, 200), (700, 200), 200, 200))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            outputs = [torch.empty_like(x), torch.empty_like(x), *torch.empty(2, 11, 200), torch.empty(700)]
+            native_impl._weigh_backward(x, dz, scale, shift, 0.3, *outputs, 1e-5)
+            found.append([*outputs, torch.empty_like(x)])
+            native_impl._weigh(x, scale, shift, 0.3, found[-1][-1], 1e-5)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
 
 
 PAIRS = RaggedPairs.from_routing(mask("x.", "xx"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,14 +12,16 @@ from helpers import (
     ROUTINGS,
     assert_true_to,
     assert_within_budget,
+    check_budget,
     mask,
     padded_pairs,
     value_and_gradients,
 )
 from torch import Tensor
 
-from mova_kernels import RaggedPairs
+from mova_kernels import BackendError, RaggedPairs, _native, backends, use_backend
 from mova_kernels.ops import ragged_linear
+from mova_kernels.ops.ragged_linear import native_impl, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 RAW = torch.ops.mova_kernels
@@ -102,6 +105,27 @@ SOURCES = {
 sources = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 
 
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every call of the test runs on it."""
+    try:
+        backends.choose("ragged_linear", request.param, torch.device("cpu"), torch.float32)
+    except BackendError as error:
+        pytest.skip(str(error))
+    with use_backend(f"ragged_linear={request.param}"):
+        yield request.param
+
+
+@pytest.fixture(params=_native.cpu_isas() if _native.cpu_reason() is None else ["none"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "none":
+        pytest.skip(str(_native.cpu_reason()))
+    before = _native.cpu_isa()
+    _native.set_cpu_isa(request.param)
+    yield request.param
+    _native.set_cpu_isa(before)
+
+
 @routings
 @sources
 def test_exact_pairs_are_the_loop_over_pairs(selected, source) -> None:
@@ -120,9 +144,21 @@ def test_padded_pairs_are_the_loop_over_pairs(name, source) -> None:
 
 @forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_budget(form, dtype) -> None:
+def test_error_budget(form, dtype, backend) -> None:
     problem = Problem(MIXED)
-    assert_within_budget(problem.truth(), problem.op(form(MIXED)), problem.plain(), problem.inputs, dtype)
+    times = 1.5 if backend == "cpu" else 2
+    assert_within_budget(problem.truth(), problem.op(form(MIXED)), problem.plain(), problem.inputs, dtype, times=times)
+
+
+@routings
+@sources
+def test_error_budget_of_every_routing(selected, source, backend) -> None:
+    """With enough channels and tokens for whole vectors and rests, and for more than one sum."""
+    problem = Problem(selected, tokens=67, widths=(69, 36, 100), outputs=(40, 9), **source)
+    pairs = RaggedPairs.from_routing(selected, problem.packed)
+    times = 1.5 if backend == "cpu" else 2
+    draw = lambda: problem.inputs(torch.float32)  # noqa: E731
+    assert_within_budget(problem.truth(), problem.op(pairs), problem.plain(), draw, torch.float32, 3, times)
 
 
 @forms
@@ -134,10 +170,10 @@ def test_gradcheck(form) -> None:
 
 @forms
 @pytest.mark.parametrize("shared", [True, False], ids=["shared tokens", "dense"])
-def test_unselected_rows_are_not_read(form, shared) -> None:
+def test_unselected_rows_are_not_read(form, shared, backend) -> None:
     problem = Problem(MIXED, packed=(False, False, False), shared=shared)
     function = problem.op(form(MIXED, problem.packed))
-    clean = problem.inputs()
+    clean = problem.inputs(torch.float32)
     poisoned = [t.clone() for t in clean]
     idle = [~MIXED.any(1)] if shared else list(~MIXED.t())
     for x, rows in zip(poisoned, idle, strict=False):
@@ -147,11 +183,11 @@ def test_unselected_rows_are_not_read(form, shared) -> None:
     assert all(not gradient[rows].any() for gradient, rows in zip(found[1:], idle, strict=False))
 
 
-def test_strides_are_honoured() -> None:
+def test_strides_are_honoured(backend) -> None:
     """Features are channel slices of one wide tensor, weights may be transposed views."""
     problem = Problem(MIXED, packed=(False, False, False))
     pairs = RaggedPairs.from_routing(MIXED, problem.packed)
-    inputs = problem.inputs()
+    inputs = problem.inputs(torch.float32)
     widened = torch.cat(inputs[:3], -1)
     views = [*widened.split(WIDTHS, -1), *(t.t().contiguous().t() if t.dim() == 2 else t for t in inputs[3:])]
     for a, b in zip(*(value_and_gradients(problem.op(pairs), x) for x in (views, inputs)), strict=True):
@@ -159,7 +195,7 @@ def test_strides_are_honoured() -> None:
 
 
 @forms
-def test_autocast_casts_weights_and_keeps_gradients_wide(form) -> None:
+def test_autocast_casts_weights_and_keeps_gradients_wide(form, backend) -> None:
     problem = Problem(MIXED)
     function = problem.op(form(MIXED))
 
@@ -196,20 +232,20 @@ def raw_arguments(selected: Tensor):
 
 
 @pytest.mark.parametrize("name", ["no pair", "idle expert and sample without experts"])
-def test_opcheck(name) -> None:
+def test_opcheck(name, backend) -> None:
     arguments, grads = raw_arguments(ROUTINGS[name])
-    torch.library.opcheck(RAW.ragged_linear_fwd.default, (*arguments, torch.float32, "reference"))
-    torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *arguments, True, "reference"))
-    torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *arguments, False, "reference"))
+    torch.library.opcheck(RAW.ragged_linear_fwd.default, (*arguments, torch.float32, backend))
+    torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *arguments, True, backend))
+    torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *arguments, False, backend))
 
 
 @pytest.mark.parametrize("name", ["no pair", "idle expert and sample without experts"])
-def test_raw_backward_has_the_promised_strides_for_transposed_operands(name) -> None:
+def test_raw_backward_has_the_promised_strides_for_transposed_operands(name, backend) -> None:
     """The fake promises contiguous gradients, also to an operand whose own strides are permuted."""
     arguments, grads = raw_arguments(ROUTINGS[name])
     arguments[0] = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in arguments[0]]
     arguments[5] = [t.t().contiguous().t() for t in arguments[5]]
-    assert all(g.is_contiguous() for g in RAW.ragged_linear_bwd(grads, *arguments, True, "reference"))
+    assert all(g.is_contiguous() for g in RAW.ragged_linear_bwd(grads, *arguments, True, backend))
 
 
 def with_dense_features(selected: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
@@ -223,7 +259,7 @@ def dense_inputs() -> list[Tensor]:
     return Problem(MIXED, packed=(False, False, False)).inputs(torch.float32)
 
 
-def test_compiled_graph_serves_every_routing() -> None:
+def test_compiled_graph_serves_every_routing(backend) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(with_dense_features, fullgraph=True, backend="aot_eager", dynamic=False)
     inputs = dense_inputs()
@@ -272,6 +308,95 @@ def test_exported_program_serves_every_routing() -> None:
         used = int(selected.sum())
         outputs = program(selected, inputs)
         torch.testing.assert_close([o[:used] for o in outputs], list(with_dense_features(selected, *inputs)))
+
+
+def test_idle_experts_get_none(backend) -> None:
+    problem = Problem(MIXED)
+    leaves = [t.requires_grad_() for t in problem.inputs(torch.float32)]
+    problem.op(RaggedPairs.from_routing(MIXED))(*leaves).sum().backward()
+    busy = MIXED.any(0).tolist()
+    assert [t.grad is not None for t in leaves[3:]] == busy * (len(leaves[3:]) // 3)
+
+
+def test_gradients_of_functorch(backend) -> None:
+    problem = Problem(MIXED)
+    inputs = problem.inputs(torch.float32)
+    function = problem.op(RaggedPairs.from_routing(MIXED))
+    expected = value_and_gradients(lambda *flat: function(*flat).square().sum(), inputs, torch.ones(()))[1:]
+    found = torch.func.grad(lambda flat: function(*flat).square().sum())(tuple(inputs))
+    torch.testing.assert_close(list(found), expected)
+
+
+def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
+    choose = lambda dtype: backends.choose("ragged_linear", None, torch.device("cpu"), dtype)  # noqa: E731
+    monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+    wanted = {torch.float32: "cpu", torch.bfloat16: "cpu", torch.float16: "reference", torch.float64: "reference"}
+    assert {dtype: choose(dtype) for dtype in wanted} == wanted
+    monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
+    assert {choose(dtype) for dtype in wanted} == {"reference"}
+
+
+WIDTHS_IN_CPP = [1, 2, 15, 17, 31, 33, 64, 65, 100, 200]  # around the vectors of every instruction set
+
+
+def check_joined(found: list, truth: list, plain: list) -> None:
+    """Of results of every width together: of few entries it is luck how large the error is."""
+    for results in zip(*(zip(*rows, strict=True) for rows in (found, truth, plain)), strict=True):
+        actual, expected, rival = (torch.cat([t.flatten() for t in kind]) for kind in results)
+        check_budget("", actual, expected, rival.to(actual.dtype), (2,), times=1.5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 300])  # around the 16 and 256 rows that are summed on their own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weight_gradients_in_cpp(dtype, rows, isa) -> None:
+    """With strided operands, and weights whose channels are not adjacent."""
+    found, truth, plain = [], [], []
+    for width in WIDTHS_IN_CPP:
+        dy = torch.randn(70, rows + 3)[:, 1:-2].to(dtype)
+        x, scale, shift = (torch.randn(size).to(dtype) for size in ((70, width), width, width))
+        for weight in (torch.randn(rows, width + 2).to(dtype)[:, 2:], torch.randn(width, rows).to(dtype).t()):
+            arguments = (dy, x, scale, shift, weight)
+            found.append(native_impl.weight_gradients(*arguments))
+            truth.append(reference.weight_gradients(*(t.double() for t in arguments)))
+            plain.append(reference.weight_gradients(*arguments))
+    check_joined(found, truth, plain)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 16, 17, 300, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_column_sums_in_cpp(dtype, rows, isa) -> None:
+    wide = [(torch.randn(rows, 2 * width) + 1).to(dtype) for width in WIDTHS_IN_CPP]
+    views = [view for x in wide for view in (*x.chunk(2, 1), x[:, ::2])]
+    found, truth = ([[f(x)] for x in views] for f in (native_impl.column_sums, lambda x: x.double().sum(0)))
+    check_joined(found, truth, [[x.sum(0, dtype=torch.float32)] for x in views])
+
+
+@pytest.mark.all_threads
+def test_cpp_does_not_depend_on_threads(monkeypatch) -> None:
+    """What torch makes of a matrix product is its own affair."""
+    if _native.cpu_reason() is not None:
+        pytest.skip(str(_native.cpu_reason()))
+    dy, x, scale, shift, weight = (torch.randn(size) for size in ((3000, 300), (3000, 500), 500, 500, (300, 500)))
+    before, found, folded = torch.get_num_threads(), [], torch.randn(300, 500)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(native_impl, "product", lambda *_: folded)
+            found.append(native_impl.weight_gradients(dy, x, scale, shift, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
+def test_bad_arguments_of_cpp() -> None:
+    if _native.cpu_reason() is not None:
+        pytest.skip(str(_native.cpu_reason()))
+    with pytest.raises(ValueError, match="must have 48 bytes, got 40"):
+        _native.function("mk_ragged_linear_sum", "2Q3q")(*[0] * 5)
+    with pytest.raises(ValueError, match=r"C must be in \[0, .*\], got -1"):
+        native_impl._sum(0, 0, 1, -1, 1, 0)
+    with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):
+        native_impl._unfold(*[0] * 12, 2)
 
 
 PAIRS = RaggedPairs.from_routing(mask("x.", "xx"))

@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _triton, backends
+from ... import _native, _triton, backends
 from ..._checks import check, check_floats, check_tensor
 from ..._library import define, functorch_active
 from ...ragged import PairTables, RaggedPairs
 from ..ragged_linear.op import project, without_idle
-from . import reference
+from . import native_impl, reference
 
-backends.register("gated_combine", _triton.BACKEND)
+WIDTH = 8192  # of what was attended, for the cpu backend
+
+backends.register("gated_combine", _triton.BACKEND, _native.BACKEND)
 
 
 def gated_combine(
@@ -40,7 +42,7 @@ def gated_combine(
         norms: per expert the inner LayerNorm's weight and bias, (I,) each.
         weights, biases: per expert (C, I) and (C,): the output projection.
         eps: added to the variance.
-        backend: see :mod:`mova_kernels.backends`.
+        backend: see :mod:`mova_kernels.backends`. ``cpu`` takes I from 1 to 8192.
 
     Returns:
         (B, L, C) in the dtype of ``x``; exactly ``x`` for a sample without pairs. Deterministic, except for the sum
@@ -61,45 +63,55 @@ def gated_combine(
         check_tensor(f"norms[{e}][1]", norm[1], (attended.shape[2],))
         check_tensor(f"weights[{e}]", weight, (x.shape[2], attended.shape[2]))
         check_tensor(f"biases[{e}]", bias, (x.shape[2],))
-    if backends.choose("gated_combine", backend, x.device, attended.dtype) == "triton":
+    chosen = _choose(backend, attended)
+    if chosen != "reference":
         scale, shift = [n[0] for n in norms], [n[1] for n in norms]
         parameters = (*scale, *shift, *weights, *biases)
         function = _GatedCombineFunctorch if functorch_active() else _GatedCombine
-        return function.apply((eps, pairs.bounds), x, attended, gate.float(), *pairs.tables, *parameters)
+        return function.apply((eps, pairs.bounds, chosen), x, attended, gate.float(), *pairs.tables, *parameters)
     normed = F.layer_norm(attended, attended.shape[-1:], eps=eps)
     (projected,) = project([normed], "pair", pairs, norms, [weights], [biases], "reference")
     return reference.gated_combine(x, projected, gate, pairs.sample, pairs.bounds)
 
 
-def _forward_kernel(x, attended, gate, tables, scale, shift, weight, bias, eps):
-    return _triton_impl(attended).forward(x, attended, gate, PairTables(*tables), scale, shift, weight, bias, eps)
+def _choose(backend: str | None, attended: Tensor) -> str:
+    width = attended.shape[2]
+    unfit = {} if 1 <= width <= WIDTH else {"cpu": f"it takes 1 to {WIDTH} attended channels, not {width}"}
+    return backends.choose("gated_combine", backend, attended.device, attended.dtype, unfit)
 
 
-def _backward_kernel(grad, attended, gate, tables, scale, shift, weight, bias, eps):
-    implementation = _triton_impl(attended)
-    return implementation.backward(grad, attended, gate, PairTables(*tables), scale, shift, weight, bias, eps)
+def _forward_kernel(x, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
+    arguments = (PairTables(*tables), scale, shift, weight, bias, eps)
+    return _implementation(backend, attended).forward(x, attended, gate, *arguments)
 
 
-def _triton_impl(attended: Tensor):
+def _backward_kernel(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
+    arguments = (PairTables(*tables), scale, shift, weight, bias, eps)
+    return _implementation(backend, attended).backward(grad, attended, gate, *arguments)
+
+
+def _implementation(backend: str, attended: Tensor):
     """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    backends.choose("gated_combine", "triton", attended.device, attended.dtype)
+    check(backend in ("triton", "cpu"), "backend", "must be triton or cpu", backend)
+    if _choose(backend, attended) == "cpu":
+        return native_impl
     from . import triton_impl
 
     return triton_impl
 
 
-def _forward_fake(x, attended, gate, tables, scale, shift, weight, bias, eps):
+def _forward_fake(x, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
     return x.new_empty(x.shape)
 
 
-def _backward_fake(grad, attended, gate, tables, scale, shift, weight, bias, eps):
+def _backward_fake(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
     parameters = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*scale, *shift, *weight, *bias)]
     return attended.new_empty(attended.shape), gate.new_empty(gate.shape), parameters
 
 
 _INPUTS = (
     "Tensor attended, Tensor gate, Tensor[] tables, Tensor[] scale, Tensor[] shift, Tensor[] weight, Tensor[] bias, "
-    "float eps"
+    'float eps, str backend="triton"'
 )
 _fwd = define("gated_combine_fwd", f"(Tensor x, {_INPUTS}) -> Tensor", _forward_kernel, _forward_fake)
 _bwd = define(
@@ -112,14 +124,14 @@ class _GatedCombine(torch.autograd.Function):
     def forward(ctx, settings, x, attended, gate, *tensors):
         ctx.settings = settings
         ctx.save_for_backward(attended, gate, *tensors)
-        return _fwd(x, attended, gate, *_arguments(tensors), settings[0])
+        return _fwd(x, attended, gate, *_arguments(tensors), settings[0], settings[2])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         attended, gate, *tensors = ctx.saved_tensors
-        eps, bounds = ctx.settings
-        grad_attended, grad_gate, parameters = _bwd(grad, attended, gate, *_arguments(tensors), eps)
+        eps, bounds, backend = ctx.settings
+        grad_attended, grad_gate, parameters = _bwd(grad, attended, gate, *_arguments(tensors), eps, backend)
         no_tables = (None,) * len(PairTables._fields)
         return None, grad, grad_attended, grad_gate, *no_tables, *without_idle(parameters, bounds)
 
@@ -129,7 +141,7 @@ class _GatedCombineFunctorch(_GatedCombine):
 
     @staticmethod
     def forward(settings, x, attended, gate, *tensors):  # type: ignore[override]
-        return _fwd(x, attended, gate, *_arguments(tensors), settings[0])
+        return _fwd(x, attended, gate, *_arguments(tensors), settings[0], settings[2])
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -8,13 +8,13 @@ from itertools import cycle, pairwise
 import torch
 from torch import Tensor
 
-from ... import _triton, backends
+from ... import _native, _triton, backends
 from ..._checks import check, check_floats, check_tensor
 from ..._library import define, functorch_active
 from ...ragged import PairTables, RaggedPairs
-from . import reference
+from . import native_impl, reference
 
-backends.register("ragged_linear", _triton.BACKEND)
+backends.register("ragged_linear", _triton.BACKEND, _native.BACKEND)
 
 
 def ragged_linear(
@@ -110,22 +110,24 @@ def project(
 
 
 def _forward_kernel(x, rows, tables, scale, shift, weight, bias, dtype, backend):
-    if backend == "triton":
-        return _triton_impl(x[0], dtype).forward(x, rows, PairTables(*tables), scale, shift, weight, bias, dtype)
+    if backend != "reference":
+        implementation = _implementation(backend, x[0], dtype)
+        return implementation.forward(x, rows, PairTables(*tables), scale, shift, weight, bias, dtype)
     bounds = tables[3].tolist()  # opaque to the compiler, the op looks at the offsets when it runs
     return reference.ragged_linear(x, rows, PairTables(*tables), bounds, scale, shift, weight, bias, dtype)
 
 
 def _backward_kernel(grads, x, rows, tables, scale, shift, weight, bias, needs_x, backend):
     parameters = (scale, shift, weight, bias, needs_x)
-    if backend == "triton":
-        return _triton_impl(x[0], x[0].dtype).backward(grads, x, rows, PairTables(*tables), *parameters)
+    if backend != "reference":
+        return _implementation(backend, x[0], x[0].dtype).backward(grads, x, rows, PairTables(*tables), *parameters)
     return reference.ragged_linear_backward(grads, x, rows, PairTables(*tables), tables[3].tolist(), *parameters)
 
 
-def _triton_impl(x: Tensor, dtype: torch.dtype):
+def _implementation(backend: str, x: Tensor, dtype: torch.dtype):
     """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    backends.choose("ragged_linear", "triton", x.device, dtype)
+    if backends.choose("ragged_linear", backend, x.device, dtype) == "cpu":
+        return native_impl
     from . import triton_impl
 
     return triton_impl

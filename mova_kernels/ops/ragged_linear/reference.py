@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ragged import PairTables
+
+Product = Callable[..., Tensor]
 
 
 def ragged_linear(
@@ -22,11 +24,13 @@ def ragged_linear(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     dtype: torch.dtype,
+    product: Product = F.linear,
 ) -> list[Tensor]:
     """One (P, L, O) per projection.
 
     ``rows`` names the row of its source that a pair takes, see project() in op.py; ``offsets`` are expert_offsets on
-    the host; ``weight`` and ``bias`` list the projections' experts one after the other.
+    the host; ``weight`` and ``bias`` list the projections' experts one after the other; ``product`` is F.linear or
+    something better.
     """
     num_experts = len(scale)
     outputs: list[list[Tensor]] = [[] for _ in range(len(weight) // num_experts)]
@@ -34,12 +38,12 @@ def ragged_linear(
         taken = _take(source, selected).to(dtype)
         for i, output in enumerate(outputs):
             j = i * num_experts + e
-            output.append(F.linear(taken, *folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)))
+            output.append(product(taken, *folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)))
     padding = len(tables.sample) - offsets[-1]
     for i, output in enumerate(outputs):
         if padding or not output:
             output.append(x[0].new_zeros((padding, x[0].shape[1], weight[i * num_experts].shape[0]), dtype=dtype))
-    return [torch.cat(output) for output in outputs]
+    return [torch.cat(output) if len(output) > 1 else output[0] for output in outputs]
 
 
 def folded(
@@ -64,12 +68,15 @@ def ragged_linear_backward(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     needs_x: bool,
+    product: Product = F.linear,
+    gradients: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> list[Tensor]:
     """Gradients of x (nothing if not ``needs_x``), scale, shift, weight and bias, in this order.
 
-    With V = W diag(scale), dV = dy^T x and s = sum dy: dx = dy V, dW = dV diag(scale) + s shift^T,
-    dscale_c = sum_o dV_oc W_oc, dshift = W^T s and db = s.
+    With V = W diag(scale) and s = sum dy: dx = dy V and db = s. The others are those of :func:`weight_gradients` or of
+    ``gradients``, which is something better.
     """
+    gradients = gradients or weight_gradients
     num_experts = len(scale)
     grad_x, grad_scale, grad_shift, grad_weight, grad_bias = (
         [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]  # as the fake promises
@@ -79,21 +86,35 @@ def ragged_linear_backward(
         taken = _take(source, selected).flatten(0, 1)
         for i, grad in enumerate(grads):
             j = i * num_experts + e
-            w = weight[j]
-            wide = torch.promote_types(w.dtype, torch.float32)
             dy = grad[offsets[e] : offsets[e + 1]].flatten(0, 1)
-            grad_folded = (dy.t() @ taken.to(dy.dtype)).to(wide)
-            total = dy.sum(0, dtype=wide)
-            grad_weight[j].copy_(grad_folded * scale[e] + total[:, None] * shift[e])
-            grad_scale[e] += (grad_folded * w).sum(0)
-            grad_shift[e] += total @ w.to(wide)
+            found = gradients(dy, taken.to(dy.dtype), scale[e], shift[e], weight[j])
+            grad_weight[j].copy_(found[0])
+            grad_scale[e] += found[1]
+            grad_shift[e] += found[2]
             if bias:
-                grad_bias[j].copy_(total)
+                grad_bias[j].copy_(found[3])
             if needs_x:
-                dx = dy @ (w * scale[e]).to(dy.dtype)
+                dx = product(dy, (weight[j] * scale[e]).to(dy.dtype).t())
                 dx = dx.to(source.dtype).unflatten(0, (len(selected), -1))
                 grad_x[e if len(x) > 1 else 0].index_add_(0, selected, dx)
     return [*grad_x, *grad_scale, *grad_shift, *grad_weight, *grad_bias]
+
+
+def weight_gradients(
+    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(R, O), (R, C), (C,), (C,), (O, C) -> the gradients of weight, scale, shift and bias, fp32 or wider."""
+    total = dy.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return unfolded(dy.t() @ x, total, scale, shift, weight)
+
+
+def unfolded(
+    grad_folded: Tensor, total: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From dV = dy^T x and s = sum dy: dW = dV diag(scale) + s shift^T, dscale_c = sum_o dV_oc W_oc, dshift = W^T s."""
+    grad_folded, wide = grad_folded.to(total.dtype), weight.to(total.dtype)
+    grad_weight = grad_folded * scale + total[:, None] * shift
+    return grad_weight, (grad_folded * wide).sum(0), total @ wide, total
 
 
 def _experts(

@@ -1,0 +1,34 @@
+// What a projection with a folded affine part, y = (x g + b) W^T + c = x V^T + ..., V = W diag(g), needs besides matrix
+// products to go backward.
+#pragma once
+
+#include "common/mova_kernels.h"
+
+// Every field has 8 bytes. Strides are in elements; the stride of a channel is 1. What has no strides is contiguous,
+// and tensors that are written overlap no other.
+struct mk_ragged_linear_sum_args {
+  uint64_t x;    // (R, C), read
+  uint64_t sum;  // (C,) fp32, written: the sum over R
+  int64_t R, C;
+  int64_t x_stride_row;
+  int64_t dtype;  // mk_dtype of x: MK_F32 or MK_BF16
+};
+
+// From dV and total, the sum of dy: dW = dV diag(g) + total b^T, dg_c = sum_o dV_oc W_oc, db = W^T total.
+struct mk_ragged_linear_unfold_args {
+  uint64_t grad_folded;  // (O, C) dV, read
+  uint64_t weight;       // (O, C) W, read
+  uint64_t total;        // (O,) fp32, read
+  uint64_t scale;        // (C,) g, read
+  uint64_t shift;        // (C,) b, read
+  uint64_t grad_weight;  // (O, C) dW, written
+  uint64_t grad_scale;   // (C,) fp32 dg, written
+  uint64_t grad_shift;   // (C,) fp32 db, written
+  int64_t O, C;
+  int64_t grad_folded_stride_row, weight_stride_row;
+  int64_t dtype;  // mk_dtype of all that is not fp32: MK_F32 or MK_BF16
+};
+
+// Return an mk_status; `nbytes` is the size of the block above. Sums do not depend on the number of threads.
+MK_API int mk_ragged_linear_sum(const void* args, uint64_t nbytes);
+MK_API int mk_ragged_linear_unfold(const void* args, uint64_t nbytes);

@@ -1,0 +1,42 @@
+#include "ragged_linear/ragged_linear_cpu.h"
+
+#include "common/cpu.h"
+
+MK_DECLARE_LOOPS(mk::UnfoldLoops, ragged_linear_loops)
+
+namespace {
+
+// Whole blocks of columns: the order of the sums is the same wherever a thread's part begins.
+template <class Args>
+int over_columns(const Args& a, int64_t rows, void (*run)(const Args&, int64_t, int64_t)) {
+  const int64_t blocks = (a.C + mk::columns_per_block - 1) / mk::columns_per_block;
+  const int64_t grain = 1 + (1 << 16) / (rows * mk::columns_per_block + 1);
+  return mk::parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
+    const int64_t last = end * mk::columns_per_block;
+    run(a, begin * mk::columns_per_block, last < a.C ? last : a.C);
+  });
+}
+
+}  // namespace
+
+MK_API int mk_ragged_linear_sum(const void* block, uint64_t nbytes) {
+  const char* const function = "mk_ragged_linear_sum";
+  mk_ragged_linear_sum_args a;
+  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+  if (int status = mk::check_limits(
+          function, {{"R", a.R, 0, INT64_MAX}, {"C", a.C, 0, INT64_MAX}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+    return status;
+  }
+  return over_columns(a, a.R, a.dtype == MK_F32 ? ragged_linear_loops().sum_f32 : ragged_linear_loops().sum_bf16);
+}
+
+MK_API int mk_ragged_linear_unfold(const void* block, uint64_t nbytes) {
+  const char* const function = "mk_ragged_linear_unfold";
+  mk_ragged_linear_unfold_args a;
+  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+  if (int status = mk::check_limits(
+          function, {{"O", a.O, 0, INT64_MAX}, {"C", a.C, 0, INT64_MAX}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+    return status;
+  }
+  return over_columns(a, a.O, a.dtype == MK_F32 ? ragged_linear_loops().unfold_f32 : ragged_linear_loops().unfold_bf16);
+}

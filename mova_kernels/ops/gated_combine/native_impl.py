@@ -1,0 +1,155 @@
+"""gated_combine on a CPU: the tokens of the pairs in C++ (csrc/gated_combine), products of _linear.py.
+
+With z_p = gate_p * (normalised(attended_p) * g_e + b_e), y_b is x_b + the sum over the pairs p of b of z_p W_e^T and
+gate_p c_e. The affine part goes into the tokens, which are written anyway, so that no weight has to be folded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from ..._linear import product
+from ...ragged import PairTables
+from ..ragged_linear.native_impl import column_sums
+
+TOKENS_PER_PART = 64  # mk::tokens_per_part of csrc/gated_combine/gated_combine_cpu.h
+
+# x, scale, shift, z; L, I, two strides; eps, gate; dtype
+_fwd = _native.function("mk_gated_combine_fwd", "4Q4q2dq")
+# x, dz, scale, shift, dx, z, dscale, dshift, dgate; L, I, stride; eps, gate; dtype
+_bwd = _native.function("mk_gated_combine_bwd", "9Q3q2dq")
+
+
+def forward(
+    x: Tensor,
+    attended: Tensor,
+    gate: Tensor,
+    tables: PairTables,
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    eps: float,
+) -> Tensor:
+    """(B, L, C), (P, L, I), fp32 (P,) -> (B, L, C) in the dtype of x; arguments as in op.py."""
+    with torch.autocast("cpu", enabled=False):
+        rows = [
+            _combined(tokens, attended, gate, pairs, tables.expert, scale, shift, weight, bias, eps)
+            for tokens, pairs in zip(x, _of_samples(tables), strict=True)
+        ]
+    return torch.stack(rows) if rows else x.new_empty(x.shape)
+
+
+def _combined(
+    y: Tensor,
+    attended: Tensor,
+    gate: Tensor,
+    pairs: Sequence[int],
+    expert: Tensor,
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    eps: float,
+) -> Tensor:
+    """The tokens of one sample, (L, C), with what its pairs add."""
+    dtype, length, width = attended.dtype, *attended.shape[1:]
+    experts = expert[list(pairs)].tolist()
+    # One product as deep as all experts rounds once. fp32 rather keeps its sums short, and saves joining the weights.
+    depth = len(pairs) if dtype == torch.bfloat16 else 1
+    for first in range(0, len(pairs), max(depth, 1)):
+        chosen = list(zip(pairs, experts, strict=True))[first : first + depth]
+        z = attended.new_empty(length, len(chosen) * width)
+        for (p, e), part in zip(chosen, z.split(width, 1), strict=True):
+            _weigh(attended[p], scale[e].to(dtype), shift[e].to(dtype), float(gate[p]), part, eps)
+        weights = [weight[e].to(dtype) for _, e in chosen]
+        joined = weights[0] if len(weights) == 1 else torch.cat(weights, 1)
+        constant = torch.stack([gate[p] * bias[e].float() for p, e in chosen]).sum(0).to(dtype)
+        if y.dtype == dtype:
+            y = product(z, joined, constant, y)
+        else:
+            y = y + product(z, joined, constant).to(y.dtype)
+    return y
+
+
+def backward(
+    grad: Tensor,
+    attended: Tensor,
+    gate: Tensor,
+    tables: PairTables,
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    eps: float,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients of attended, gate, and (scale, shift, weight and bias); that of x is ``grad`` itself.
+
+    Zeros for padding and for experts without pairs; always the same bits.
+    """
+    dtype, (length, width) = attended.dtype, attended.shape[1:]
+    dy = grad.to(dtype).contiguous()
+    offsets = tables.expert_offsets.tolist()
+    used = offsets[-1]
+    grad_attended, grad_gate = attended.new_empty(attended.shape), gate.new_empty(gate.shape)
+    grad_attended[used:], grad_gate[used:] = 0, 0
+    parameters = [
+        [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]
+        for tensors in (scale, shift, weight, bias)
+    ]
+    with torch.autocast("cpu", enabled=False):
+        totals = [column_sums(tokens) for tokens in dy]
+        for e, (start, stop) in enumerate(pairwise(offsets)):
+            if start == stop:
+                continue
+            samples = tables.sample[start:stop]
+            narrow, g, b = (t.to(dtype) for t in (weight[e], scale[e], shift[e]))
+            z = attended.new_empty(stop - start, length, width)
+            sums = gate.new_empty(2, stop - start, -(-length // TOKENS_PER_PART), width)
+            along = gate.new_empty(length)
+            total = gate.new_zeros(bias[e].shape)
+            for i, sample in enumerate(samples.tolist()):
+                p = start + i
+                dz = product(dy[sample], narrow.t())
+                written = (grad_attended[p], z[i], sums[0, i], sums[1, i], along)
+                _weigh_backward(attended[p], dz, g, b, float(gate[p]), *written, eps)
+                grad_gate[p] = along.sum() + totals[sample] @ bias[e].float()
+                total += gate[p] * totals[sample]
+            of_weight: Tensor | None = None
+            if dtype == torch.bfloat16:  # as above: a long sum, rounded once
+                taken = dy if len(samples) == len(dy) else dy[samples]
+                of_weight = product(taken.flatten(0, 1).t(), z.flatten(0, 1).t())
+            else:
+                for i, sample in enumerate(samples.tolist()):
+                    of_weight = product(dy[sample].t(), z[i].t(), added=of_weight)
+            for gradients, found in zip(parameters, (*sums.sum((1, 2)), of_weight, total), strict=True):
+                gradients[e].copy_(found)
+    return grad_attended, grad_gate, [t for gradients in parameters for t in gradients]
+
+
+def _of_samples(tables: PairTables) -> list[list[int]]:
+    """The pairs of every sample, by ascending expert."""
+    by_sample = tables.by_sample.tolist()
+    return [by_sample[start:stop] for start, stop in pairwise(tables.sample_offsets.tolist())]
+
+
+def _weigh(x: Tensor, scale: Tensor, shift: Tensor, gate: float, z: Tensor, eps: float) -> None:
+    """z = gate * (normalised(x) * scale + shift) for (L, I), all of one dtype; z may be a slice of channels."""
+    x, scale, shift = _native.adjacent_channels(x), scale.contiguous(), shift.contiguous()
+    pointers = (t.data_ptr() for t in (x, scale, shift, z))
+    _fwd(*pointers, *x.shape, x.stride(0), z.stride(0), eps, gate, _native.DTYPES[x.dtype])
+
+
+def _weigh_backward(
+    x: Tensor, dz: Tensor, scale: Tensor, shift: Tensor, gate: float,
+    grad_x: Tensor, z: Tensor, grad_scale: Tensor, grad_shift: Tensor, grad_gate: Tensor, eps: float,
+) -> None:  # fmt: skip
+    """What follows ``gate`` is written; the sums over tokens are partial, (parts, I) and (L,)."""
+    x, dz, scale, shift = _native.adjacent_channels(x), dz.contiguous(), scale.contiguous(), shift.contiguous()
+    pointers = (t.data_ptr() for t in (x, dz, scale, shift, grad_x, z, grad_scale, grad_shift, grad_gate))
+    _bwd(*pointers, *x.shape, x.stride(0), eps, gate, _native.DTYPES[x.dtype])

@@ -1,0 +1,179 @@
+"""The dense product of the CPU backends and of plain modules, against F.linear and an fp64 truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_within_budget, check_budget
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from mova_kernels import _linear, adapter
+from mova_kernels._linear import linear, product
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+onednn = pytest.mark.skipif(not _linear._AVAILABLE, reason="this torch has no oneDNN for this processor")
+
+SHAPES = {
+    "many sums": ((3, 40, 256), 129),
+    "a matrix": ((70, 33), 17),
+    "one row": ((1, 64), 8),
+    "one output": ((5, 7), 1),
+    "no row": ((0, 5, 7), 3),
+    "no channel": ((4, 0), 3),
+    "no output": ((4, 5), 0),
+    "a vector": ((6,), 4),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The number of channels of every product that oneDNN is asked for."""
+    seen = []
+    fit = _linear._fit
+
+    def spy(x: Tensor, *others: Tensor | None) -> bool:
+        answer = fit(x, *others)
+        seen.extend([x.shape[-1]] if answer and _linear._has_onednn() else [])
+        return answer
+
+    monkeypatch.setattr(_linear, "_fit", spy)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(("shape", "outputs"), SHAPES.values(), ids=SHAPES)
+def test_error_budget(shape, outputs, bias) -> None:
+    def draw() -> list[Tensor]:
+        sizes = [shape, (outputs, shape[-1]), *([(outputs,)] if bias else [])]
+        return [torch.randn(size) for size in sizes]
+
+    assert_within_budget(F.linear, linear, F.linear, draw, torch.float32, draws=5, times=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes_are_torchs(dtype) -> None:
+    x, w, b = (torch.randn(size).to(dtype) for size in ((2, 5, 8), (3, 8), (3,)))
+    assert torch.equal(linear(x, w, b), F.linear(x, w, b)) and torch.equal(product(x, w, b), F.linear(x, w, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("enabled", [True, False], ids=["oneDNN", "torch"])
+def test_what_is_added_is_not_rounded_before(dtype, enabled) -> None:
+    x, w, b, added = (torch.randn(size).to(dtype) for size in ((40, 64), (33, 64), (33,), (40, 33)))
+    truth = F.linear(x.double(), w.double(), b.double()) + added.double()
+    before = added.clone()
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        check_budget("sum", product(x, w, b, added), truth, F.linear(x, w, b) + added, times=1.5)
+        assert torch.equal(added, before)
+        mixed = product(x, w, b, added.double())  # torch's own promotion
+    assert mixed.dtype == torch.float64
+
+
+@onednn
+def test_transposed_operands_are_taken_and_strided_ones_are_not(calls) -> None:
+    """oneDNN would fall into a path that is 2000 times slower."""
+    wide, w = torch.randn(12, 40), torch.randn(9, 20)
+    for x in (wide[:, :20].contiguous(), wide[:, :20].t().contiguous().t(), wide.view(2, 12, 20)):
+        for weight in (w, w.t().contiguous().t()):
+            torch.testing.assert_close(product(x, weight), F.linear(x, weight))
+    assert calls == [20] * 6
+    for x, weight in ((wide[:, :20], w), (wide[:, 1::2], w), (wide[:9, :20], wide[:7, 20:]), (wide[0, :20], w)):
+        assert torch.equal(product(x, weight), F.linear(x, weight))
+    assert torch.equal(product(wide[:, :20].contiguous(), w, wide[0, :18:2]), F.linear(wide[:, :20], w, wide[0, :18:2]))
+    assert len(calls) == 6
+
+
+@onednn
+def test_only_the_gradients_that_are_needed_are_computed(calls) -> None:
+    for needed in range(8):
+        flags = [bool(needed & 1 << i) for i in range(3)]
+        leaves = [torch.randn(s, requires_grad=n) for s, n in zip(((4, 6), (5, 6), (5,)), flags, strict=True)]
+        calls.clear()
+        y = linear(*leaves)
+        assert y.requires_grad == any(flags)
+        if any(flags):
+            y.square().sum().backward()
+        assert [t.grad is not None for t in leaves] == flags
+        assert len(set(calls) - {6}) == flags[0] + flags[1]
+
+
+def test_gradients_of_an_expanded_cotangent_and_of_gradients() -> None:
+    x, w, b = (torch.randn(size, requires_grad=True) for size in ((2, 5, 8), (3, 8), (3,)))
+
+    def second(function) -> list[Tensor]:
+        (grad,) = torch.autograd.grad(function(x, w, b).tanh().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(grad.square().sum() + function(x, w, b).sum(), (x, w, b)))
+
+    torch.testing.assert_close(second(linear), second(F.linear))
+
+
+def test_the_result_may_be_changed_in_place() -> None:
+    x, w = torch.randn(2, 5, 8), torch.randn(3, 8, requires_grad=True)
+    linear(x, w).add_(1).sum().backward()
+    torch.testing.assert_close(w.grad, x.sum((0, 1)).expand(3, 8))
+
+
+@onednn
+def test_whatever_watches_sees_torchs_own_linear(calls) -> None:
+    x, w = torch.randn(4, 6), torch.randn(5, 6)
+    expected = F.linear(x, w)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(linear(x, w), expected)
+    with torch.backends.mkldnn.flags(enabled=True, deterministic=True):
+        assert torch.equal(linear(x, w), expected)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, w)
+    assert counter.get_total_flops() == 2 * 4 * 6 * 5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, w).dtype == torch.bfloat16
+    torch.testing.assert_close(torch.func.grad(lambda w: linear(x, w).sum())(w), x.sum(0).expand(5, 6))
+    torch.testing.assert_close(torch.func.vmap(lambda x: linear(x, w))(x), expected)
+    _, tangent = torch.func.jvp(lambda x: linear(x, w), (x,), (x,))
+    torch.testing.assert_close(tangent, expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(linear(dual, w)).tangent, expected)
+    assert "mkldnn" not in make_fx(lambda x, w: linear(x, w))(x, w).code
+    assert not calls
+
+
+@onednn
+def test_modules_are_bypassed_only_where_they_are_plain(calls) -> None:
+    x, module = torch.randn(4, 6), nn.Linear(6, 5)
+    torch.testing.assert_close(adapter._linear(module, x), module(x))
+    assert len(calls) > 0
+    calls.clear()
+    module.register_forward_hook(lambda module, inputs, output: output + 1)
+    assert torch.equal(adapter._linear(module, x), module(x))
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    doubled = Doubled(6, 5)
+    assert torch.equal(adapter._linear(doubled, x), doubled(x))
+    assert not calls
+
+
+@onednn
+def test_the_dense_layers_of_the_adapter_take_it(calls) -> None:
+    attention, swiglu = adapter.Attention(8, 8, 2), adapter.SwiGLU(8)
+    mlp = adapter.OutputMLP(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 6))
+    x, tables = torch.randn(1, 4, 8), torch.ones(4, 4)
+    with torch.no_grad():
+        for layer, arguments, expected in (
+            (attention, (x, x, tables, tables), [8] * 4),
+            (swiglu, (x,), [8, 8, 21]),
+            (mlp, (x,), [8, 6]),
+        ):
+            calls.clear()
+            layer(*arguments)
+            assert calls == [width for width in expected for _ in range(2)]  # linear asks, and product
+
+
+def test_a_repetition_gives_the_same_bits() -> None:
+    x, w = torch.randn(300, 200), torch.randn(100, 200)
+    assert all(torch.equal(product(x, w), product(x, w)) for _ in range(3))
