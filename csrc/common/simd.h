@@ -89,7 +89,6 @@ struct BF16 {
     memcpy(p, &pairs, count * sizeof *p);
   }
 
- private:
   // To nearest, ties to even, in the upper half of each lane. The carry could turn a NaN into an infinity.
   static inline vuint round(vfloat v) {
     const vuint bits = (vuint)v;
