@@ -1,8 +1,8 @@
-"""Run the C++ tests on a library with AddressSanitizer and UBSan: ``python tools/sanitize.py [PYTEST ARGUMENTS]``.
+"""Run the C++ tests on a library with AddressSanitizer and UBSan: ``python tools/sanitize.py [PYTEST OPTIONS]``.
 
-Builds the CMake preset ``asan`` in a scratch folder and runs tests/test_native*.py, or what the arguments say, in a
-Python that puts this library in the place of the installed one. The first error of either sanitizer ends the run with
-its report. Leaks are not looked for, since Python has some. Needs GCC, CMake and ninja.
+Builds the CMake preset ``asan`` in a scratch folder and runs tests/test_native*.py in a Python that puts this library
+in the place of the installed one. The first error of either sanitizer ends the run with its report. Leaks are not
+looked for, since Python has some. Needs GCC, CMake and ninja.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHILD = "--library-folder="
 
 def main(arguments: list[str]) -> int:
     if arguments and arguments[0].startswith(CHILD):
-        return run_tests(Path(arguments[0].removeprefix(CHILD)), arguments[1:] or TESTS)
+        return run_tests(Path(arguments[0].removeprefix(CHILD)), arguments[1:])
     with tempfile.TemporaryDirectory() as scratch:
         build, libraries = Path(scratch, "build"), Path(scratch, "lib")
         quietly("cmake", "--preset", "asan", "-B", build, "-D", "CMAKE_CXX_COMPILER=g++")
@@ -60,7 +60,7 @@ def run_tests(libraries: Path, arguments: list[str]) -> int:
     if _native.cpu_reason() is not None:
         sys.exit(_native.cpu_reason())
     # Captured file descriptors would take the sanitizers' reports with them.
-    return pytest.main(["-q", "--capture=sys", "-p", "no:cacheprovider", *arguments])
+    return pytest.main(["-q", "--capture=sys", "-p", "no:cacheprovider", *TESTS, *arguments])
 
 
 if __name__ == "__main__":

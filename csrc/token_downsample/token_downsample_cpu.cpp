@@ -39,6 +39,7 @@ MK_API int mk_token_downsample(const void* block, uint64_t nbytes) {
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
+  if (a.C == 0) return MK_OK;
   const auto run = (a.dtype == MK_F32 ? token_downsample_loops().f32 : token_downsample_loops().bf16)[a.step];
   const int64_t bytes = a.dtype == MK_F32 ? 4 : 2, tokens = a.R * a.R, side = a.pool ? a.R / 2 : a.R;
   const bool to_side = a.step == MK_NORM_ADD;
