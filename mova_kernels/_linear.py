@@ -1,43 +1,53 @@
-"""Matrix products on CPUs: the one place that knows how to ask oneDNN for one.
+"""Matrix products on CPUs: the one place that chooses between torch's and csrc/common/matmul.h.
 
-For fp32, torch's own product is MKL's. oneDNN's, which torch has for its compiler, is 1.2 to 1.8 times faster on Zen 4
-(benchmarks/bench_linear.py). It sums straight where MKL sums in blocks: the error is up to 2.2 times as large.
+In fp32 torch's product is MKL's, which leaves up to half of an AMD processor idle; ours takes its place
+(benchmarks/bench_linear.py). In bf16 torch has oneDNN's, which is hard to beat.
 """
 
 from __future__ import annotations
-
-import platform
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import _native
 from ._library import functorch_active
 
-_X86 = platform.machine() in ("x86_64", "AMD64")
-_AVAILABLE = _X86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# a, b, bias, added, c; M, N, K, six strides
+_matmul = _native.function("mk_matmul", "5Q9q")
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
-    """x W^T + bias + added, not differentiable where oneDNN computes it; the sum is rounded once there.
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias + added, not differentiable; narrower dtypes than fp32 round bias + added, then the sum.
 
     Args:
-        x: (..., C); (C, R) transposed is as good.
-        weight: (O, C), or (C, O) transposed, in the dtype of x like all others.
+        x: (..., C), at least two dimensions, any strides, like all others.
+        weight: (O, C), in the dtype of x like all others.
         bias: (O,).
         added: (..., O).
+        out: (..., O), contiguous: takes the result. May be ``added``.
 
     Returns:
-        (..., O), a new tensor.
+        (..., O): ``out``, or a new tensor.
     """
-    # With another dtype or a strided operand, oneDNN refuses or is up to 2000 times slower.
-    narrow = x.dtype == torch.bfloat16 and added is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if _has_onednn() and x.is_cpu and (x.dtype == torch.float32 or narrow) and _fit(x, weight, bias, added):
-        if added is None:
-            return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, bias, "add")
-    y = F.linear(x, weight, bias)
-    return y if added is None else y + added
+    if out is None:
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows, result = x.flatten(0, -2), out.flatten(0, -2)
+    added = None if added is None else added.flatten(0, -2)
+    if _is_ours(x, weight):
+        bias = None if bias is None else bias.contiguous()
+        added = None if added is None else _native.adjacent_channels(added)
+        pointers = (0 if t is None else t.data_ptr() for t in (rows, weight, bias, added, result))
+        strides = (*rows.stride(), *weight.t().stride(), 0 if added is None else added.stride(0), result.stride(0))
+        _matmul(*pointers, *result.shape, x.shape[-1], *strides)
+    elif bias is None and added is None:
+        torch.mm(rows, weight.t(), out=result)
+    else:
+        addends = [t for t in (bias, added) if t is not None]
+        torch.addmm(sum(addends[1:], start=addends[0]), rows, weight.t(), out=result)
+    return out
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     exporter, torch.func, forward-mode AD, autocast, a dispatch mode or a tensor subclass.
     """
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if not (_is_eager() and _has_onednn() and all(_is_plain_fp32(t) for t in operands) and _fit(x, weight, bias, None)):
+    if not (_is_eager() and x.dim() > 1 and all(map(_is_plain, operands)) and _is_ours(*operands)):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
         # Rows go in and come out: a view made inside of a Function could not be modified in place.
@@ -70,9 +80,11 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None
 
 
-def _has_onednn() -> bool:
-    """Whether this torch has the op, and its switches allow it."""
-    return bool(_AVAILABLE and torch.backends.mkldnn.enabled and not torch.backends.mkldnn.deterministic)
+def _is_ours(*operands: Tensor) -> bool:
+    """Whether C++ takes the product. Without vector instructions beyond SSE2, torch's is faster."""
+    if any(t.dtype != torch.float32 or not t.is_cpu for t in operands):
+        return False
+    return _native.cpu_reason() is None and _native.cpu_isa() != "base"
 
 
 def _is_eager() -> bool:
@@ -86,16 +98,5 @@ def _is_eager() -> bool:
     )
 
 
-def _is_plain_fp32(t: Tensor) -> bool:
-    return type(t) in (Tensor, nn.Parameter) and t.is_cpu and t.dtype == torch.float32 and t.layout == torch.strided
-
-
-def _fit(x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None) -> bool:
-    """Whether oneDNN takes the operands as they lie in memory, and there is something to do."""
-    others = all(t is None or (t.is_contiguous() and t.dtype == x.dtype) for t in (bias, added))
-    dense = x.dim() >= 2 and _is_dense(x) and _is_dense(weight)
-    return others and dense and weight.dtype == x.dtype and min(x.numel(), weight.numel()) > 0
-
-
-def _is_dense(t: Tensor) -> bool:
-    return bool(t.is_contiguous() or (t.dim() == 2 and t.t().is_contiguous()))
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided

@@ -14,7 +14,11 @@ from mova_kernels import _native
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTS = ROOT / "build" / "cmake" / "CMakeFiles"
 SYSTEM_LIBRARIES = r"(libstdc\+\+|libgcc_s|libm|libc|ld-linux[^.]*|libdl|libpthread|librt)\.so\.\d+"
-ISAS = {"base": r"%[yz]mm", "avx2": r"%zmm", "avx512": r"dpbf16", "avx512_bf16": None}  # what the objects must not use
+# The newest versions of the system's symbols that the libraries may need. Static cudart needs a newer glibc.
+CEILINGS = {"GLIBC": "2.14", "GLIBCXX": "3.4", "CXXABI": "1.3.9"}
+CUDA_GLIBC = "2.34"
+# What the objects must not use.
+ISAS = {"base": r"%[yz]mm", "avx2": r"%zmm", "avx512": r"dpbf16|cvtne\w*bf16", "avx512_bf16": None}
 
 
 def run(tool: str, *arguments: object) -> str:
@@ -68,6 +72,17 @@ def test_only_the_c_api_is_exported(library):
 def test_needs_only_system_libraries(library):
     needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", library))
     assert needed and all(re.fullmatch(SYSTEM_LIBRARIES, name) for name in needed), needed
+
+
+def test_runs_on_old_systems(library):
+    needed = set(re.findall(r"Name: (GLIBC|GLIBCXX|CXXABI)_([\d.]+)", run("readelf", "-V", library)))
+    ceilings = CEILINGS | ({"GLIBC": CUDA_GLIBC} if "cuda" in library.name else {})
+    newer = [f"{name}_{version}" for name, version in needed if numbers(version) > numbers(ceilings[name])]
+    assert needed and not newer, newer
+
+
+def numbers(version: str) -> list[int]:
+    return [int(n) for n in version.split(".")]
 
 
 @pytest.mark.parametrize("isa", ISAS)

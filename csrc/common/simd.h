@@ -148,7 +148,7 @@ inline void store(typename Format::type* p, int count, vfloat v) {
 
 // body(i, count) for every vector of n elements: `count` of them from the i-th on. All but the last see a constant.
 template <class Body>
-__attribute__((always_inline)) inline void for_lanes(int64_t n, const Body& body) {
+MK_INLINE void for_lanes(int64_t n, const Body& body) {
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) body(i, lanes);
   if (i < n) body(i, (int)(n - i));

@@ -1,31 +1,14 @@
 // Compiled once per instruction set; see common/simd.h for what that forbids.
+#include "common/channels.h"
 #include "common/cpu.h"
-#include "common/simd.h"
 #include "swiglu_norm/swiglu_norm_cpu.h"
 
 namespace {
-
-// Enough independent sums to hide the latency of an addition.
-constexpr int sums = 4;
-
-// body(c, count, j) for all vectors of `count` channels from c on, which belong to the sum j. To be inlined, so that
-// `count` is known.
-template <class Body>
-inline void for_each_vector(int64_t channels, const Body& body) {
-  int64_t c = 0;
-  for (; c + sums * lanes <= channels; c += sums * lanes) {
-    MK_UNROLL for (int j = 0; j < sums; ++j) body(c + j * lanes, lanes, j);
-  }
-  for (; c + lanes <= channels; c += lanes) body(c, lanes, 0);
-  if (c < channels) body(c, (int)(channels - c), 0);
-}
 
 template <class type>
 inline void clear(type* p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) p[i] = 0;
 }
-
-inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp2(x * -1.44269504f)); }
 
 template <class Format>
 void norm_token(const mk::SwigluToken& t) {

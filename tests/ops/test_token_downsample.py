@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_true_to, assert_within_budget, value_and_gradients
+from helpers import assert_true_to, assert_within_budget, check_budget, value_and_gradients
 from torch import Tensor, nn
 
+from mova_kernels import BackendError, _native, backends, use_backend
 from mova_kernels.ops import StageWeights, token_downsample
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -18,6 +20,14 @@ WIDTH = 8
 SIDES = {"even": 4, "odd: windows overlap": 5, "smallest": 2, "3 to 1": 3}
 sides = pytest.mark.parametrize("side", SIDES.values(), ids=SIDES)
 PARAMETERS_PER_STAGE = 13
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    try:
+        return backends.choose("token_downsample", request.param, torch.device("cpu"), torch.float32)
+    except BackendError as error:
+        pytest.skip(str(error))
 
 
 class Stage(nn.Module):
@@ -97,8 +107,9 @@ def test_reference_is_the_modules_on_images(side) -> None:
 
 @pytest.mark.parametrize("side", [4, 5], ids=["even", "odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_budget(side, dtype) -> None:
-    assert_within_budget(images(side), op(side), images(side), lambda: problem(side), dtype, draws=25)
+def test_error_budget(side, dtype, backend) -> None:
+    truth = images(side)
+    assert_within_budget(truth, op(side, backend), truth, lambda: problem(side), dtype, draws=25, times=1.5)
 
 
 def test_gradcheck() -> None:
@@ -106,20 +117,22 @@ def test_gradcheck() -> None:
     torch.autograd.gradcheck(op(2), inputs, fast_mode=True)  # 500 parameters
 
 
-def test_eps_is_that_of_all_norms() -> None:
+def test_eps_is_that_of_all_norms(backend) -> None:
     """With a huge eps every LayerNorm gives its bias, and the whole op is the pooled sum of x and two biases."""
-    x, *flat = problem(4)
-    found = token_downsample(x, 4, (stage_weights(flat[:13]), stage_weights(flat[13:])), 1e30)
+    x, *flat = problem(4, torch.float32)
+    found = token_downsample(x, 4, (stage_weights(flat[:13]), stage_weights(flat[13:])), 1e30, backend=backend)
     expected = x.unflatten(1, (2, 2, 2, 2)).mean((2, 4)).flatten(1, 2) + flat[12] + flat[25]
     torch.testing.assert_close(found, expected)
 
 
-def test_mixed_precision_keeps_the_tokens_dtype() -> None:
+def test_mixed_precision_keeps_every_dtype(backend) -> None:
     """Norms may stay fp32 where convolutions are bf16."""
-    x, *flat = problem(4, torch.bfloat16)
-    flat = [t.float() if i % 13 in (1, 2, 4, 5, 11, 12) else t for i, t in enumerate(flat)]
-    y = token_downsample(x, 4, (stage_weights(flat[:13]), stage_weights(flat[13:])))
-    assert y.dtype == torch.bfloat16 and y.isfinite().all()
+    inputs = [t.float() if i and i % 13 in (2, 3, 5, 6, 12, 0) else t for i, t in enumerate(problem(4, torch.bfloat16))]
+    found = value_and_gradients(op(4, backend), inputs)
+    assert [t.dtype for t in found] == [torch.bfloat16, *(t.dtype for t in inputs)]
+    truth = value_and_gradients(images(4), [t.double() for t in inputs])
+    plain = value_and_gradients(op(4, "reference"), inputs)
+    check_budget("value", found[0], truth[0], plain[0])
 
 
 def test_flat_weights_keep_their_order() -> None:
@@ -128,25 +141,131 @@ def test_flat_weights_keep_their_order() -> None:
         assert all(a is b for a, b in zip(weights.flat(), flat, strict=True))
 
 
-def test_samples_do_not_see_each_other() -> None:
-    x, *flat = problem(5)
-    alone = op(5)(x[:1], *flat)
-    x[1] = torch.nan
-    torch.testing.assert_close(op(5)(x, *flat)[:1], alone)
+def test_samples_do_not_see_each_other(backend) -> None:
+    x, *flat = problem(5, torch.float32, num_samples=3)
+    alone = op(5, backend)(x[1:2], *flat)
+    x[0], x[2] = torch.nan, torch.inf
+    torch.testing.assert_close(op(5, backend)(x, *flat)[1:2], alone)
 
 
-def test_strides_are_honoured() -> None:
-    """Tokens may be a channel slice, or an image's channels moved last."""
-    x, *flat = problem(4)
-    expected = value_and_gradients(op(4), [x, *flat])
+def test_strides_are_honoured(backend) -> None:
+    """Tokens may be a channel slice, or an image's channels moved last; weights need not be adjacent."""
+    x, *flat = problem(4, torch.float32)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    expected = value_and_gradients(op(4, backend), [x, *flat])
     for view in (torch.cat([x, x], -1)[..., :WIDTH], x.transpose(1, 2).contiguous().transpose(1, 2)):
-        torch.testing.assert_close(value_and_gradients(op(4), [view, *flat]), expected)
+        close(value_and_gradients(op(4, backend), [view, *flat]), expected)
+    sparse = [torch.stack([t, t], -1)[..., 0] for t in flat]
+    close(value_and_gradients(op(4, backend), [x, *sparse]), expected)
 
 
-def test_no_sample() -> None:
-    x, *flat = problem(4)
-    value, *gradients = value_and_gradients(op(4), [x[:0], *flat])
+def test_strided_gradients_are_honoured(backend) -> None:
+    inputs, wide = problem(4, torch.float32), torch.randn(2, 4, 2 * WIDTH)
+    for g in (wide[..., WIDTH:], torch.ones(()).expand(2, 4, WIDTH)):
+        expected, found = (value_and_gradients(op(4, backend), inputs, t) for t in (g.clone(), g))
+        torch.testing.assert_close(found, expected)
+
+
+def test_no_sample(backend) -> None:
+    x, *flat = problem(4, torch.float32)
+    value, *gradients = value_and_gradients(op(4, backend), [x[:0], *flat])
     assert value.shape == (0, 4, WIDTH) and not any(g.any() for g in gradients)
+
+
+def test_same_bits_every_time_and_without_gradients(backend) -> None:
+    inputs = problem(5, torch.float32)
+    first, second = (value_and_gradients(op(5, backend), inputs) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(op(5, backend)(*inputs), first[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 17], ids=["tokens", "first stage", "second stage"])
+def test_only_some_inputs_need_gradients(wanted, backend) -> None:
+    inputs = problem(2, torch.float32)
+    expected = value_and_gradients(op(2, backend), inputs, torch.ones(2, 1, WIDTH))[1 + wanted]
+    inputs[wanted].requires_grad_()
+    (found,) = torch.autograd.grad(op(2, backend)(*inputs).sum(), inputs[wanted])
+    torch.testing.assert_close(found, expected)
+
+
+def test_torch_func(backend) -> None:
+    x, *flat = problem(2, torch.float32)
+    expected = torch.autograd.grad(op(2, backend)(x.requires_grad_(), *flat).sum(), x)[0]
+    found = torch.func.grad(lambda x: op(2, backend)(x, *flat).sum())(x.detach())
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_compiled_graph_for_all_batch_sizes(backend) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(op(4, backend), fullgraph=True, backend="aot_eager")
+    x, *flat = (t.requires_grad_() for t in problem(4, torch.float32, num_samples=3))
+
+    def outcome(function, num_samples: int) -> list[Tensor]:
+        tokens = x[:num_samples].detach().requires_grad_()
+        torch._dynamo.mark_dynamic(tokens, 0)
+        y = function(tokens, *flat)
+        return [y, *torch.autograd.grad(y.square().sum(), [tokens, *flat])]
+
+    for num_samples in (2, 3):
+        with torch.compiler.set_stance("fail_on_recompile" if num_samples > 2 else "default"):
+            found = outcome(compiled, num_samples)
+        torch.testing.assert_close(found, outcome(op(4, backend), num_samples))
+
+
+def test_exported_program_is_bound_to_no_backend() -> None:
+    class Module(nn.Module):
+        def forward(self, x: Tensor, flat: list[Tensor]) -> Tensor:
+            return op(4)(x, *flat)
+
+    x, *flat = problem(4, torch.float32)
+    program = torch.export.export(Module(), (x, flat))
+    torch.testing.assert_close(program.module()(x, flat), Module()(x, flat))
+    assert "token_downsample_stage_fwd" not in program.graph_module.code
+
+
+def autocast(backend: str, dtype: torch.dtype = torch.bfloat16):
+    def function(*inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return op(4, backend)(*inputs)
+
+    return function
+
+
+def test_autocast_keeps_tokens_and_gradients_wide(backend) -> None:
+    """They are fp32 (the budget compares dtypes), and err as much as torch does under autocast."""
+    draw = lambda: problem(4, torch.float32, 64)  # noqa: E731
+    truth = images(4, 64)
+    assert_within_budget(truth, autocast(backend), autocast("reference"), draw, torch.float32, draws=5, times=1.5)
+
+
+needs_native = pytest.mark.skipif(_native.cpu_reason() is not None, reason=str(_native.cpu_reason()))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["alone", "pooled, weights as under autocast"])
+def test_opcheck(dtype) -> None:
+    pool = dtype == torch.bfloat16
+    x, *flat = problem(2, torch.float32)
+    weights = [t.to(dtype) for t in flat[:13]]
+    arguments = (x, weights, 2, 1e-5, pool, "cpu")
+    torch.library.opcheck(torch.ops.mova_kernels.token_downsample_stage_fwd.default, arguments)
+    out, *saved = torch.ops.mova_kernels.token_downsample_stage_fwd(*arguments)
+    for of_weights in (False, True):
+        arguments = (torch.randn_like(out), x, weights, saved, 2, 1e-5, pool, of_weights, "cpu")
+        torch.library.opcheck(torch.ops.mova_kernels.token_downsample_stage_bwd.default, arguments)
+
+
+@needs_native
+def test_the_cpu_is_refused_with_a_reason() -> None:
+    wide = [torch.zeros(1).expand([8196 if n == WIDTH else n for n in t.shape]) for t in problem(2, torch.float32)]
+    with pytest.raises(BackendError, match="it takes at most 8192 channels, not 8196"):
+        op(2, "cpu")(*wide)
+    with pytest.raises(BackendError, match=r"matrix products are in float32 and bfloat16, not in torch\.float16"):
+        autocast("cpu", torch.float16)(*problem(4, torch.float32))
+    with pytest.raises(BackendError, match=r"it takes float32 and bfloat16, not torch\.float64"):
+        op(4, "cpu")(*problem(4))
+    with use_backend("token_downsample=cpu"), pytest.raises(BackendError, match="cannot run token_downsample"):
+        op(4)(*problem(4))
 
 
 X, STAGE = torch.zeros(2, 16, WIDTH), stage_weights(tuple(problem(2, torch.float32)[1:14]))

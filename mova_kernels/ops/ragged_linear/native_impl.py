@@ -32,9 +32,19 @@ def forward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """One (P, L, O) per projection; arguments as in op.py."""
-    offsets = tables.expert_offsets.tolist()
+    offsets, num_experts = tables.expert_offsets.tolist(), len(scale)
+    shapes = [(len(tables.sample), x[0].shape[1], w.shape[0]) for w in weight[::num_experts]]
+    outputs = [x[0].new_empty(shape, dtype=dtype) for shape in shapes]
     with torch.autocast("cpu", enabled=False):
-        return reference.ragged_linear(x, rows, tables, offsets, scale, shift, weight, bias, dtype, product)
+        for e, source, selected in reference.experts(x, rows, tables, offsets):
+            taken = reference.take(source, selected).to(dtype)
+            for i, output in enumerate(outputs):
+                j = i * num_experts + e
+                folded = reference.folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)
+                product(taken, *folded, out=output[offsets[e] : offsets[e + 1]])
+    for output in outputs:
+        output[offsets[-1] :] = 0
+    return outputs
 
 
 def backward(

@@ -24,21 +24,19 @@ def ragged_linear(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     dtype: torch.dtype,
-    product: Product = F.linear,
 ) -> list[Tensor]:
     """One (P, L, O) per projection.
 
     ``rows`` names the row of its source that a pair takes, see project() in op.py; ``offsets`` are expert_offsets on
-    the host; ``weight`` and ``bias`` list the projections' experts one after the other; ``product`` is F.linear or
-    something better.
+    the host; ``weight`` and ``bias`` list the projections' experts one after the other.
     """
     num_experts = len(scale)
     outputs: list[list[Tensor]] = [[] for _ in range(len(weight) // num_experts)]
-    for e, source, selected in _experts(x, rows, tables, offsets):
-        taken = _take(source, selected).to(dtype)
+    for e, source, selected in experts(x, rows, tables, offsets):
+        taken = take(source, selected).to(dtype)
         for i, output in enumerate(outputs):
             j = i * num_experts + e
-            output.append(product(taken, *folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)))
+            output.append(F.linear(taken, *folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)))
     padding = len(tables.sample) - offsets[-1]
     for i, output in enumerate(outputs):
         if padding or not output:
@@ -82,8 +80,8 @@ def ragged_linear_backward(
         [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]  # as the fake promises
         for tensors in (x if needs_x else (), scale, shift, weight, bias)
     )
-    for e, source, selected in _experts(x, rows, tables, offsets):
-        taken = _take(source, selected).flatten(0, 1)
+    for e, source, selected in experts(x, rows, tables, offsets):
+        taken = take(source, selected).flatten(0, 1)
         for i, grad in enumerate(grads):
             j = i * num_experts + e
             dy = grad[offsets[e] : offsets[e + 1]].flatten(0, 1)
@@ -117,7 +115,7 @@ def unfolded(
     return grad_weight, (grad_folded * wide).sum(0), total @ wide, total
 
 
-def _experts(
+def experts(
     x: Sequence[Tensor], rows: str, tables: PairTables, offsets: Sequence[int]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(expert, its tokens, the rows of its pairs) for every expert which has pairs."""
@@ -127,6 +125,6 @@ def _experts(
             yield e, x[e] if len(x) > 1 else x[0], index[start:stop]
 
 
-def _take(source: Tensor, rows: Tensor) -> Tensor:
+def take(source: Tensor, rows: Tensor) -> Tensor:
     # Within an expert rows ascend without repeats: as many rows as the source has are all of them, in order.
     return source if rows.shape[0] == source.shape[0] else source.index_select(0, rows)

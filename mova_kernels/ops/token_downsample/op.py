@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ... import _triton, backends
+from ... import _native, _triton, backends
 from ..._checks import check, check_floats, check_like, check_tensor
 from ..._library import define
-from . import reference
+from . import native_impl, reference
 from .reference import StageWeights
 
-TRITON_CHANNELS = 2048  # the most that fit into the registers of a program
+CHANNELS = {"triton": 2048, "cpu": 8192}  # the most that fit into the registers of a program, or into a buffer
 
-backends.register("token_downsample", _triton.BACKEND)
+backends.register("token_downsample", _triton.BACKEND, _native.BACKEND)
 
 
 def token_downsample(
@@ -34,7 +36,7 @@ def token_downsample(
         resolution: R, at least 2.
         stages: the parameters of the two stages.
         eps: added to the variances.
-        backend: see :mod:`mova_kernels.backends`. ``triton`` takes at most 2048 channels.
+        backend: see :mod:`mova_kernels.backends`. ``triton`` takes at most 2048 channels, ``cpu`` 8192.
 
     Returns:
         (B, (R // 2)**2, C) in the dtype of ``x``. Source: RegNet's bottleneck (arXiv 2003.13678) as MoVA uses it.
@@ -48,7 +50,8 @@ def token_downsample(
     check(len(stages) == 2, "stages", "must be two", len(stages))
     for i, stage in enumerate(stages):
         _check_stage(f"stages[{i}]", stage, x)
-    backend = _choose(backend, x)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    backend = _choose(backend, x, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
     if backend == "reference":
         return reference.token_downsample(x, resolution, stages, eps)
     for stage, pool in zip(stages, (True, False), strict=True):
@@ -61,9 +64,12 @@ def token_downsample(
     return x
 
 
-def _choose(backend: str | None, x: Tensor) -> str:
-    fits = x.shape[2] <= TRITON_CHANNELS
-    unfit = {} if fits else {"triton": f"it takes at most {TRITON_CHANNELS} channels, not {x.shape[2]}"}
+def _choose(backend: str | None, x: Tensor, products: torch.dtype) -> str:
+    """``products`` is the dtype of the matrix products."""
+    width = x.shape[2]
+    unfit = {b: f"it takes at most {most} channels, not {width}" for b, most in CHANNELS.items() if width > most}
+    if products not in (torch.float32, torch.bfloat16):
+        unfit.setdefault("cpu", f"its matrix products are in float32 and bfloat16, not in {products}")
     return backends.choose("token_downsample", backend, x.device, x.dtype, unfit)
 
 
@@ -98,22 +104,23 @@ def _check_stage(name: str, stage: StageWeights, x: Tensor) -> None:
             check_tensor(f"{name}.{norm}[{i}]", affine, (width,))
 
 
-def _implementation(backend: str, x: Tensor):
+def _implementation(backend: str, x: Tensor, weights: Sequence[Tensor]):
     """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend == "triton", "backend", "must be 'triton'", backend)
-    _choose(backend, x)
+    check(backend in CHANNELS, "backend", f"must be one of {', '.join(CHANNELS)}", backend)
+    if _choose(backend, x, weights[0].dtype) == "cpu":
+        return native_impl
     from . import triton_impl
 
     return triton_impl
 
 
 def _forward_kernel(x, weights, resolution, eps, pool, backend):
-    return _implementation(backend, x).forward(x, resolution, StageWeights.of(weights), eps, pool)
+    return _implementation(backend, x, weights).forward(x, resolution, StageWeights.of(weights), eps, pool)
 
 
 def _backward_kernel(grad, x, weights, saved, resolution, eps, pool, of_weights, backend):
     w = StageWeights.of(weights)
-    return _implementation(backend, x).backward(grad, x, w, saved, resolution, eps, pool, of_weights)
+    return _implementation(backend, x, weights).backward(grad, x, w, saved, resolution, eps, pool, of_weights)
 
 
 def _forward_fake(x, weights, resolution, eps, pool, backend):

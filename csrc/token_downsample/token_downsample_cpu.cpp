@@ -1,0 +1,68 @@
+#include "token_downsample/token_downsample_cpu.h"
+
+#include "common/cpu.h"
+#include "token_downsample/token_downsample.h"
+
+MK_DECLARE_LOOPS(mk::StageLoops, token_downsample_loops)
+
+namespace {
+
+// Rows of C sums that a step makes of each line, and whether they are added up within a sample only.
+struct Sums {
+  int64_t rows;
+  bool per_sample;
+};
+constexpr Sums sums_of_step[] = {{0, false}, {1, true},  {0, false},  {2, false},
+                                 {1, true},  {2, false}, {11, false}, {0, false}};
+
+// Adds up `lines` lines of `n` sums each, in their order.
+int add_lines(const float* partial, int64_t lines, int64_t n, float* sums) {
+  return mk::parallel_for(n, 1 + (1 << 16) / (lines + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) sums[i] = 0;
+    for (int64_t line = 0; line < lines; ++line) {
+      for (int64_t i = begin; i < end; ++i) sums[i] += partial[line * n + i];
+    }
+  });
+}
+
+}  // namespace
+
+MK_API int mk_token_downsample(const void* block, uint64_t nbytes) {
+  const char* const function = "mk_token_downsample";
+  mk_token_downsample_args a;
+  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+  if (int status = mk::check_limits(function, {{"step", a.step, MK_NORM_SILU, MK_ADD_BWD},
+                                               {"pool", a.pool, 0, 1},
+                                               {"B", a.B, 0, INT64_MAX},
+                                               {"R", a.R, 1 + a.pool, 1 << 24},
+                                               {"C", a.C, 0, mk::max_stage_channels},
+                                               {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+    return status;
+  }
+  if (a.C == 0) return MK_OK;
+  const auto run = (a.dtype == MK_F32 ? token_downsample_loops().f32 : token_downsample_loops().bf16)[a.step];
+  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2, tokens = a.R * a.R, side = a.pool ? a.R / 2 : a.R;
+  const bool to_side = a.step == MK_NORM_ADD;
+  const int64_t lines = to_side ? side : a.R, window = a.pool ? 2 + a.R % 2 : 1;
+  const Sums sums = sums_of_step[a.step];
+  float* const partial = (float*)a.partial;
+
+  const int64_t grain = 1 + (1 << 14) / (a.R * a.C + 1);
+  const int status = mk::parallel_for(a.B * lines, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / lines, sample = bytes * b * tokens * a.C;
+      const auto at = [](uint64_t p, int64_t offset) { return p ? (char*)p + offset : nullptr; };
+      const auto row = [&](uint64_t p) { return (const float*)at(p, 4 * b * a.C); };
+      run({at(a.x, sample), at(a.grad, sample), at(a.outer, bytes * b * a.outer_stride_sample), (const float*)a.weight,
+           (const float*)a.bias, (const float*)a.taps, row(a.gate), row(a.grad_mean),
+           at(a.y, to_side ? bytes * b * side * side * a.C : sample), partial + i * sums.rows * a.C, i % lines, a.R,
+           a.C, a.outer_stride_token, window, (float)a.eps});
+    }
+  });
+  if (status || !sums.rows) return status;
+  if (!sums.per_sample) return add_lines(partial, a.B * a.R, sums.rows * a.C, (float*)a.sums);
+  for (int64_t b = 0; b < a.B; ++b) {
+    if (int error = add_lines(partial + b * a.R * a.C, a.R, a.C, (float*)a.sums + b * a.C)) return error;
+  }
+  return MK_OK;
+}

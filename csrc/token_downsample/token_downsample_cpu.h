@@ -1,0 +1,26 @@
+// What the driver hands to the loops.
+#pragma once
+
+#include <stdint.h>
+
+namespace mk {
+
+// A token waits in fp32 on the stack, in the L1 cache, until its statistics are known.
+constexpr int64_t max_stage_channels = 8192;
+
+// One line of the written tensor; the fields of mk_token_downsample_args for its sample.
+struct StageLine {
+  const void *x, *grad, *outer;
+  const float *weight, *bias, *taps, *gate, *grad_mean;
+  void* y;
+  float* sums;  // of this line
+  int64_t line, R, C, outer_stride_token, window;
+  float eps;
+};
+
+struct StageLoops {
+  void (*f32[8])(const StageLine&);  // by mk_token_downsample_step
+  void (*bf16[8])(const StageLine&);
+};
+
+}  // namespace mk
