@@ -1,6 +1,7 @@
 #include "common/cpu.h"
 
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include <atomic>
 
@@ -51,8 +52,9 @@ void* mk::workspace(int64_t bytes, int slot) {
   Workspace& w = thread_workspaces[slot];
   if (bytes > w.bytes) {
     free(w.memory);
-    const int64_t rounded = (bytes + 63) / 64 * 64;
-    w.memory = aligned_alloc(64, (size_t)rounded);
+    const int64_t page = 1 << 21, rounded = (bytes + page - 1) / page * page;
+    w.memory = aligned_alloc(page, (size_t)rounded);
+    if (w.memory) madvise(w.memory, rounded, MADV_HUGEPAGE);
     w.bytes = w.memory ? rounded : 0;
   }
   return w.memory;

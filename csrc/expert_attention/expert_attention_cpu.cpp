@@ -13,9 +13,6 @@ MK_DECLARE_LOOPS(mk::AttentionBackwardLoops, attention_backward_loops)
 
 namespace {
 
-// Queries of one head that a thread takes at a time.
-constexpr int64_t query_block = 96;
-
 // Backward: how many tasks are enough for the threads of a large machine, and the fewest keys that a task is worth.
 constexpr int64_t enough_tasks = 64, fewest_keys = 384;
 
@@ -61,22 +58,19 @@ MK_API int mk_expert_attention_fwd(const void* block, uint64_t nbytes) {
   if (int status = mk::read_args(function, block, nbytes, &a)) return status;
   if (int status = check(function, a)) return status;
   const auto& loops = a.dtype == MK_F32 ? attention_forward_loops().f32 : attention_forward_loops().bf16;
-  const int64_t bytes = loops.workspace_bytes(a.L, a.D), blocks = (a.L + query_block - 1) / query_block;
+  const int64_t bytes = loops.workspace_bytes(a.L, a.D), groups = (a.L + mk::query_group - 1) / mk::query_group;
 
   // A part of the range covers whole heads but for its ends, so that a thread packs few heads that another packs, too.
   std::atomic<bool> failed{false};
-  const int64_t grain = 1 + (1 << 20) / (a.L * a.D * query_block);
-  const int status = mk::parallel_for(a.P * a.H * blocks, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = 1 + (1 << 20) / (a.L * a.D * mk::query_group);
+  const int status = mk::parallel_for(a.P * a.H * groups, grain, [&](int64_t begin, int64_t end) {
     void* const workspace = mk::workspace(bytes);
     if (!workspace) failed = true;
-    while (workspace && begin < end) {
-      const int64_t index = begin / blocks, first = begin % blocks;
-      const int64_t count = end - begin < blocks - first ? end - begin : blocks - first;
-      const mk::AttentionHead h = head(a, index);
-      loops.pack(h, workspace);
-      const int64_t last = (first + count) * query_block;
-      loops.rows(h, workspace, first * query_block, last < a.L ? last : a.L);
-      begin += count;
+    for (int64_t i = begin; workspace && i < end; ++i) {
+      const int64_t first = i % groups * mk::query_group, last = first + mk::query_group;
+      const mk::AttentionHead h = head(a, i / groups);
+      if (i == begin || first == 0) loops.pack(h, workspace);
+      loops.rows(h, workspace, first, last < a.L ? last : a.L);
     }
   });
   return failed ? mk::no_memory(function) : status;

@@ -7,6 +7,9 @@ namespace mk {
 
 constexpr int64_t max_head_width = 256;
 
+// Queries of one head that a thread takes at a time.
+constexpr int64_t query_group = 192;
+
 // One head of one pair. Its tensors are (L, D), with a stride from token to token.
 struct AttentionHead {
   const void *q, *k, *v;
@@ -27,8 +30,8 @@ struct AttentionGradients {
 
 struct AttentionForward {
   int64_t (*workspace_bytes)(int64_t L, int64_t D);
-  void (*pack)(const AttentionHead&, void* workspace);  // keys and values, once per head
-  void (*rows)(const AttentionHead&, const void* workspace, int64_t first, int64_t end);  // queries from `first` on
+  void (*pack)(const AttentionHead&, void* workspace);                              // keys and values, once per head
+  void (*rows)(const AttentionHead&, void* workspace, int64_t first, int64_t end);  // at most query_group queries
 };
 
 // The gradient of the queries is a sum over keys. Each call of `keys` leaves the part of its keys, part_size(L, D) fp32

@@ -5,40 +5,51 @@
 
 namespace {
 
-// The scores of a panel of queries and a block of keys stay in the L1 and L2 caches. By measurement; 2304 is 6 blocks.
+// A block of keys and its values stay in the L2 cache while all panels of a group of queries look at it; so do the
+// scores of a panel. By measurement; 2304 tokens are 6 blocks and 12 groups.
 constexpr int panel_rows = 4 * tile_rows, key_block = 384;
 static_assert(key_block % tile_columns == 0, "blocks of keys consist of whole tiles");
 constexpr float log2e = 1.44269504f;
 
-// Where keys and values lie in the workspace.
-template <class Product>
-struct Packed {
-  int64_t keys, units, columns;  // L in whole tiles; a token's channels in units and, as columns, in whole tiles
+// The running softmax of one query: the largest score so far, and sums relative to it.
+struct Running {
+  float most;
+  vfloat sum;
+};
 
-  explicit Packed(const mk::AttentionHead& h) : Packed(h.L, h.D) {}
-  Packed(int64_t L, int64_t D)
+// Where things lie in the workspace: keys and values, and of a group of queries themselves and what they have summed
+// up.
+template <class Product>
+struct Layout {
+  int64_t keys, units, row_units, columns;  // L in whole tiles; D in units, also of a staged row; D in whole tiles
+
+  Layout(int64_t L, int64_t D)
       : keys(round_up(L, tile_columns)),
         units((D + Product::depth - 1) / Product::depth),
+        row_units(round_up(D, lanes) / Product::depth),
         columns(round_up(D, tile_columns)) {}
 
-  int64_t value_offset() const { return keys * units; }
   int64_t value_step() const { return keys / Product::depth * tile_columns; }  // from column tile to column tile
-  int64_t bytes() const { return (value_offset() + columns / tile_columns * value_step()) * (int64_t)sizeof(unit); }
+  int64_t values() const { return keys * units; }
+  int64_t queries() const { return values() + columns / tile_columns * value_step(); }
+  int64_t out() const { return queries() + round_up(mk::query_group, tile_rows) * row_units; }
+  int64_t running() const { return out() + round_up(mk::query_group, tile_rows) * columns; }
+  int64_t bytes() const { return running() * (int64_t)sizeof(unit) + mk::query_group * (int64_t)sizeof(Running); }
 };
 
 template <class Product>
 int64_t workspace_bytes(int64_t L, int64_t D) {
-  return Packed<Product>(L, D).bytes();
+  return Layout<Product>(L, D).bytes();
 }
 
 template <class Format, class Product>
 void pack(const mk::AttentionHead& h, void* workspace) {
   typedef typename Format::type type;
-  const Packed<Product> packed(h);
+  const Layout<Product> layout(h.L, h.D);
   unit* const memory = (unit*)workspace;
-  pack_columns<Format, Product>({(const type*)h.k, h.k_stride, h.cos, h.sin}, h.L, packed.keys, h.D, memory);
-  pack_depth<Format, Product>({(const type*)h.v, h.v_stride, nullptr, nullptr}, h.L, packed.keys, h.D,
-                              memory + packed.value_offset());
+  pack_columns<Format, Product>({(const type*)h.k, h.k_stride, h.cos, h.sin}, h.L, layout.keys, h.D, memory);
+  pack_depth<Format, Product>({(const type*)h.v, h.v_stride, nullptr, nullptr}, h.L, layout.keys, h.D,
+                              memory + layout.values());
 }
 
 inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
@@ -61,12 +72,6 @@ inline float largest(const float* p, int n) {
   const float b = quarter[0][2] > quarter[0][3] ? quarter[0][2] : quarter[0][3];
   return a > b ? a : b;
 }
-
-// The running softmax of one query: the largest score so far, and sums relative to it.
-struct Running {
-  float most;
-  vfloat sum;
-};
 
 // Scores to probabilities, relative to the largest score so far; rescales what was summed relative to a smaller one.
 template <class Product>
@@ -91,63 +96,64 @@ inline void soften(float* scores, int n, float scale, Running& r, float* out, in
   }
 }
 
-template <class Format, class Product>
-void panel(const mk::AttentionHead& h, const Packed<Product>& packed, const unit* keys, int64_t first, int64_t end) {
-  typedef typename Product::element element;
-  typedef typename Format::type type;
-  alignas(64) element queries[panel_rows * mk::max_head_width];
-  alignas(64) element probabilities[panel_rows * key_block];
+// What `rows` queries, at most panel_rows, take from a block of keys.
+template <class Product>
+void attend(const mk::AttentionHead& h, const Layout<Product>& layout, const unit* keys, int64_t key,
+            const unit* queries, int64_t rows, float* out, Running* running) {
+  alignas(64) typename Product::element probabilities[panel_rows * key_block];
   alignas(64) float scores[panel_rows * key_block];
-  alignas(64) float out[panel_rows * mk::max_head_width];
-  const unit* const values = keys + packed.value_offset();
-  const int64_t query_units = round_up(h.D, lanes) / Product::depth, columns = packed.columns;
-  const int64_t rows = end - first, whole = round_up(rows, tile_rows);
   const float scale = log2e / __builtin_sqrtf((float)h.D);
-
-  stage<Format, Product>({(const type*)h.q, h.q_stride, h.cos, h.sin}, first, whole, end, h.D, queries);
-  memset(out, 0, whole * columns * sizeof *out);
-  Running running[panel_rows];
-  for (int64_t i = 0; i < whole; ++i) running[i] = {-__builtin_inff(), vfloat{}};
-
-  for (int64_t key = 0; key < h.L; key += key_block) {
-    const int n = (int)(packed.keys - key < key_block ? packed.keys - key : key_block);
-    for (int j = 0; j < n; j += tile_columns) {
-      for (int64_t i = 0; i < whole; i += tile_rows) {
-        multiply<Product, false>((const unit*)queries + i * query_units, query_units, keys + (key + j) * packed.units,
-                                 packed.units, scores + i * key_block + j, key_block);
-      }
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      float* const row = scores + i * key_block;
-      for (int64_t j = h.L - key; j < n; ++j) row[j] = -__builtin_inff();
-      soften<Product>(row, n, scale, running[i], out + i * columns, columns, probabilities + i * key_block);
-    }
-    const int64_t depth = n / Product::depth, row_units = key_block / Product::depth;
-    for (int64_t c = 0; c < columns; c += tile_columns) {
-      const unit* const block = values + c / tile_columns * packed.value_step() + key / Product::depth * tile_columns;
-      for (int64_t i = 0; i < whole; i += tile_rows) {
-        multiply<Product, true>((const unit*)probabilities + i * row_units, row_units, block, depth,
-                                out + i * columns + c, columns);
-      }
+  const int n = (int)(layout.keys - key < key_block ? layout.keys - key : key_block);
+  for (int j = 0; j < n; j += tile_columns) {
+    for (int64_t i = 0; i < rows; i += tile_rows) {
+      multiply<Product, false>(queries + i * layout.row_units, layout.row_units, keys + (key + j) * layout.units,
+                               layout.units, scores + i * key_block + j, key_block);
     }
   }
-
   for (int64_t i = 0; i < rows; ++i) {
-    const float sum = total({running[i].sum});
-    type* const dst = (type*)h.out + (first + i) * h.out_stride;
-    for_lanes(h.D, [&](int64_t d, int count) __attribute__((always_inline)) {
-      store<Format>(dst + d, count, load(out + i * columns + d) / sum);
-    });
-    h.lse[first + i] = running[i].most * scale + __builtin_log2f(sum);
+    float* const row = scores + i * key_block;
+    for (int64_t j = h.L - key; j < n; ++j) row[j] = -__builtin_inff();
+    soften<Product>(row, n, scale, running[i], out + i * layout.columns, layout.columns, probabilities + i * key_block);
+  }
+  const unit* const values = keys + layout.values() + key / Product::depth * tile_columns;
+  for (int64_t c = 0; c < layout.columns; c += tile_columns) {
+    for (int64_t i = 0; i < rows; i += tile_rows) {
+      multiply<Product, true>((const unit*)(probabilities + i * key_block), key_block / Product::depth,
+                              values + c / tile_columns * layout.value_step(), n / Product::depth,
+                              out + i * layout.columns + c, layout.columns);
+    }
   }
 }
 
 template <class Format, class Product>
-void rows(const mk::AttentionHead& h, const void* workspace, int64_t first, int64_t end) {
-  const Packed<Product> packed(h);
-  for (; first < end; first += panel_rows) {
-    const int64_t panel_end = end - first < panel_rows ? end : first + panel_rows;
-    panel<Format, Product>(h, packed, (const unit*)workspace, first, panel_end);
+void rows(const mk::AttentionHead& h, void* workspace, int64_t first, int64_t end) {
+  typedef typename Format::type type;
+  const Layout<Product> layout(h.L, h.D);
+  const unit* const keys = (const unit*)workspace;
+  unit* const queries = (unit*)workspace + layout.queries();
+  float* const out = (float*)((unit*)workspace + layout.out());
+  Running* const running = (Running*)((unit*)workspace + layout.running());
+  const int64_t count = end - first, whole = round_up(count, tile_rows);
+
+  stage<Format, Product>({(const type*)h.q, h.q_stride, h.cos, h.sin}, first, whole, end, h.D,
+                         (typename Product::element*)queries);
+  memset(out, 0, whole * layout.columns * sizeof *out);
+  for (int64_t i = 0; i < count; ++i) running[i] = {-__builtin_inff(), vfloat{}};
+  for (int64_t key = 0; key < h.L; key += key_block) {
+    for (int64_t i = 0; i < count; i += panel_rows) {
+      attend<Product>(h, layout, keys, key, queries + i * layout.row_units,
+                      count - i < panel_rows ? count - i : panel_rows, out + i * layout.columns, running + i);
+    }
+  }
+
+  const float scale = log2e / __builtin_sqrtf((float)h.D);
+  for (int64_t i = 0; i < count; ++i) {
+    const float sum = total({running[i].sum});
+    type* const dst = (type*)h.out + (first + i) * h.out_stride;
+    for_lanes(h.D, [&](int64_t d, int count) __attribute__((always_inline)) {
+      store<Format>(dst + d, count, load(out + i * layout.columns + d) / sum);
+    });
+    h.lse[first + i] = running[i].most * scale + __builtin_log2f(sum);
   }
 }
 
