@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OBJECTS = ROOT / "build" / "cmake" / "CMakeFiles"
 SYSTEM_LIBRARIES = r"(libstdc\+\+|libgcc_s|libm|libc|ld-linux[^.]*|libdl|libpthread|librt)\.so\.\d+"
 # The newest versions of the system's symbols that the libraries may need. Static cudart needs a newer glibc.
-CEILINGS = {"GLIBC": "2.14", "GLIBCXX": "3.4", "CXXABI": "1.3.9"}
+CEILINGS = {"GLIBC": "2.29", "GLIBCXX": "3.4", "CXXABI": "1.3.9"}
 CUDA_GLIBC = "2.34"
 # What the objects must not use.
 ISAS = {"base": r"%[yz]mm", "avx2": r"%zmm", "avx512": r"dpbf16|cvtne\w*bf16", "avx512_bf16": None}

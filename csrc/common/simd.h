@@ -3,6 +3,9 @@
 // linker keeps one, which could be the AVX-512 copy.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 #include <stdint.h>
 #include <string.h>
 
@@ -50,27 +53,43 @@ inline float total(const vfloat (&v)[n]) {
   return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
 }
 
-// 2^x to 0.7 units in the last place; 0 below 2^-126.5, infinity from 2^127.5 on, NaN for NaN. Several vectors at a
-// time, step by step: the steps of one wait for each other longer than a processor looks ahead.
+// For exp2: split leaves the rest of x in [-1/2, 1/2] and returns the integer in a form that scale understands, which
+// multiplies by its power of 2. x may be infinite.
+#if defined(__AVX512DQ__)
+constexpr __mmask16 every = 0xffff;  // without a mask, GCC warns about its own headers
+inline vfloat split(vfloat& x) {
+  const __m512 whole = _mm512_maskz_roundscale_ps(every, (__m512)x, 0);
+  x = (vfloat)_mm512_maskz_reduce_ps(every, (__m512)x, 0);
+  return (vfloat)whole;
+}
+inline vfloat scale(vfloat y, vfloat whole) { return (vfloat)_mm512_maskz_scalef_ps(every, (__m512)y, (__m512)whole); }
+#else
+inline vfloat split(vfloat& x) {
+  const vfloat largest = vfloat{} + 128.0f, smallest = vfloat{} - 127.0f;
+  x = smallest > x ? smallest : x;
+  x = largest < x ? largest : x;
+  // Adding and subtracting 1.5 * 2^23 rounds to an integer, which stays behind in the low bits.
+  const vfloat shift = vfloat{} + 12582912.0f, shifted = x + shift;
+  x -= shifted - shift;
+  return shifted;
+}
+// The exponent field of 2^n is n + 127: 0 for n = -127, infinity for n = 128.
+inline vfloat scale(vfloat y, vfloat whole) { return y * (vfloat)(((vuint)whole << 23) + 0x3f800000u); }
+#endif
+
+// 2^x to 0.7 units in the last place; at most denormal below 2^-126.5, infinity from 2^128 on at the latest, NaN for
+// NaN. Several vectors at a time, step by step: the steps of one wait for each other longer than a processor looks
+// ahead.
 template <int n>
 inline void exp2(vfloat (&x)[n]) {
-  // Adding and subtracting 1.5 * 2^23 rounds to an integer, which stays behind in the low bits.
-  const vfloat shift = vfloat{} + 12582912.0f;
-  const vfloat largest = vfloat{} + 128.0f, smallest = vfloat{} - 127.0f;
   constexpr float coefficients[] = {0.00133999309f, 0.00961848907f, 0.0555032864f, 0.240226462f, 0.693147182f, 1.0f};
-  vfloat shifted[n], y[n];
-  MK_UNROLL for (int i = 0; i < n; ++i) {
-    x[i] = smallest > x[i] ? smallest : x[i];
-    x[i] = largest < x[i] ? largest : x[i];
-  }
-  MK_UNROLL for (int i = 0; i < n; ++i) shifted[i] = x[i] + shift;
-  MK_UNROLL for (int i = 0; i < n; ++i) x[i] -= shifted[i] - shift;
+  vfloat whole[n], y[n];
+  MK_UNROLL for (int i = 0; i < n; ++i) whole[i] = split(x[i]);
   MK_UNROLL for (int i = 0; i < n; ++i) y[i] = vfloat{} + 0.000153458124f;  // minimax in relative error on [-1/2, 1/2]
   MK_UNROLL for (float coefficient : coefficients) {
     MK_UNROLL for (int i = 0; i < n; ++i) y[i] = y[i] * x[i] + coefficient;
   }
-  // The exponent field of 2^n is n + 127: 0 for n = -127, infinity for n = 128.
-  MK_UNROLL for (int i = 0; i < n; ++i) x[i] = y[i] * (vfloat)(((vuint)shifted[i] << 23) + 0x3f800000u);
+  MK_UNROLL for (int i = 0; i < n; ++i) x[i] = scale(y[i], whole[i]);
 }
 
 inline vfloat exp2(vfloat x) {

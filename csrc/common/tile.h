@@ -6,10 +6,6 @@
 // of each of its columns.
 #pragma once
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #include "common/simd.h"
 
 namespace {
