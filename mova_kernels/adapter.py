@@ -11,7 +11,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import ops
+from . import backends, ops
 from ._checks import check, check_floats, check_like, check_tensor
 from ._linear import linear
 from .config import MoVAdapterConfig
@@ -233,8 +233,10 @@ class MoVAdapter(
         selected: Tensor,
         sizes: Sequence[tuple[int, int] | None],
         normalise: bool,
-    ) -> tuple[list[Tensor], list[bool]]:
+    ) -> tuple[list[Any], list[bool]]:
         """Each expert's tokens on the base grid, (B or B_e, R*R, C_e), and whether these are only the selected rows.
+
+        Or CentredFeatures, which get there behind the projection to keys and values.
 
         Where the host does not know the routing, what the unselected rows of an expert hold means nothing.
         """
@@ -260,8 +262,25 @@ class MoVAdapter(
         grids = [target if size is None else size for size in sizes]
         if normalise:  # once, for all blocks: their LayerNorms differ in the affine part alone
             dtype = functools.reduce(torch.promote_types, [f.dtype for f in given])  # autocast lets them differ
-            return list(ops.feature_norm([f.to(dtype) for f in given], grids, target, rows, EPS)), packed
+            given = [f.to(dtype) for f in given]
+            later = [self._resamples_later(f, s, target) for f, s in zip(given, grids, strict=True)]
+            now = [e for e, is_later in enumerate(later) if not is_later]
+            normed = iter(
+                ops.feature_norm([given[e] for e in now], [grids[e] for e in now], target, [rows[e] for e in now], EPS)
+                if now
+                else ()
+            )
+            return [
+                ops.centred_features(given[e], grids[e], target, rows[e], EPS) if is_later else next(normed)
+                for e, is_later in enumerate(later)
+            ], packed
         return [ops.feature_resample(f, s, target, r) for f, s, r in zip(given, grids, rows, strict=True)], packed
+
+    @staticmethod
+    def _resamples_later(feature: Tensor, size: tuple[int, int], target: tuple[int, int]) -> bool:
+        if not host_sees_values(feature.device) or not ops.resamples_later(feature, size, target):
+            return False
+        return backends.choose("ragged_linear", None, feature.device, feature.dtype) == "cpu"
 
 
 class AdapterBlock(nn.Module):

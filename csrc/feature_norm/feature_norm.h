@@ -31,6 +31,19 @@ struct mk_feature_norm_bwd_args {
   int64_t dtype;  // mk_dtype of grad, y and grad_t: MK_F32 or MK_BF16
 };
 
+// The same normalisation for whoever resamples later, behind a linear map: y is the sum of taps of n, times rstd.
+struct mk_feature_norm_centre_args {
+  uint64_t x;     // (rows of x, in_h * in_w, C), read
+  uint64_t rows;  // (M,) int64 or 0, as above, but none is negative
+  uint64_t n;     // (M, in_h * in_w, C), written: x - mean(x), rounded once
+  uint64_t rstd;  // (M, out_h * out_w) fp32, written: of the resampled n
+  int64_t M, in_h, in_w, out_h, out_w, C;
+  int64_t x_stride_row, x_stride_token;
+  double eps;
+  int64_t dtype;  // mk_dtype of x and n: MK_F32 or MK_BF16
+};
+
 // Return an mk_status; `nbytes` is the size of the block above.
 MK_API int mk_feature_norm_fwd(const void* args, uint64_t nbytes);
+MK_API int mk_feature_norm_centre(const void* args, uint64_t nbytes);
 MK_API int mk_feature_norm_bwd(const void* args, uint64_t nbytes);

@@ -6,19 +6,26 @@
 
 MK_DECLARE_LOOPS(mk::NormLoops, feature_norm_loops)
 
-MK_API int mk_feature_norm_fwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_feature_norm_fwd";
-  mk_feature_norm_fwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(function, {{"M", a.M, 0, INT64_MAX},
+namespace {
+
+template <class Args>
+int check_grids(const char* function, const Args& a) {
+  return mk::check_limits(function, {{"M", a.M, 0, INT64_MAX},
                                                {"in_h", a.in_h, 1, mk::max_axis},
                                                {"in_w", a.in_w, 1, mk::max_axis},
                                                {"out_h", a.out_h, 1, mk::max_axis},
                                                {"out_w", a.out_w, 1, mk::max_axis},
                                                {"C", a.C, 0, mk::max_norm_channels},
-                                               {"dtype", a.dtype, MK_F32, MK_BF16}})) {
-    return status;
-  }
+                                               {"dtype", a.dtype, MK_F32, MK_BF16}});
+}
+
+}  // namespace
+
+MK_API int mk_feature_norm_fwd(const void* block, uint64_t nbytes) {
+  const char* const function = "mk_feature_norm_fwd";
+  mk_feature_norm_fwd_args a;
+  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+  if (int status = check_grids(function, a)) return status;
   const mk::AxisTable h(a.in_h, a.out_h, a.in_w * a.x_stride_token, false), w(a.in_w, a.out_w, a.x_stride_token, false);
   const int64_t* const rows = (const int64_t*)a.rows;
   const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
@@ -32,6 +39,34 @@ MK_API int mk_feature_norm_fwd(const void* block, uint64_t nbytes) {
       const char* const x = (const char*)a.x + bytes * row * a.x_stride_row;
       char* const y = (char*)a.y + bytes * i * a.out_w * a.C;
       run({{x, h.view(), w.view(), line, a.out_w, a.C, y, a.C}, (float*)a.rstd + i * a.out_w, (float)a.eps});
+    }
+  });
+}
+
+MK_API int mk_feature_norm_centre(const void* block, uint64_t nbytes) {
+  const char* const function = "mk_feature_norm_centre";
+  mk_feature_norm_centre_args a;
+  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+  if (int status = check_grids(function, a)) return status;
+  const int64_t tokens = a.in_h * a.in_w, bytes = a.dtype == MK_F32 ? 4 : 2;
+  const int64_t* const rows = (const int64_t*)a.rows;
+  const auto centre = a.dtype == MK_F32 ? feature_norm_loops().centre_f32 : feature_norm_loops().centre_bf16;
+  const auto run = a.dtype == MK_F32 ? feature_norm_loops().rstd_f32 : feature_norm_loops().rstd_bf16;
+
+  int status = mk::parallel_for(a.M * a.in_h, 1 + (1 << 16) / (a.in_w * a.C + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m = i / a.in_h, token = i % a.in_h * a.in_w, row = rows ? rows[m] : m;
+      const char* const x = (const char*)a.x + bytes * (row * a.x_stride_row + token * a.x_stride_token);
+      centre({x, a.x_stride_token, (char*)a.n + bytes * i * a.in_w * a.C, a.in_w, a.C});
+    }
+  });
+  if (status) return status;
+  const mk::AxisTable h(a.in_h, a.out_h, a.in_w * a.C, false), w(a.in_w, a.out_w, a.C, false);
+  return mk::parallel_for(a.M * a.out_h, 1 + (1 << 16) / (a.out_w * a.C + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t m = i / a.out_h, line = i % a.out_h;
+      const char* const n = (const char*)a.n + bytes * m * tokens * a.C;
+      run({{n, h.view(), w.view(), line, a.out_w, a.C, nullptr, 0}, (float*)a.rstd + i * a.out_w, (float)a.eps});
     }
   });
 }

@@ -17,6 +17,13 @@ struct NormLine {
   float eps;
 };
 
+struct CentreTokens {
+  const void* x;
+  int64_t x_stride;  // elements from token to token
+  void* n;
+  int64_t tokens, C;
+};
+
 // Neighbouring tokens of one row.
 struct GradNormTokens {
   const void* grad;
@@ -30,6 +37,10 @@ struct GradNormTokens {
 struct NormLoops {
   void (*f32)(const NormLine&);
   void (*bf16)(const NormLine&);
+  void (*rstd_f32)(const NormLine&);  // the line is not written
+  void (*rstd_bf16)(const NormLine&);
+  void (*centre_f32)(const CentreTokens&);
+  void (*centre_bf16)(const CentreTokens&);
   void (*grad_f32)(const GradNormTokens&);
   void (*grad_bf16)(const GradNormTokens&);
 };

@@ -36,7 +36,7 @@ inline void store_norm(const vfloat* token, float mean, float rstd, typename For
 }
 
 // A token's vectors lie in the order of Format::load, which neither its statistics nor Format::store mind.
-template <class Format>
+template <class Format, bool writes>
 void norm_line(const mk::NormLine& line) {
   constexpr int width = Format::width, parts = Format::parts, pass = chunks_per_pass * width;
   const int64_t C = line.resample.C, whole = C - C % width;
@@ -70,9 +70,47 @@ void norm_line(const mk::NormLine& line) {
     mean += shift;
 
     line.rstd[x] = rstd;
+    if (!writes) continue;
     auto* dst = static_cast<typename Format::type*>(line.resample.dst) + x * line.resample.dst_stride;
     for (c = 0; c < whole; c += width) store_norm<Format>(token + c / lanes, mean, rstd, dst + c, width);
     if (rest) store_norm<Format>(token + c / lanes, mean, rstd, dst + c, rest);
+  }
+}
+
+template <class Format>
+inline void add_deviations(const typename Format::type* x, int count, float mean, vfloat& sum) {
+  vfloat v[Format::parts];
+  Format::load(x, count, v);
+  for (int part = 0; part < Format::parts; ++part) sum += v[part] - mean;
+  if (count < Format::width) sum[0] += (float)(Format::width - count) * mean;  // lanes without a channel held zeros
+}
+
+template <class Format>
+inline void store_deviations(const typename Format::type* x, int count, float mean, typename Format::type* n) {
+  vfloat v[Format::parts];
+  Format::load(x, count, v);
+  for (int part = 0; part < Format::parts; ++part) v[part] -= mean;
+  Format::store(n, count, v);
+}
+
+template <class Format>
+void centre_tokens(const mk::CentreTokens& t) {
+  typedef typename Format::type type;
+  constexpr int width = Format::width;
+  const int64_t whole = t.C - t.C % width;
+  const int rest = (int)(t.C - whole);
+  for (int64_t i = 0; i < t.tokens; ++i) {
+    const type* const x = static_cast<const type*>(t.x) + i * t.x_stride;
+    type* const n = static_cast<type*>(t.n) + i * t.C;
+    float mean = 0;
+    for (int pass = 0; pass < 2; ++pass) {  // a rounded mean leaves deviations with a mean of their own
+      vfloat sum[sums] = {};
+      for (int64_t c = 0; c < whole; c += width) add_deviations<Format>(x + c, width, mean, sum[c / width % sums]);
+      if (rest) add_deviations<Format>(x + whole, rest, mean, sum[0]);
+      mean += total(sum) / (float)t.C;
+    }
+    for (int64_t c = 0; c < whole; c += width) store_deviations<Format>(x + c, width, mean, n + c);
+    if (rest) store_deviations<Format>(x + whole, rest, mean, n + whole);
   }
 }
 
@@ -126,5 +164,6 @@ void grad_norm_tokens(const mk::GradNormTokens& t) {
 
 }  // namespace
 
-extern const mk::NormLoops MK_ISA_NAME(feature_norm_loops) = {norm_line<F32>, norm_line<BF16>, grad_norm_tokens<F32>,
-                                                              grad_norm_tokens<BF16>};
+extern const mk::NormLoops MK_ISA_NAME(feature_norm_loops) = {
+    norm_line<F32, true>, norm_line<BF16, true>, norm_line<F32, false>, norm_line<BF16, false>,
+    centre_tokens<F32>, centre_tokens<BF16>, grad_norm_tokens<F32>, grad_norm_tokens<BF16>};

@@ -29,6 +29,17 @@ struct mk_ragged_linear_unfold_args {
   int64_t dtype;  // mk_dtype of all that is not fp32: MK_F32 or MK_BF16
 };
 
+// A projection in front of the resampling: y = scale * (the sum of taps of x as in feature_resample.h) + shift.
+struct mk_ragged_linear_resample_args {
+  uint64_t x;      // (M, in_h * in_w, C), read
+  uint64_t scale;  // (M, out_h * out_w) fp32, read
+  uint64_t shift;  // (C,) fp32, read
+  uint64_t y;      // (M, out_h * out_w, C), written; rounded once
+  int64_t M, in_h, in_w, out_h, out_w, C;
+  int64_t dtype;  // mk_dtype of x and y: MK_F32 or MK_BF16
+};
+
 // Return an mk_status; `nbytes` is the size of the block above. Sums do not depend on the number of threads.
 MK_API int mk_ragged_linear_sum(const void* args, uint64_t nbytes);
+MK_API int mk_ragged_linear_resample(const void* args, uint64_t nbytes);
 MK_API int mk_ragged_linear_unfold(const void* args, uint64_t nbytes);

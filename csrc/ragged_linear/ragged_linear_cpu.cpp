@@ -1,8 +1,9 @@
 #include "ragged_linear/ragged_linear_cpu.h"
 
 #include "common/cpu.h"
+#include "feature_resample/axis_table.h"
 
-MK_DECLARE_LOOPS(mk::UnfoldLoops, ragged_linear_loops)
+MK_DECLARE_LOOPS(mk::RaggedLinearLoops, ragged_linear_loops)
 
 namespace {
 
@@ -39,4 +40,31 @@ MK_API int mk_ragged_linear_unfold(const void* block, uint64_t nbytes) {
     return status;
   }
   return over_columns(a, a.O, a.dtype == MK_F32 ? ragged_linear_loops().unfold_f32 : ragged_linear_loops().unfold_bf16);
+}
+
+MK_API int mk_ragged_linear_resample(const void* block, uint64_t nbytes) {
+  const char* const function = "mk_ragged_linear_resample";
+  mk_ragged_linear_resample_args a;
+  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+  if (int status = mk::check_limits(function, {{"M", a.M, 0, INT64_MAX},
+                                               {"in_h", a.in_h, 1, mk::max_axis},
+                                               {"in_w", a.in_w, 1, mk::max_axis},
+                                               {"out_h", a.out_h, 1, mk::max_axis},
+                                               {"out_w", a.out_w, 1, mk::max_axis},
+                                               {"C", a.C, 0, INT64_MAX},
+                                               {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+    return status;
+  }
+  const mk::AxisTable h(a.in_h, a.out_h, a.in_w * a.C, false), w(a.in_w, a.out_w, a.C, false);
+  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
+  const auto run = a.dtype == MK_F32 ? ragged_linear_loops().resample_f32 : ragged_linear_loops().resample_bf16;
+  return mk::parallel_for(a.M * a.out_h, 1 + (1 << 16) / (a.out_w * a.C + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const char* const x = (const char*)a.x + bytes * (i / a.out_h) * a.in_h * a.in_w * a.C;
+      char* const y = (char*)a.y + bytes * i * a.out_w * a.C;
+      run({{x, h.view(), w.view(), i % a.out_h, a.out_w, a.C, y, a.C},
+           (const float*)a.scale + i * a.out_w,
+           (const float*)a.shift});
+    }
+  });
 }

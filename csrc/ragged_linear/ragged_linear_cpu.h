@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "feature_resample/feature_resample_cpu.h"
 #include "ragged_linear/ragged_linear.h"
 
 namespace mk {
@@ -10,12 +11,21 @@ namespace mk {
 // The columns that are summed in registers at once: four cache lines of fp32 or two of bf16.
 constexpr int64_t columns_per_block = 64;
 
-// Each takes the columns [begin, end).
-struct UnfoldLoops {
+// One line of pixels of one row.
+struct ScaledLine {
+  ResampleLine resample;
+  const float* scale;  // of the line's first pixel
+  const float* shift;
+};
+
+struct RaggedLinearLoops {
+  // Each takes the columns [begin, end).
   void (*sum_f32)(const mk_ragged_linear_sum_args&, int64_t begin, int64_t end);
   void (*sum_bf16)(const mk_ragged_linear_sum_args&, int64_t begin, int64_t end);
   void (*unfold_f32)(const mk_ragged_linear_unfold_args&, int64_t begin, int64_t end);
   void (*unfold_bf16)(const mk_ragged_linear_unfold_args&, int64_t begin, int64_t end);
+  void (*resample_f32)(const ScaledLine&);
+  void (*resample_bf16)(const ScaledLine&);
 };
 
 }  // namespace mk

@@ -12,6 +12,8 @@ from ..feature_resample import native_impl as feature_resample
 
 # x, rows, y, rstd; M, in_h, in_w, out_h, out_w, C, two strides; eps; dtype
 _fwd = _native.function("mk_feature_norm_fwd", "4Q8qdq")
+# x, rows, n, rstd; as above
+_centre = _native.function("mk_feature_norm_centre", "4Q8qdq")
 # grad, rows, y, rstd, grad_t; M, L, C, two strides, dtype
 _bwd = _native.function("mk_feature_norm_bwd", "5Q6q")
 
@@ -36,6 +38,23 @@ def backward(
     grids, out_size = _grids(sizes)
     experts = zip(grads, results, rstds, rows, num_rows, grids, strict=True)
     return [_backward(g, y, rstd, r, n, size, out_size) for g, y, rstd, r, n, size in experts]
+
+
+def centred(
+    x: Tensor, rows: Tensor | None, in_size: Sequence[int], out_size: Sequence[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    """(R, h*w, C), (M,) int64, none negative, or None -> x - mean(x), (M, h*w, C), and (M, H*W) fp32."""
+    x = _native.adjacent_channels(x)
+    rows = None if rows is None else rows.contiguous()
+    m = x.shape[0] if rows is None else rows.shape[0]
+    n = x.new_empty(m, *x.shape[1:])
+    rstd = x.new_empty((m, out_size[0] * out_size[1]), dtype=torch.float32)
+    pointers = (t.data_ptr() for t in (n, rstd))
+    _centre(
+        x.data_ptr(), _pointer(rows), *pointers,
+        m, *in_size, *out_size, x.shape[2], *x.stride()[:2], eps, _native.DTYPES[x.dtype],
+    )  # fmt: skip
+    return n, rstd
 
 
 def _forward(

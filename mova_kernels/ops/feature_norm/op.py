@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +80,46 @@ def feature_norm(
     if torch.is_grad_enabled() and any(x.requires_grad for x in features):
         return _FeatureNorm.apply(sizes, eps, chosen, *rows, *features)[: len(features)]
     return tuple(_fwd(features, rows, sizes, eps, chosen)[0])
+
+
+class CentredFeatures(NamedTuple):
+    """Features that are resampled and scaled later, behind a projection: by linearity the result is the same.
+
+    ``rstd * resampled tokens`` is what feature_norm gives.
+    """
+
+    tokens: Tensor  # (M, h*w, C): x - mean(x) per token
+    rstd: Tensor  # (M, H*W) fp32
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
+
+
+def centred_features(
+    x: Tensor, in_size: tuple[int, int], out_size: tuple[int, int], rows: Tensor | None, eps: float = 1e-5
+) -> CentredFeatures:
+    """The first part of :func:`feature_norm` of one expert, for ragged_linear on CPUs: see :func:`resamples_later`.
+
+    Arguments as there, but no row is negative. Not differentiable.
+    """
+    check_floats("x", x, ("R", in_size[0] * in_size[1], "C"))
+    if rows is not None:
+        check_tensor("rows", rows, ("M",))
+        check(bool(((rows >= 0) & (rows < x.shape[0])).all()), "rows", f"must be from 0 to {x.shape[0] - 1}", rows)
+    _choose("cpu", [x], [*in_size, *out_size])
+    return CentredFeatures(*native_impl.centred(x.detach(), rows, in_size, out_size, eps), in_size, out_size)
+
+
+def resamples_later(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, int]) -> bool:
+    """Whether it is faster to project the features of a coarse grid first: on a CPU, if they need no gradient.
+
+    A product of C channels is saved for each token that the grid lacks. Resampling its result costs as much as a
+    product of 64 (benchmarks/bench_ragged_linear.py), whatever the number of outputs.
+    """
+    tokens, length = in_size[0] * in_size[1], out_size[0] * out_size[1]
+    plain = type(x) is Tensor and x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad)
+    if not plain or torch.compiler.is_compiling() or (length - tokens) * x.shape[2] <= 64 * length:
+        return False
+    return _choose(None, [x], [*in_size, *out_size]) == "cpu"
 
 
 def _choose(backend: str | None, features: Sequence[Tensor], sizes: Sequence[int]) -> str:

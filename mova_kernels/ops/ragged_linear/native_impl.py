@@ -6,6 +6,7 @@ The C side is csrc/ragged_linear/ragged_linear.h.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +14,35 @@ from torch import Tensor
 from ... import _native
 from ..._linear import product
 from ...ragged import PairTables
+from ..feature_resample import native_impl as feature_resample
 from . import reference
 
 # x, sum; R, C, stride, dtype
 _sum = _native.function("mk_ragged_linear_sum", "2Q4q")
 # dV, W, total, scale, shift, dW, dscale, dshift; O, C, two strides, dtype
 _unfold = _native.function("mk_ragged_linear_unfold", "8Q5q")
+
+# x, scale, shift, y; M, in_h, in_w, out_h, out_w, C, dtype
+_resample = _native.function("mk_ragged_linear_resample", "4Q7q")
+
+
+class Resampling(NamedTuple):
+    """What is still to be done with the projected tokens of an expert (feature_norm's CentredFeatures)."""
+
+    rstd: Tensor  # (R, H*W) fp32
+    in_size: Sequence[int]
+    out_size: Sequence[int]
+
+    def forward(self, x: Tensor, rows: Tensor, constant: Tensor, out: Tensor) -> None:
+        """(n, h*w, O), (n,), (O,) -> (n, H*W, O)."""
+        rstd, constant = self.rstd[rows], constant.float()
+        pointers = (t.data_ptr() for t in (x, rstd, constant, out))
+        _resample(*pointers, len(x), *self.in_size, *self.out_size, x.shape[2], _native.DTYPES[x.dtype])
+
+    def adjoint(self, dy: Tensor, rows: Tensor) -> Tensor:
+        """(n, H*W, O), (n,) -> (n, h*w, O)."""
+        scaled = dy * self.rstd[rows, :, None].to(dy.dtype)
+        return feature_resample.cpu_backward(scaled, list(self.in_size), list(self.out_size))
 
 
 def forward(
@@ -30,18 +54,24 @@ def forward(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     dtype: torch.dtype,
+    resamplings: Sequence[Resampling | None] | None = None,
 ) -> list[Tensor]:
     """One (P, L, O) per projection; arguments as in op.py."""
     offsets, num_experts = tables.expert_offsets.tolist(), len(scale)
-    shapes = [(len(tables.sample), x[0].shape[1], w.shape[0]) for w in weight[::num_experts]]
+    resamplings = resamplings or [None] * num_experts
+    length = next((r.rstd.shape[1] for r in resamplings if r), x[0].shape[1])
+    shapes = [(len(tables.sample), length, w.shape[0]) for w in weight[::num_experts]]
     outputs = [x[0].new_empty(shape, dtype=dtype) for shape in shapes]
     with torch.autocast("cpu", enabled=False):
         for e, source, selected in reference.experts(x, rows, tables, offsets):
-            taken = reference.take(source, selected).to(dtype)
+            taken, resampling = reference.take(source, selected).to(dtype), resamplings[e]
             for i, output in enumerate(outputs):
-                j = i * num_experts + e
-                folded = reference.folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)
-                product(taken, *folded, out=output[offsets[e] : offsets[e + 1]])
+                j, out = i * num_experts + e, output[offsets[e] : offsets[e + 1]]
+                narrow, constant = reference.folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)
+                if resampling is None:
+                    product(taken, narrow, constant, out=out)
+                else:
+                    resampling.forward(product(taken, narrow), selected, constant, out)
     for output in outputs:
         output[offsets[-1] :] = 0
     return outputs
@@ -57,20 +87,29 @@ def backward(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     needs_x: bool,
+    resamplings: Sequence[Resampling | None] | None = None,
 ) -> list[Tensor]:
     """Gradients of x (nothing if not ``needs_x``), scale, shift, weight and bias; always the same bits."""
     offsets = tables.expert_offsets.tolist()
+    resamplings = resamplings or [None] * len(scale)
+
+    def gradients(e: int, dy: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        total, resampling = column_sums(dy), resamplings[e]
+        if resampling is not None:
+            selected = tables.row[offsets[e] : offsets[e + 1]]
+            dy = resampling.adjoint(dy.unflatten(0, (len(selected), -1)), selected).flatten(0, 1)
+        return weight_gradients(dy, total, *others)
+
     with torch.autocast("cpu", enabled=False):
         return reference.ragged_linear_backward(
-            grads, x, rows, tables, offsets, scale, shift, weight, bias, needs_x, product, weight_gradients
+            grads, x, rows, tables, offsets, scale, shift, weight, bias, needs_x, product, gradients
         )
 
 
 def weight_gradients(
-    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
+    dy: Tensor, total: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What reference.weight_gradients computes; the gradient of the weight in its dtype, the others in fp32."""
-    total = column_sums(dy)
     grad_folded = product(dy.t(), x.t())
     if {t.dtype for t in (grad_folded, scale, shift)} != {weight.dtype}:  # autocast
         return reference.unfolded(grad_folded, total, scale, shift, weight)

@@ -12,13 +12,14 @@ from ... import _native, _triton, backends
 from ..._checks import check, check_floats, check_tensor
 from ..._library import define, functorch_active
 from ...ragged import PairTables, RaggedPairs
+from ..feature_norm import CentredFeatures
 from . import native_impl, reference
 
 backends.register("ragged_linear", _triton.BACKEND, _native.BACKEND)
 
 
 def ragged_linear(
-    x: Tensor | Sequence[Tensor],
+    x: Tensor | Sequence[Tensor | CentredFeatures],
     pairs: RaggedPairs,
     affines: Sequence[tuple[Tensor, Tensor]],
     weights: Sequence[Sequence[Tensor]],
@@ -33,7 +34,8 @@ def ragged_linear(
 
     Args:
         x: (B, L, C): the tokens of each sample, which its pairs share; or per expert (R_e, L, C_e), of which a pair
-            takes the row ``pairs.row``. Only these rows are read.
+            takes the row ``pairs.row``. Only these rows are read. ``cpu`` also takes feature_norm's CentredFeatures,
+            which it resamples behind the projection; they get no gradient.
         pairs: the pairs.
         affines: per expert g and b, (C_e,) each.
         weights: per projection, per expert W, (O, C_e). Queries are one projection, keys and values are two.
@@ -49,14 +51,24 @@ def ragged_linear(
         backends.BackendError: the requested backend cannot run here.
     """
     shared = isinstance(x, Tensor)
-    sources = [x] if isinstance(x, Tensor) else list(x)
+    given = [x] if isinstance(x, Tensor) else list(x)
+    resamplings = [
+        native_impl.Resampling(*source[1:]) if isinstance(source, CentredFeatures) else None for source in given
+    ]
+    sources = [source.tokens if isinstance(source, CentredFeatures) else source for source in given]
+    length = next((r.rstd.shape[1] for r in resamplings if r), sources[0].shape[1] if sources else 0)
     check(shared or len(sources) == pairs.num_experts, "x", f"must be one tensor or {pairs.num_experts}", len(sources))
     for e, source in enumerate(sources):
         name = "x" if shared else f"x[{e}]"
-        check_floats(name, source, (pairs.num_samples if shared else "R", sources[0].shape[1], "C"))
+        resampling = resamplings[e]
+        tokens = length if resampling is None else resampling.in_size[0] * resampling.in_size[1]
+        check_floats(name, source, (pairs.num_samples if shared else "R", tokens, "C"))
+        if resampling is not None:
+            check_tensor(f"{name}.rstd", resampling.rstd, (source.shape[0], length))
     widths = [source.shape[2] for source in sources] * (pairs.num_experts if shared else 1)
     _check_parameters(widths, affines, weights, biases)
-    return project(sources, "sample" if shared else "row", pairs, affines, weights, biases, backend)
+    later = resamplings if any(resamplings) else None
+    return project(sources, "sample" if shared else "row", pairs, affines, weights, biases, backend, later)
 
 
 def _check_parameters(
@@ -88,6 +100,7 @@ def project(
     weights: Sequence[Sequence[Tensor]],
     biases: Sequence[Sequence[Tensor]] = (),
     backend: str | None = None,
+    resamplings: Sequence[native_impl.Resampling | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """The op without checks. ``rows`` names what a pair takes of its source.
 
@@ -98,13 +111,15 @@ def project(
     device = weight[0].device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight[0].dtype
-    backend = backends.choose("ragged_linear", backend, device, dtype)
+    only_cpu = "it takes no CentredFeatures" if resamplings else None
+    unfit = dict.fromkeys(("triton", "reference"), only_cpu) if only_cpu else None
+    backend = backends.choose("ragged_linear", backend, device, dtype, unfit)
     if backend == "reference" and pairs.bounds is not None:
         arguments = (sources, rows, pairs.tables, pairs.bounds, scale, shift, weight, bias, dtype)
         return tuple(reference.ragged_linear(*arguments))
     sizes = (len(sources), len(scale), len(weight), len(bias))
     sources = [source.to(dtype) for source in sources]
-    settings = (rows, dtype, backend, sizes, pairs.bounds)
+    settings = (rows, dtype, backend, sizes, pairs.bounds, resamplings)
     function = _RaggedLinearFunctorch if functorch_active() else _RaggedLinear
     return function.apply(settings, *pairs.tables, *sources, *scale, *shift, *weight, *bias)
 
@@ -153,6 +168,49 @@ _bwd = define(
     _backward_kernel,
     _backward_fake,
 )
+
+
+def _resamplings(rstds, sizes):
+    grids = [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
+    return [
+        None if rstd is None else native_impl.Resampling(rstd, size[:2], size[2:])
+        for rstd, size in zip(rstds, grids, strict=True)
+    ]
+
+
+def _resampling_forward_kernel(x, rows, tables, scale, shift, weight, bias, dtype, rstds, sizes):
+    backends.choose("ragged_linear", "cpu", x[0].device, dtype)
+    resamplings = _resamplings(rstds, sizes)
+    return native_impl.forward(x, rows, PairTables(*tables), scale, shift, weight, bias, dtype, resamplings)
+
+
+def _resampling_backward_kernel(grads, x, rows, tables, scale, shift, weight, bias, needs_x, rstds, sizes):
+    backends.choose("ragged_linear", "cpu", x[0].device, x[0].dtype)
+    parameters = (scale, shift, weight, bias, needs_x, _resamplings(rstds, sizes))
+    return native_impl.backward(grads, x, rows, PairTables(*tables), *parameters)
+
+
+def _resampling_forward_fake(x, rows, tables, scale, shift, weight, bias, dtype, rstds, sizes):
+    length = next(rstd.shape[1] for rstd in rstds if rstd is not None)
+    firsts = weight[:: len(scale)]
+    return [w.new_empty((tables[0].shape[0], length, w.shape[0]), dtype=dtype) for w in firsts]
+
+
+_LATER = "Tensor?[] rstds, SymInt[] sizes"
+_resampling_fwd = define(
+    "ragged_linear_resampling_fwd",
+    f"({_INPUTS}, ScalarType dtype, {_LATER}) -> Tensor[]",
+    _resampling_forward_kernel,
+    _resampling_forward_fake,
+)
+_resampling_bwd = define(
+    "ragged_linear_resampling_bwd",
+    f"(Tensor[] grads, {_INPUTS}, bool needs_x, {_LATER}) -> Tensor[]",
+    _resampling_backward_kernel,
+    lambda grads, x, rows, tables, scale, shift, weight, bias, needs_x, rstds, sizes: _backward_fake(
+        grads, x, rows, tables, scale, shift, weight, bias, needs_x, "cpu"
+    ),
+)
 _NUM_TABLES = len(PairTables._fields)
 
 
@@ -166,10 +224,11 @@ class _RaggedLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        rows, _, backend, sizes, bounds = ctx.settings
+        rows, _, backend, sizes, bounds, resamplings = ctx.settings
         num_sources = sizes[0]
         needs_x = any(ctx.needs_input_grad[1 + _NUM_TABLES :][:num_sources])
-        found = _bwd(list(grads), *_arguments(rows, sizes, ctx.saved_tensors), needs_x, backend)
+        arguments = (list(grads), *_arguments(rows, sizes, ctx.saved_tensors), needs_x)
+        found = _resampling_bwd(*arguments, *_flat(resamplings)) if resamplings else _bwd(*arguments, backend)
         of_x, of_parameters = (found[:num_sources], found[num_sources:]) if needs_x else ([None] * num_sources, found)
         of_parameters = without_idle(of_parameters, bounds)
         return None, *(None,) * _NUM_TABLES, *of_x, *of_parameters
@@ -189,8 +248,15 @@ class _RaggedLinearFunctorch(_RaggedLinear):
 
 
 def _forward(settings: tuple, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    rows, dtype, backend, sizes, _ = settings
-    return tuple(_fwd(*_arguments(rows, sizes, tensors), dtype, backend))
+    rows, dtype, backend, sizes, _, resamplings = settings
+    arguments = (*_arguments(rows, sizes, tensors), dtype)
+    return tuple(_resampling_fwd(*arguments, *_flat(resamplings)) if resamplings else _fwd(*arguments, backend))
+
+
+def _flat(resamplings: Sequence[native_impl.Resampling | None]) -> tuple[list[Tensor | None], list[int]]:
+    """As a schema has it: per expert rstd or None; and h, w, H, W, of which the former are 0 for None."""
+    sizes = [size for r in resamplings for size in ((*r.in_size, *r.out_size) if r else (0, 0, 0, 0))]
+    return [r.rstd if r else None for r in resamplings], sizes
 
 
 def _arguments(rows: str, sizes: tuple[int, int, int, int], tensors: Sequence[Tensor]) -> tuple:

@@ -85,7 +85,7 @@ def ragged_linear_backward(
         for i, grad in enumerate(grads):
             j = i * num_experts + e
             dy = grad[offsets[e] : offsets[e + 1]].flatten(0, 1)
-            found = gradients(dy, taken.to(dy.dtype), scale[e], shift[e], weight[j])
+            found = gradients(e, dy, taken.to(dy.dtype), scale[e], shift[e], weight[j])
             grad_weight[j].copy_(found[0])
             grad_scale[e] += found[1]
             grad_shift[e] += found[2]
@@ -99,9 +99,9 @@ def ragged_linear_backward(
 
 
 def weight_gradients(
-    dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
+    _: int, dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(R, O), (R, C), (C,), (C,), (O, C) -> the gradients of weight, scale, shift and bias, fp32 or wider."""
+    """An expert, (R, O), (R, C), (C,), (C,), (O, C) -> the gradients of weight, scale, shift and bias, fp32 or wider."""
     total = dy.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32))
     return unfolded(dy.t() @ x, total, scale, shift, weight)
 
