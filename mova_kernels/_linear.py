@@ -33,7 +33,7 @@ def product(
         (..., O): ``out``, or a new tensor.
     """
     if out is None:
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        out = (_native.empty if _is_ours(x) else Tensor.new_empty)(x, *x.shape[:-1], weight.shape[0])
     rows, result = x.flatten(0, -2), out.flatten(0, -2)
     added = None if added is None else added.flatten(0, -2)
     if _is_ours(x, weight):

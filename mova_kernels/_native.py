@@ -128,6 +128,14 @@ def function(name: str, layout: str, library: str = "cpu") -> Callable[..., None
     return call
 
 
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """like.new_empty(shape) for a CPU. What is large lies in huge pages, as in NumPy: fresh memory costs less then."""
+    x = like.new_empty(shape)
+    if x.nbytes >= 1 << 22:
+        _require("cpu").mk_advise_huge_pages(x.data_ptr(), x.nbytes)
+    return x
+
+
 def adjacent_channels(x: Tensor) -> Tensor:
     """``x``, or a copy whose last dimension has stride 1, which is what the C functions take."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -206,6 +214,8 @@ def _load_cpu() -> ctypes.CDLL | str:
         library.mk_set_cpu_isa.argtypes = (ctypes.c_char_p,)
         library.mk_set_parallel_for.argtypes = (ctypes.c_void_p,)
         library.mk_set_parallel_for.restype = None
+        library.mk_advise_huge_pages.argtypes = (ctypes.c_uint64, ctypes.c_uint64)
+        library.mk_advise_huge_pages.restype = None
         library.mk_set_parallel_for(_torch_parallel_for())
     return library
 

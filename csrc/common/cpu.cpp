@@ -27,6 +27,8 @@ int best_isa() {
 std::atomic<int> current_isa{best_isa()};
 std::atomic<mk_parallel_for> current_parallel_for{nullptr};
 
+constexpr uint64_t huge_page = 1 << 21;
+
 struct Workspace {
   void* memory = nullptr;
   int64_t bytes = 0;
@@ -48,13 +50,19 @@ int mk::parallel_for(int64_t n, int64_t grain, mk_range_body body, void* context
   return error ? fail(MK_THREADS_ERROR, "parallel_for failed with code %d", error) : MK_OK;
 }
 
+MK_API void mk_advise_huge_pages(uint64_t memory, uint64_t bytes) {
+  const uint64_t begin = (memory + huge_page - 1) / huge_page * huge_page,
+                 end = (memory + bytes) / huge_page * huge_page;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice that the system may not take
+}
+
 void* mk::workspace(int64_t bytes, int slot) {
   Workspace& w = thread_workspaces[slot];
   if (bytes > w.bytes) {
     free(w.memory);
-    const int64_t page = 1 << 21, rounded = (bytes + page - 1) / page * page;
-    w.memory = aligned_alloc(page, (size_t)rounded);
-    if (w.memory) madvise(w.memory, rounded, MADV_HUGEPAGE);
+    const int64_t page = huge_page, rounded = (bytes + page - 1) / page * page;
+    w.memory = aligned_alloc(huge_page, (size_t)rounded);
+    mk_advise_huge_pages((uint64_t)w.memory, (uint64_t)rounded);
     w.bytes = w.memory ? rounded : 0;
   }
   return w.memory;

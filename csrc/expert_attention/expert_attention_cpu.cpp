@@ -92,6 +92,7 @@ MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
   const std::unique_ptr<float, decltype(&free)> partial{
       (float*)aligned_alloc(64, (size_t)(heads * parts * part_size) * sizeof(float)), &free};
   if (!partial) return mk::no_memory(function);
+  mk_advise_huge_pages((uint64_t)partial.get(), (uint64_t)(heads * parts * part_size) * sizeof(float));
 
   const auto gradients = [&](int64_t index) {
     const int64_t pair = index / a.H, offset = itemsize * (index % a.H) * a.D;

@@ -21,7 +21,7 @@ def forward(
     q, k, v = (_native.adjacent_channels(t) for t in (q, k, v))
     num_pairs, length, width = q.shape
     used = num_pairs if count is None else int(count)
-    out = q.new_empty(q.shape)
+    out = _native.empty(q, *q.shape)
     lse = q.new_empty((num_pairs, num_heads, length), dtype=torch.float32)
     out[used:], lse[used:] = 0, 0
     tensors = (q, k, v, cos.contiguous(), sin.contiguous(), out, lse)
@@ -40,7 +40,7 @@ def backward(
     grad, q, k, v = (_native.adjacent_channels(t) for t in (grad, q, k, v))
     num_pairs, length, width = q.shape
     used = num_pairs if count is None else int(count)
-    grads = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+    grads = _native.empty(q, *q.shape), _native.empty(q, *q.shape), _native.empty(q, *q.shape)
     for g in grads:
         g[used:] = 0
     tensors = (grad, q, k, v, out.contiguous(), lse.contiguous(), cos.contiguous(), sin.contiguous(), *grads)

@@ -64,7 +64,7 @@ def _combined(
     depth = len(pairs) if dtype == torch.bfloat16 else 1
     for first in range(0, len(pairs), max(depth, 1)):
         chosen = list(zip(pairs, experts, strict=True))[first : first + depth]
-        z = attended.new_empty(length, len(chosen) * width)
+        z = _native.empty(attended, length, len(chosen) * width)
         for (p, e), part in zip(chosen, z.split(width, 1), strict=True):
             _weigh(attended[p], scale[e].to(dtype), shift[e].to(dtype), float(gate[p]), part, eps)
         weights = [weight[e].to(dtype) for _, e in chosen]
@@ -96,7 +96,7 @@ def backward(
     dy = grad.to(dtype).contiguous()
     offsets = tables.expert_offsets.tolist()
     used = offsets[-1]
-    grad_attended, grad_gate = attended.new_empty(attended.shape), gate.new_empty(gate.shape)
+    grad_attended, grad_gate = _native.empty(attended, *attended.shape), gate.new_empty(gate.shape)
     grad_attended[used:], grad_gate[used:] = 0, 0
     parameters = [
         [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]
@@ -109,7 +109,7 @@ def backward(
                 continue
             samples = tables.sample[start:stop]
             narrow, g, b = (t.to(dtype) for t in (weight[e], scale[e], shift[e]))
-            z = attended.new_empty(stop - start, length, width)
+            z = _native.empty(attended, stop - start, length, width)
             sums = gate.new_empty(2, stop - start, -(-length // TOKENS_PER_PART), width)
             along = gate.new_empty(length)
             total = gate.new_zeros(bias[e].shape)

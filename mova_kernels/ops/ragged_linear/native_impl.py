@@ -61,7 +61,7 @@ def forward(
     resamplings = resamplings or [None] * num_experts
     length = next((r.rstd.shape[1] for r in resamplings if r), x[0].shape[1])
     shapes = [(len(tables.sample), length, w.shape[0]) for w in weight[::num_experts]]
-    outputs = [x[0].new_empty(shape, dtype=dtype) for shape in shapes]
+    outputs = [_native.empty(x[0].new_empty(0, dtype=dtype), *shape) for shape in shapes]
     with torch.autocast("cpu", enabled=False):
         for e, source, selected in reference.experts(x, rows, tables, offsets):
             taken, resampling = reference.take(source, selected).to(dtype), resamplings[e]

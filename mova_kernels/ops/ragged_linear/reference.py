@@ -101,7 +101,7 @@ def ragged_linear_backward(
 def weight_gradients(
     _: int, dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An expert, (R, O), (R, C), (C,), (C,), (O, C) -> the gradients of weight, scale, shift and bias, fp32 or wider."""
+    """An expert, (R, O), (R, C), (C,), (C,), (O, C) -> gradients of weight, scale, shift and bias, fp32 or wider."""
     total = dy.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32))
     return unfolded(dy.t() @ x, total, scale, shift, weight)
 

@@ -24,7 +24,7 @@ def forward(
     dtype, common = gate.dtype, _common_dtype(gate, up)
     gate, up = (_native.adjacent_channels(t.to(common)) for t in (gate, up))
     weight, bias = _parameter(weight), _parameter(bias)
-    out = gate.new_empty(gate.shape)
+    out = _native.empty(gate, *gate.shape)
     mean, rstd = (gate.new_empty(gate.shape[:2], dtype=torch.float32) for _ in range(2))
     _fwd(
         gate.data_ptr(), up.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), mean.data_ptr(),
@@ -41,7 +41,7 @@ def backward(
     grad, gate, up = (_native.adjacent_channels(t.to(common)) for t in (grad, gate, up))
     weight, mean, rstd = _parameter(weight), mean.contiguous(), rstd.contiguous()
     width, blocks = gate.shape[2], max(1, min(BLOCKS, mean.numel() // LEAST_TOKENS))
-    grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    grad_gate, grad_up = _native.empty(gate, *gate.shape), _native.empty(up, *up.shape)
     sums = weight.new_empty((blocks, 2, width))
     grad_weight, grad_bias = weight.new_empty(width), weight.new_empty(width)
     _bwd(
