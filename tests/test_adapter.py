@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 from golden import Golden, parameter_shapes
 
-from mova_kernels import MoVAdapter, MoVAdapterConfig, split_concatenated
+from mova_kernels import MoVAdapter, MoVAdapterConfig, _native, ops, split_concatenated, use_backend
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -169,3 +171,25 @@ def test_autocast_runs_in_its_dtype_and_trains_fp32_parameters():
     output.float().sum().backward()
     gradients = [p.grad for p in adapter.parameters()]
     assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen experts", "trained experts"])
+def test_wide_experts_of_coarse_grids(trained):
+    """On a CPU, features without gradient are projected before they are resampled."""
+    config = replace(tiny.CONFIG, expert_channels=(200, 8, 120))
+    grids = ((2, 3), (6, 6), (3, 3))
+    assert ops.resamples_later(torch.zeros(1, 6, 200), (2, 3), (6, 6)) or _native.cpu_reason() is not None
+    base, experts, text = tiny.inputs(config, grids=grids)
+    adapter = tiny.adapter(config)
+    leaves = [f.requires_grad_(trained) for f in experts]
+    found = adapter(base, leaves, tiny.ROUTING, text, grids=grids)
+    expected = tiny.truth(base, experts, tiny.ROUTING, text, config, grids)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+    cotangent = torch.randn_like(found)
+    weight = adapter.blocks[1].cross_attn[0].k_proj.weight
+    (grad,) = torch.autograd.grad(found, weight, cotangent, retain_graph=True)
+    with use_backend("feature_norm=reference,ragged_linear=reference"):
+        rival = adapter(base, leaves, tiny.ROUTING, text, grids=grids)
+    (expected,) = torch.autograd.grad(rival, weight, cotangent)
+    torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5)

@@ -86,10 +86,11 @@ inline void add_deviations(const typename Format::type* x, int count, float mean
 }
 
 template <class Format>
-inline void store_deviations(const typename Format::type* x, int count, float mean, typename Format::type* n) {
+inline void store_deviations(const typename Format::type* x, int count, float mean, float shift,
+ typename Format::type* n) {
   vfloat v[Format::parts];
   Format::load(x, count, v);
-  for (int part = 0; part < Format::parts; ++part) v[part] -= mean;
+  for (int part = 0; part < Format::parts; ++part) v[part] = (v[part] - mean) - shift;
   Format::store(n, count, v);
 }
 
@@ -102,15 +103,16 @@ void centre_tokens(const mk::CentreTokens& t) {
   for (int64_t i = 0; i < t.tokens; ++i) {
     const type* const x = static_cast<const type*>(t.x) + i * t.x_stride;
     type* const n = static_cast<type*>(t.n) + i * t.C;
-    float mean = 0;
-    for (int pass = 0; pass < 2; ++pass) {  // a rounded mean leaves deviations with a mean of their own
+    float mean = 0, shift = 0;
+    for (int pass = 0; pass < 2; ++pass) {  // the deviations from a rounded mean have a mean of their own
       vfloat sum[sums] = {};
+      mean = shift;
       for (int64_t c = 0; c < whole; c += width) add_deviations<Format>(x + c, width, mean, sum[c / width % sums]);
       if (rest) add_deviations<Format>(x + whole, rest, mean, sum[0]);
-      mean += total(sum) / (float)t.C;
+      shift = total(sum) / (float)t.C;
     }
-    for (int64_t c = 0; c < whole; c += width) store_deviations<Format>(x + c, width, mean, n + c);
-    if (rest) store_deviations<Format>(x + whole, rest, mean, n + whole);
+    for (int64_t c = 0; c < whole; c += width) store_deviations<Format>(x + c, width, mean, shift, n + c);
+    if (rest) store_deviations<Format>(x + whole, rest, mean, shift, n + whole);
   }
 }
 
