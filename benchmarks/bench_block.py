@@ -2,7 +2,8 @@
 
 Three experts for each of one or two samples. "official" computes all seven experts as soon as there are two samples, or
 gradients; "torch" is a hand-written composition of torch ops that computes only the selected ones (baselines.py). With
-gradients: those of the tokens and all parameters; the experts are frozen, as in MoVA's training.
+gradients: those of the tokens and all parameters; the experts are frozen, as in MoVA's training. What happens once per
+forward and not per block is left out: resampling, and with us the normalisation of the features.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mova_kernels import MoVAdapter, MoVAdapterConfig, RaggedPairs
 from mova_kernels.demo.comparison import EXPERTS
-from mova_kernels.dense_reference import _block, rope_tables
+from mova_kernels.dense_reference import dense_block, rope_tables
 
 CONFIG = MoVAdapterConfig(num_layers=1)
 GRIDS = (37, 32, 37, 45, 45, 14, 64)
@@ -63,7 +64,7 @@ class Problem:
         if implementation == "official":
             skips = len(self.routing) == 1 and not self.with_gradients
             arguments = (self.dense, self.routing, self.text, self.rounded, skips)
-            return _block(self.parameters, "block", CONFIG, self.x, *arguments)[0]
+            return dense_block(self.parameters, "block", CONFIG, self.x, *arguments)[0]
         if implementation == "torch":
             names = {n.removeprefix("block."): p for n, p in self.parameters.items()}
             return baselines.ragged_block(names, CONFIG, self.x, self.aligned, self.routing, self.text, self.rounded)

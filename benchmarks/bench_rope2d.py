@@ -11,14 +11,6 @@ from mova_kernels.ops import rope2d, rope2d_table
 SIDE, HEADS, WIDTH = 48, 16, 64
 
 
-@pytest.fixture(params=["1-thread", "all-threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if request.param == "1-thread" else before)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("implementation", ["eager", "cpu", "reference"])
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("layout", ["contiguous", "slice"])

@@ -12,14 +12,6 @@ from mova_kernels.ops import swiglu_norm
 SHAPE = (1, 2304, 2730)
 
 
-@pytest.fixture(params=["1-thread", "all-threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if request.param == "1-thread" else before)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("implementation", ["eager", "cpu", "reference"])
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -80,7 +80,7 @@ def dense_adapter(
     x = base + parameters["pos_embed"]
     gate_logits, block_outputs = [], []
     for i in range(config.num_layers):
-        x, logits = _block(
+        x, logits = dense_block(
             parameters, f"blocks.{i}", config, x, aligned, routing, text.to(x.dtype), rope, skip_unselected
         )
         gate_logits.append(logits)
@@ -118,7 +118,7 @@ def feature_align(feature: Tensor, grid: tuple[int, int], resolution: int) -> Te
     return image.permute(0, 2, 3, 1).contiguous().flatten(1, 2).to(feature.dtype)
 
 
-def _block(
+def dense_block(
     p: Parameters,
     name: str,
     config: MoVAdapterConfig,
