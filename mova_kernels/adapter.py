@@ -2,7 +2,7 @@
 
 # No "from __future__ import annotations" here: the hub mixin reads the annotation of __init__'s config at run time.
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,10 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import backends, ops
 from ._checks import check, check_floats, check_like, check_tensor
 from ._linear import linear
+from ._tail import EPS, Bottleneck, ConvNorm, RegStage, SqueezeExcite, affine
 from .config import MoVAdapterConfig
 from .ragged import RaggedPairs, host_sees_values, validated_routing
-
-EPS = 1e-5  # of every LayerNorm, also where the official code asks for 1e-6 and timm replaces its norm class
 
 
 class MoVAdapter(
@@ -262,25 +261,8 @@ class MoVAdapter(
         grids = [target if size is None else size for size in sizes]
         if normalise:  # once, for all blocks: their LayerNorms differ in the affine part alone
             dtype = functools.reduce(torch.promote_types, [f.dtype for f in given])  # autocast lets them differ
-            given = [f.to(dtype) for f in given]
-            later = [self._resamples_later(f, s, target) for f, s in zip(given, grids, strict=True)]
-            now = [e for e, is_later in enumerate(later) if not is_later]
-            normed = iter(
-                ops.feature_norm([given[e] for e in now], [grids[e] for e in now], target, [rows[e] for e in now], EPS)
-                if now
-                else ()
-            )
-            return [
-                ops.centred_features(given[e], grids[e], target, rows[e], EPS) if is_later else next(normed)
-                for e, is_later in enumerate(later)
-            ], packed
+            return _normalised([f.to(dtype) for f in given], grids, target, rows), packed
         return [ops.feature_resample(f, s, target, r) for f, s, r in zip(given, grids, rows, strict=True)], packed
-
-    @staticmethod
-    def _resamples_later(feature: Tensor, size: tuple[int, int], target: tuple[int, int]) -> bool:
-        if not host_sees_values(feature.device) or not ops.resamples_later(feature, size, target):
-            return False
-        return backends.choose("ragged_linear", None, feature.device, feature.dtype) == "cpu"
 
 
 class AdapterBlock(nn.Module):
@@ -352,11 +334,11 @@ class AdapterBlock(nn.Module):
         cross = cast(list[Attention], list(self.cross_attn))
         queries = [a.q_proj.weight for a in cross]
         keys, values = [a.k_proj.weight for a in cross], [a.v_proj.weight for a in cross]
-        (q,) = ops.ragged_linear(F.layer_norm(x, x.shape[2:], eps=EPS), pairs, _affine(self.norm1), [queries])
-        k, v = ops.ragged_linear(features, pairs, _affine(self.norm2), [keys, values])
+        (q,) = ops.ragged_linear(F.layer_norm(x, x.shape[2:], eps=EPS), pairs, affine(self.norm1), [queries])
+        k, v = ops.ragged_linear(features, pairs, affine(self.norm2), [keys, values])
         count = pairs.expert_offsets[-1:] if pairs.bounds is None else None
         attended = ops.expert_attention(q, k, v, cos, sin, cross[0].num_heads, count=count)
-        inner, proj = _affine(a.inner_attn_ln for a in cross), _affine(a.proj for a in cross)
+        inner, proj = affine(a.inner_attn_ln for a in cross), affine(a.proj for a in cross)
         return ops.gated_combine(x, attended, gate, pairs, inner, [p[0] for p in proj], [p[1] for p in proj])
 
     def _fuse_by_module(
@@ -474,69 +456,6 @@ class Downsample(nn.Sequential):
         return grid.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-class RegStage(nn.Module):
-    """One RegNet bottleneck, under the name that timm gives it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.b1 = Bottleneck(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
-        return self.b1(x)
-
-
-class Bottleneck(nn.Module):
-    """x + LN(1x1(SE(SiLU(LN(depthwise 3x3(SiLU(LN(1x1 x))))))))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = ConvNorm(nn.Conv2d(width, width, 1, bias=False))
-        self.conv2 = ConvNorm(nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False))
-        self.se = SqueezeExcite(width)
-        self.conv3 = ConvNorm(nn.Conv2d(width, width, 1, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
-        return x + self.conv3(self.se(F.silu(self.conv2(F.silu(self.conv1(x))))))
-
-    def weights(self) -> ops.StageWeights:
-        """The parameters as token_downsample takes them."""
-        norms = _affine(c.bn for c in (self.conv1, self.conv2, self.conv3))
-        squeeze, excite = _affine((self.se.fc1, self.se.fc2))
-        return ops.StageWeights(
-            conv1=self.conv1.conv.weight, norm1=norms[0], conv2=self.conv2.conv.weight, norm2=norms[1],
-            squeeze=squeeze, excite=excite, conv3=self.conv3.conv.weight, norm3=norms[2],
-        )  # fmt: skip
-
-
-class ConvNorm(nn.Module):
-    """A convolution and a LayerNorm over its channels."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv
-        self.bn = nn.LayerNorm(conv.out_channels, EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C', h, w)."""
-        return self.bn(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class SqueezeExcite(nn.Module):
-    """x * sigmoid(fc2(SiLU(fc1(mean of x))))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        squeezed = round(width * 0.25)
-        self.fc1 = nn.Conv2d(width, squeezed, 1)
-        self.fc2 = nn.Conv2d(squeezed, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
-        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
-
-
 class RopeTable(nn.Module):
     """The rotary tables (R*R, D): one pair for all attentions, never saved, fp32 whatever the module is cast to."""
 
@@ -609,6 +528,28 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
+def _normalised(
+    features: Sequence[Tensor],
+    sizes: Sequence[tuple[int, int]],
+    target: tuple[int, int],
+    rows: Sequence[Tensor | None],
+) -> list[Any]:
+    """Per expert (M_e, R*R, C_e), or CentredFeatures where it is faster to resample behind the projections."""
+    found: list[Any] = [None] * len(features)
+    rest = []
+    for e, (x, size, r) in enumerate(zip(features, sizes, rows, strict=True)):
+        may_wait = host_sees_values(x.device) and ops.resamples_later(x, size, target)
+        if may_wait and backends.choose("ragged_linear", None, x.device, x.dtype) == "cpu":
+            found[e] = ops.centred_features(x, size, target, r, EPS)
+        else:
+            rest.append(e)
+    if rest:
+        arguments = [features[e] for e in rest], [sizes[e] for e in rest], target, [rows[e] for e in rest]
+        for e, normed in zip(rest, ops.feature_norm(*arguments, EPS), strict=True):
+            found[e] = normed
+    return found
+
+
 def _linear(module: Any, x: Tensor) -> Tensor:
     """The module's result, by a faster product where the module may be bypassed."""
     if torch.compiler.is_compiling() or not _is_plain(module):
@@ -618,7 +559,3 @@ def _linear(module: Any, x: Tensor) -> Tensor:
 
 def _is_of_experts(name: str) -> bool:
     return name.partition(".")[0] in ("cross_attn", "norm1", "norm2")
-
-
-def _affine(modules: Iterable[Any]) -> list[tuple[Tensor, Tensor]]:
-    return [(module.weight, module.bias) for module in modules]

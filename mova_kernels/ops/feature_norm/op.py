@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import _native, _triton, backends
 from ..._checks import check, check_floats, check_tensor
-from ..._library import define
+from ..._library import define, functorch_active
 from ..feature_resample import feature_resample
 from . import native_impl, reference
 
@@ -117,7 +117,12 @@ def resamples_later(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, in
     """
     tokens, length = in_size[0] * in_size[1], out_size[0] * out_size[1]
     plain = type(x) is Tensor and x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad)
-    if not plain or torch.compiler.is_compiling() or (length - tokens) * x.shape[2] <= 64 * length:
+    if (
+        not plain
+        or torch.compiler.is_compiling()
+        or functorch_active()
+        or (length - tokens) * x.shape[2] <= 64 * length
+    ):
         return False
     return _choose(None, [x], [*in_size, *out_size]) == "cpu"
 
