@@ -93,7 +93,8 @@ def test_block(benchmark, problems, case, implementation):
     benchmark.group = f"block {case} {problem.x.dtype}"
     benchmark.extra_info["threads"] = torch.get_num_threads()
     out = problem.run(implementation)
-    expected = problem.run("torch") if implementation == "ours" else out
+    expected = out if implementation == "torch" else problem.run("torch")
     error = (out.double() - expected.double()).norm() / expected.double().norm()
-    assert error < (1e-5 if out.dtype == torch.float32 else 2e-2), error
-    benchmark.pedantic(problem.run, (implementation,), rounds=2 if implementation == "official" else 3)
+    assert error < 16 * torch.finfo(out.dtype).eps  # nothing is grossly wrong; the tests hold errors to budgets
+    rounds = 3 if implementation != "official" else 1 if problem.with_gradients else 2
+    benchmark.pedantic(problem.run, (implementation,), rounds=rounds)
