@@ -11,12 +11,12 @@ namespace {
 template <class Args>
 int check_grids(const char* function, const Args& a) {
   return mk::check_limits(function, {{"M", a.M, 0, INT64_MAX},
-                                               {"in_h", a.in_h, 1, mk::max_axis},
-                                               {"in_w", a.in_w, 1, mk::max_axis},
-                                               {"out_h", a.out_h, 1, mk::max_axis},
-                                               {"out_w", a.out_w, 1, mk::max_axis},
-                                               {"C", a.C, 0, mk::max_norm_channels},
-                                               {"dtype", a.dtype, MK_F32, MK_BF16}});
+                                     {"in_h", a.in_h, 1, mk::max_axis},
+                                     {"in_w", a.in_w, 1, mk::max_axis},
+                                     {"out_h", a.out_h, 1, mk::max_axis},
+                                     {"out_w", a.out_w, 1, mk::max_axis},
+                                     {"C", a.C, 0, mk::max_norm_channels},
+                                     {"dtype", a.dtype, MK_F32, MK_BF16}});
 }
 
 }  // namespace

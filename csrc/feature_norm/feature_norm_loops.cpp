@@ -87,7 +87,7 @@ inline void add_deviations(const typename Format::type* x, int count, float mean
 
 template <class Format>
 inline void store_deviations(const typename Format::type* x, int count, float mean, float shift,
- typename Format::type* n) {
+                             typename Format::type* n) {
   vfloat v[Format::parts];
   Format::load(x, count, v);
   for (int part = 0; part < Format::parts; ++part) v[part] = (v[part] - mean) - shift;
@@ -168,4 +168,4 @@ void grad_norm_tokens(const mk::GradNormTokens& t) {
 
 extern const mk::NormLoops MK_ISA_NAME(feature_norm_loops) = {
     norm_line<F32, true>, norm_line<BF16, true>, norm_line<F32, false>, norm_line<BF16, false>,
-    centre_tokens<F32>, centre_tokens<BF16>, grad_norm_tokens<F32>, grad_norm_tokens<BF16>};
+    centre_tokens<F32>,   centre_tokens<BF16>,   grad_norm_tokens<F32>, grad_norm_tokens<BF16>};

@@ -131,5 +131,5 @@ void resample_line(const mk::ScaledLine& line) {
 }  // namespace
 
 extern const mk::RaggedLinearLoops MK_ISA_NAME(ragged_linear_loops) = {
-    over_columns<Sum, F32, 4>,    over_columns<Sum, BF16, 4>, over_columns<Unfold, F32, 2>,
-    over_columns<Unfold, BF16, 2>, resample_line<F32>,        resample_line<BF16InOrder>};
+    over_columns<Sum, F32, 4>,     over_columns<Sum, BF16, 4>, over_columns<Unfold, F32, 2>,
+    over_columns<Unfold, BF16, 2>, resample_line<F32>,         resample_line<BF16InOrder>};

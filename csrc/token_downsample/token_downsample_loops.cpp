@@ -14,9 +14,7 @@ constexpr int64_t max_vectors = mk::max_stage_channels / lanes;
 
 inline vfloat load(const float* p, int64_t c, int count) { return load<F32>(p + c, count); }
 
-inline void add(float* p, int64_t c, int count, vfloat v) {
-  store<F32>(p + c, count, load<F32>(p + c, count) + v);
-}
+inline void add(float* p, int64_t c, int count, vfloat v) { store<F32>(p + c, count, load<F32>(p + c, count) + v); }
 
 // A token in fp32 with its mean and 1 / sqrt(variance + eps). Behind the last channel the vectors hold the mean.
 struct Token {
@@ -271,7 +269,7 @@ void conv_grad(const StageLine& line) {
 }  // namespace
 
 extern const mk::StageLoops MK_ISA_NAME(token_downsample_loops) = {
-    {norm_silu<F32>, conv<F32>, norm_add<F32>, norm_add_grad<F32>, gate_grad<F32>,
-     norm_silu_grad<F32>, conv_grad<F32>, add_grad<F32>},
+    {norm_silu<F32>, conv<F32>, norm_add<F32>, norm_add_grad<F32>, gate_grad<F32>, norm_silu_grad<F32>, conv_grad<F32>,
+     add_grad<F32>},
     {norm_silu<BF16InOrder>, conv<BF16InOrder>, norm_add<BF16InOrder>, norm_add_grad<BF16InOrder>,
      gate_grad<BF16InOrder>, norm_silu_grad<BF16InOrder>, conv_grad<BF16InOrder>, add_grad<BF16InOrder>}};
