@@ -1,48 +1,146 @@
-"""The adapter at the official width against the official computation: samples with 3, 2, 1 and 0 experts.
-
-All of it on a GPU; on a CPU one block, and two samples with three experts and one.
-"""
+"""The whole adapter, resampling and tail included, against the ladder of what one might use instead."""
 
 from __future__ import annotations
 
-import pytest
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from mova_kernels import MoVAdapter, MoVAdapterConfig
-from mova_kernels.demo.comparison import EXPERTS, OFFICIAL, SELECTED
-from mova_kernels.dense_reference import dense_adapter, rope_tables
+from mova_kernels import MoVAdapter, MoVAdapterConfig, backends, use_backend
+from mova_kernels.dense_reference import rope_tables
 
-ROUTING = torch.tensor([[name in chosen for name in EXPERTS] for chosen in SELECTED])
-SIZES = {"cpu": (MoVAdapterConfig(num_layers=1), ROUTING[[0, 2]]), "cuda": (MoVAdapterConfig(), ROUTING)}
+from . import baselines, cases
+from .cases import DTYPES, Case
+from .suite import Draw, Inputs, Suite, Variant, Work
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from golden import Golden
 
 
-@pytest.mark.parametrize("implementation", ["official", "adapter"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("device", SIZES)
-@torch.no_grad()
-def test_forward(benchmark, device, dtype, implementation):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no CUDA device")
-    config, routing = SIZES[device]
-    with torch.device(device):
-        adapter = MoVAdapter(config).to(dtype)
-        base = torch.randn(len(routing), config.num_tokens, config.in_channels, dtype=dtype)
-        text = torch.randn(len(routing), config.text_channels, dtype=dtype)
-        experts = [
-            torch.randn(len(routing), side * side, channels, dtype=dtype)
-            for side, channels in zip(OFFICIAL[1], config.expert_channels, strict=True)
-        ]
-    packed = [f[picked.to(device)] if picked.any() else None for f, picked in zip(experts, routing.T, strict=True)]
-    benchmark.group = f"adapter, {config.num_layers} of 3 blocks, {dtype}, {device}"
-    rope, state = rope_tables(config, torch.device(device), dtype), adapter.state_dict()
+def inputs(case: Case, draw: Draw) -> Inputs:
+    """A random problem; the experts are frozen, gradients are those of the base tokens and all parameters."""
+    config, n = case.config, case.samples
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in MoVAdapter(config).named_parameters()}
+    parameters = {name: _as_if_trained(name, shape, draw) for name, shape in shapes.items()}
+    experts = [draw(n, h * w, c) for (h, w), c in zip(case.grids, config.expert_channels, strict=True)]
+    base, text = draw(n, config.num_tokens, case.width), draw(n, config.text_channels)
+    return in_all_forms(config, parameters, base, experts, case.selected, text, case.grids)
 
-    def run() -> None:
-        if implementation == "adapter":
-            adapter(base, packed, routing, text)
-        else:
-            dense_adapter(state, config, base, experts, routing.to(device), text, rope=rope)
-        if device == "cuda":
-            torch.cuda.synchronize()
 
-    run()
-    benchmark.pedantic(run, rounds=3 if device == "cpu" else 10)
+def in_all_forms(
+    config: MoVAdapterConfig,
+    parameters: dict[str, Tensor],
+    base: Tensor,
+    experts: list[Tensor],
+    selected: Tensor,
+    text: Tensor,
+    grids: list[tuple[int, int]],
+) -> Inputs:
+    """The problem as the variants take it."""
+    device = base.device
+    with torch.device("meta"):
+        module = MoVAdapter(config)
+    module.load_state_dict(parameters, assign=True)
+    module.rope.to_empty(device=device)
+    rows = {
+        e: selected[:, e].nonzero().squeeze(1).to(device) for e in range(config.num_experts) if selected[:, e].any()
+    }
+    packed = [f[rows[e]] if e in rows else None for e, f in enumerate(experts)]
+    idle = [p for block in module.blocks for e in range(config.num_experts) if e not in rows for p in
+            block.expert_parameters([e])]  # fmt: skip
+    used = [p for p in module.parameters() if all(p is not i for i in idle)]
+    return Inputs(
+        parameters=dict(module.named_parameters()), module=module, config=config, base=base, experts=experts,
+        packed=packed, grids=grids, selected=selected, mask=selected.to(device), rows=rows, text=text, aligned=None,
+        rope=rope_tables(config, device, base.dtype),
+        block_mask=baselines.pair_mask(int(selected.sum()), config.num_tokens, device),
+        leaves=[base, *module.parameters()], reads=[base, text, *used, *(f for f in packed if f is not None)],
+    )  # fmt: skip
+
+
+def truth(t: Inputs) -> Tensor:
+    """Officially, sample by sample; gradients compute the scores again instead of storing all of them."""
+    ones = baselines.one_by_one(t)
+    return torch.cat([checkpoint(baselines.official, one, True, use_reentrant=False) for one in ones])
+
+
+def our(run: Callable[[Inputs], Tensor]) -> list[Variant]:
+    """``run`` on every backend that some op has; ops without it stay on auto."""
+
+    def of(backend: str) -> Variant:
+        table = backends.explain()
+        request = ",".join(f"{op}={backend}" for op, names in table.items() if backend in names)
+
+        def on_backend(t: Inputs) -> Tensor:
+            with use_backend(request):
+                return run(t)
+
+        def declines(case: Case, device: torch.device) -> str | None:
+            try:
+                for op, names in table.items():
+                    if backend in names:
+                        backends.choose(op, backend, device, DTYPES[case.dtype])
+            except backends.BackendError as error:
+                return str(error)
+            return None
+
+        return Variant(f"mova_kernels, {backend}", on_backend, ours=True, declines=declines)
+
+    return [of(backend) for backend in backends.BACKENDS]
+
+
+def matches_golden_numbers(variant: Variant, device: torch.device) -> None:
+    """Output and gradients of a small adapter are the official code's."""
+    golden = Golden("small")
+    base, experts, routing, text = golden.inputs()
+    parameters = {name: p.to(device) for name, p in golden.parameters().items()}
+    features = [f.to(device) for f in experts]
+    t = in_all_forms(golden.config, parameters, base.to(device), features, routing, text.to(device), golden.grids)
+    with torch.no_grad():
+        golden.check("output", variant.run(t))
+
+
+def block_flop(case: Case) -> tuple[int, int]:
+    """FLOPs of a block's products, forward and backward: no gradient reaches the frozen experts through K and V."""
+    tokens, width, hidden = case.config.num_tokens, case.width, int(case.width * 8 / 3)
+    contexts = [c for row in case.selected for c, s in zip(case.config.expert_channels, row, strict=True) if s]
+    attentions = len(contexts) + case.samples
+    frozen = 2 * tokens * width * sum(contexts)
+    dense = tokens * width * (2 * width * len(contexts) + case.samples * (4 * width + 3 * hidden))
+    scores = 2 * attentions * tokens**2 * width
+    return 2 * (frozen + dense + scores), int(2 * (frozen + 2 * dense + 2.5 * scores))
+
+
+def exps(case: Case) -> int:
+    """Exponentials of a block's attention."""
+    return (int(case.selected.sum()) + case.samples) * case.config.num_tokens**2 * case.config.num_heads
+
+
+def work(case: Case) -> Work:
+    """Of blocks, the tail's 1x1 convolutions and the output layers."""
+    config, width, out = case.config, case.width, case.config.out_channels
+    tail = 2 * (config.num_tokens + config.num_output_tokens) * width**2
+    tail += config.num_output_tokens * out * (width + out)
+    forward, backward = (case.blocks * flop for flop in block_flop(case))
+    tail *= 2 * case.samples
+    return Work(forward + tail, case.blocks * exps(case), (backward + 2 * tail) / (forward + tail))
+
+
+def _as_if_trained(name: str, shape: torch.Size, draw: Draw) -> Tensor:
+    """At the initial state every branch ends in zeros, and nothing that an expert says would show."""
+    if name.endswith("weight"):
+        return draw(*shape, scale=shape[1:].numel() ** -0.5) if len(shape) > 1 else draw(*shape, scale=0.1, shift=1)
+    return draw(*shape, scale=0.1)
+
+
+SUITE = Suite(
+    "adapter", cases.LADDER + cases.SCALING, inputs, baselines.LADDER, work,
+    ours=our(lambda t: t.module(t.base, t.packed, t.selected, t.text, grids=t.grids)),
+    truth=truth, verify=matches_golden_numbers,
+)  # fmt: skip
+test_speed = SUITE.test()

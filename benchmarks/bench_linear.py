@@ -1,31 +1,37 @@
-"""The dense fp32 product of the adapter's layers on a CPU, against F.linear: forward and both gradients."""
+"""The dense fp32 product of the adapter's layers on a CPU, against torch's: the feed-forward's first layer."""
 
 from __future__ import annotations
 
-import pytest
-import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mova_kernels._linear import linear
 
-# Inputs and outputs: projections, w1 and w2, w3.
-SHAPES = [(1024, 1024), (1024, 2730), (2730, 1024)]
+from . import cases
+from .cases import Case
+from .suite import Draw, Inputs, Suite, Variant, Work
 
 
-@pytest.mark.parametrize("implementation", ["torch", "linear"])
-@pytest.mark.parametrize("direction", ["forward", "both"])
-@pytest.mark.parametrize(("inputs", "outputs"), SHAPES, ids=[f"{i}->{o}" for i, o in SHAPES])
-def test_2304_tokens(benchmark, inputs, outputs, direction, implementation):
-    needs = direction == "both"
-    leaves = [torch.randn(size, requires_grad=needs) for size in ((1, 2304, inputs), (outputs, inputs), (outputs,))]
-    function = F.linear if implementation == "torch" else linear
-    grad = torch.randn(1, 2304, outputs)
-    benchmark.group = f"linear {inputs} -> {outputs} {direction}"
+def inputs(case: Case, draw: Draw) -> Inputs:
+    hidden = int(case.width * 8 / 3)
+    leaves = [draw(case.samples, case.config.num_tokens, case.width), draw(hidden, case.width), draw(hidden)]
+    return Inputs(leaves=leaves, reads=leaves)
 
-    def run() -> None:
-        y = function(*leaves)
-        if needs:
-            torch.autograd.grad(y, leaves, grad)
 
-    run()
-    benchmark.pedantic(run, rounds=5)
+def official(t: Inputs) -> Tensor:
+    return F.linear(*t.leaves)
+
+
+def ours(t: Inputs) -> Tensor:
+    return linear(*t.leaves)
+
+
+def work(case: Case) -> Work:
+    return Work(2 * case.samples * case.config.num_tokens * case.width * int(case.width * 8 / 3))
+
+
+SUITE = Suite(
+    "linear", cases.STAGES, inputs, [Variant("official", official)], work, truth=official,
+    ours=[Variant("mova_kernels", ours, ours=True)],
+)  # fmt: skip
+test_speed = SUITE.test()

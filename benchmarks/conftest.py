@@ -1,14 +1,80 @@
-"""What several benchmarks share."""
+"""Options, selection and the results file of the benchmarks."""
 
 from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from . import machine
+from .cases import Case
+from .race import Result, race
+from .suite import Suite
 
-@pytest.fixture(params=["1-thread", "all-threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if request.param == "1-thread" else before)
-    yield request.param
-    torch.set_num_threads(before)
+SECONDS = {"quick": 2.5, "full": 15.0}  # for all rounds of a case
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mova_kernels")
+    size = group.addmutuallyexclusivegroup() if hasattr(group, "addmutuallyexclusivegroup") else group
+    size.addoption("--quick", action="store_true", help="minutes on a CPU (default)")
+    size.addoption("--full", action="store_true", help="every case")
+    group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt  # pytest then still writes what was measured
+
+    signal.signal(signal.SIGTERM, interrupt)
+    config.stash[MISSING] = []
+
+
+MISSING = pytest.StashKey[list[dict[str, str]]]()
+
+
+def device_of(config: pytest.Config) -> torch.device:
+    """On which this session measures."""
+    return torch.device(config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    if config.getoption("full"):
+        return
+    kept = [i for i in items if not hasattr(i, "callspec") or getattr(i.callspec.params.get("case"), "quick", True)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def races(request: pytest.FixtureRequest) -> Callable[[Suite, Case], dict[str, Result]]:
+    """(suite, case) -> the result of every variant which this session asks for, measured together at the first call."""
+    found: dict[tuple[str, Case], dict[str, Result]] = {}
+    config = request.config
+    seconds = SECONDS["full" if config.getoption("full") else "quick"]
+
+    def of(suite: Suite, case: Case) -> dict[str, Result]:
+        key = (suite.name, case)
+        if key not in found:
+            specs = [i.callspec.params for i in request.session.items if i.module.SUITE is suite]
+            names = [spec["variant"] for spec in specs if spec["case"] == case]
+            found[key] = results = race(suite, case, names, device_of(config), seconds)
+            for name, result in results.items():
+                if result.outcome != "measured":
+                    kind = "ours" if suite.variants[name].ours else "baseline"
+                    entry = {"suite": suite.name, "case": str(case), "variant": name, "kind": kind}
+                    config.stash[MISSING].append({**entry, "outcome": result.outcome, "reason": result.reason})
+        return found[key]
+
+    return of
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    output_json["missing"] = config.stash[MISSING]
+    output_json["machine"] = machine.describe(device_of(config).type)
+    output_json["versions"] = machine.versions()
+    for entry in output_json["benchmarks"]:
+        entry["params"] = None  # cases and variants are in extra_info, in JSON's types

@@ -88,9 +88,7 @@ def dense_adapter(
     if trace is not None:
         trace.update(aligned=aligned, gate_logits=gate_logits, block_outputs=block_outputs)
 
-    # The residual is the base without its position embedding.
-    x = _downsample(parameters, (x + base) / 2, config.resolution)
-    return _linear(parameters, "mlp.2", F.gelu(_linear(parameters, "mlp.0", x)))
+    return dense_tail(parameters, config, x, base)
 
 
 def rope_tables(config: MoVAdapterConfig, device: torch.device | str, dtype: torch.dtype) -> RopeTables:
@@ -147,6 +145,12 @@ def dense_block(
     return x + _swiglu(p, f"{name}.mlp", _layer_norm(p, f"{name}.norm4", x)), logits
 
 
+def dense_tail(p: Parameters, config: MoVAdapterConfig, x: Tensor, base: Tensor) -> Tensor:
+    """The last block's tokens (B, L, C) to the result; the residual is the base without its position embedding."""
+    x = dense_downsample(p, (x + base) / 2, config.resolution)
+    return _linear(p, "mlp.2", F.gelu(_linear(p, "mlp.0", x)))
+
+
 def _gate(p: Parameters, name: str, topk: int, x: Tensor, routing: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Expert weights (B, N) in the working dtype, summing to 1 over the kept experts, and the raw logits (B, N)."""
     pooled = torch.cat([text, x.mean(dim=1)], dim=-1)
@@ -182,7 +186,7 @@ def _swiglu(p: Parameters, name: str, x: Tensor) -> Tensor:
     return _linear(p, f"{name}.w3", _layer_norm(p, f"{name}.ffn_ln", hidden))
 
 
-def _downsample(p: Parameters, x: Tensor, resolution: int) -> Tensor:
+def dense_downsample(p: Parameters, x: Tensor, resolution: int) -> Tensor:
     """Tokens (B, L, C) to (B, (R//2)**2, C): average pooling between two convolutional stages."""
     image = x.transpose(1, 2).unflatten(2, (resolution, resolution))
     image = _stage(p, "downsample.0.b1", image)

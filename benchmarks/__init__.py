@@ -1,0 +1,1 @@
+"""Speed, memory and error of everything, beside what one might use instead."""

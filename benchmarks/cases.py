@@ -1,0 +1,136 @@
+"""The sizes of all benchmarks. ``--quick`` takes what fits into minutes on a laptop, ``--full`` everything."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mova_kernels import MoVAdapterConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+OFFICIAL = MoVAdapterConfig()
+GRIDS = (37, 32, 37, 45, 45, 14, 64)  # of the official experts, where the base grid has 48 x 48 tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem; the defaults are the released model's dimensions.
+
+    Attributes:
+        samples: B.
+        picks: K, the experts that each sample selected.
+        experts: N. Beyond seven the official experts' widths and grids repeat.
+        side: the base grid has side x side tokens; the experts' grids keep their proportion to it.
+        routing: "mixed": at random. "best": everybody selects the same experts. "worst": as different as possible.
+        width: C, to which the experts' widths keep their proportion.
+        blocks: of the adapter.
+        threads: on a CPU; None for all.
+        quick: is part of ``--quick``.
+    """
+
+    dtype: str = "fp32"
+    direction: str = FORWARD
+    samples: int = 1
+    picks: int = 3
+    experts: int = 7
+    side: int = 48
+    routing: str = "mixed"
+    width: int = 1024
+    blocks: int = 1
+    threads: int | None = None
+    quick: bool = True
+
+    def __str__(self) -> str:
+        name = f"B{self.samples}-K{self.picks}-N{self.experts}-{self.side}x{self.side}-{self.dtype}-{self.direction}"
+        rest = (self.routing if self.routing != "mixed" else "", f"{self.threads}thread" if self.threads else "")
+        return "-".join(filter(None, (name, *rest)))
+
+    @property
+    def config(self) -> MoVAdapterConfig:
+        def scaled(channels: int) -> int:
+            return channels * self.width // OFFICIAL.in_channels
+
+        widths = itertools.islice(itertools.cycle(OFFICIAL.expert_channels), self.experts)
+        return MoVAdapterConfig(
+            in_channels=self.width,
+            out_channels=scaled(OFFICIAL.out_channels),
+            num_heads=max(1, self.width // OFFICIAL.head_channels),
+            num_layers=self.blocks,
+            topk=max(OFFICIAL.topk, self.picks),
+            resolution=self.side,
+            text_channels=scaled(OFFICIAL.text_channels),
+            expert_channels=tuple(map(scaled, widths)),
+        )
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """The experts' grids of tokens."""
+        sides = itertools.islice(itertools.cycle(GRIDS), self.experts)
+        return [(max(1, round(side * self.side / OFFICIAL.resolution)),) * 2 for side in sides]
+
+    @functools.cached_property
+    def selected(self) -> Tensor:
+        """(B, N) bool on the host."""
+        generator = torch.Generator().manual_seed(self.experts)
+        mask = torch.zeros(self.samples, self.experts, dtype=torch.bool)
+        same = torch.randperm(self.experts, generator=generator)
+        for b in range(self.samples):
+            if self.routing == "best":
+                chosen = same
+            elif self.routing == "worst":
+                chosen = same.roll(-b * self.picks)
+            else:
+                chosen = torch.randperm(self.experts, generator=generator)
+            mask[b, chosen[: self.picks]] = True
+        return mask
+
+
+TINY = Case("fp64", BOTH, samples=2, picks=2, experts=3, side=6, width=128)  # on which baselines prove themselves
+
+
+def across(base: Case, **choices) -> list[Case]:
+    """``base`` with every combination of the choices."""
+    return [replace(base, **dict(zip(choices, c, strict=True))) for c in itertools.product(*choices.values())]
+
+
+ON_A_CPU = ("fp32", "bf16")
+
+# One sample with three experts at the official size: the stages of one block.
+STAGES = [
+    *across(Case(), dtype=ON_A_CPU, direction=(FORWARD, BOTH)),
+    *across(Case(quick=False), dtype=ON_A_CPU, direction=(BACKWARD,)),
+    *across(Case(quick=False, samples=4), dtype=("bf16", "fp16"), direction=(FORWARD, BACKWARD)),
+]
+ONE_PAIR = [
+    *across(Case(picks=1, experts=1), dtype=ON_A_CPU, direction=(FORWARD,)),
+    *across(Case(picks=1, experts=1, quick=False), dtype=ON_A_CPU, direction=(BACKWARD, BOTH)),
+]
+ONE_THREAD = across(Case(threads=1), dtype=ON_A_CPU)
+# One block alone, as it stands in docs/cpu.md.
+BLOCK = [
+    *across(Case(), dtype=ON_A_CPU),
+    *across(Case(samples=2, quick=False), dtype=ON_A_CPU, direction=(FORWARD, BOTH)),
+]
+SMALL = Case("bf16", samples=2, side=24)
+LADDER = [
+    *across(SMALL, dtype=ON_A_CPU, direction=(FORWARD, BOTH)),
+    *across(replace(SMALL, quick=False), dtype=ON_A_CPU, direction=(BACKWARD,)),
+    *across(Case(blocks=3, samples=8, quick=False), dtype=("bf16",), direction=(FORWARD, BACKWARD, BOTH)),
+]
+# One quantity at a time, everything else as in SMALL.
+SCALING = [
+    *across(SMALL, samples=(1, 4)),
+    *across(SMALL, picks=(0, 1)),
+    *across(SMALL, experts=(16, 32)),
+    *across(SMALL, side=(36,)),
+    *across(SMALL, routing=("best", "worst")),
+    *across(replace(SMALL, quick=False), samples=(8, 16, 32, 64)),
+    *across(replace(SMALL, quick=False), picks=(2,)),
+    *across(replace(SMALL, quick=False), experts=(64,)),
+    *across(replace(SMALL, quick=False), side=(48, 64)),
+]

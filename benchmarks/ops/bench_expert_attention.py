@@ -1,0 +1,42 @@
+"""expert_attention of the selected pairs, with rotary positions, against stored scores and torch's fused attention."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from benchmarks import baselines, cases
+from benchmarks.cases import Case
+from benchmarks.suite import Draw, Inputs, Suite, Variant, Work
+from mova_kernels.dense_reference import rope_tables
+from mova_kernels.ops import expert_attention, rope2d_table
+
+
+def inputs(case: Case, draw: Draw) -> Inputs:
+    config, pairs = case.config, int(case.selected.sum())
+    qkv = [draw(pairs, config.num_tokens, case.width) for _ in range(3)]
+    rounded = tuple(map(draw.cast, rope_tables(config, "cpu", qkv[0].dtype)))
+    cos, sin = rope2d_table(config.resolution, config.head_channels, device=draw.device)
+    return Inputs(qkv=qkv, rounded=rounded, cos=cos, sin=sin, heads=config.num_heads, leaves=qkv, reads=qkv)
+
+
+def official(t: Inputs) -> Tensor:
+    return baselines.attend(*t.qkv, t.heads, t.rounded, baselines.stored_scores)
+
+
+def sdpa(t: Inputs) -> Tensor:
+    return baselines.attend(*t.qkv, t.heads, t.rounded, baselines.sdpa)
+
+
+def ours(t: Inputs, backend: str) -> Tensor:
+    return expert_attention(*t.qkv, t.cos, t.sin, t.heads, backend=backend)
+
+
+def work(case: Case) -> Work:
+    """Backward: five products for two."""
+    scores = int(case.selected.sum()) * case.config.num_tokens**2
+    return Work(4 * scores * case.width, exps=scores * case.config.num_heads, backward=2.5)
+
+
+BASELINES = [Variant("official", official), Variant("SDPA", sdpa, note=baselines.SDPA_NOTE)]
+SUITE = Suite("expert_attention", cases.STAGES + cases.ONE_PAIR, inputs, BASELINES, work, op=ours)
+test_speed = SUITE.test()

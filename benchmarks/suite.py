@@ -1,0 +1,163 @@
+"""What a benchmark is: a problem, our implementations of it, and everything that somebody might use instead."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mova_kernels import backends
+
+from . import replay
+from .cases import DTYPES, TINY, Case
+
+Outputs = Tensor | Sequence[Tensor]
+Declines = Callable[[Case, torch.device], "str | None"]
+AGREEMENT = 1e-9  # relative L2 in fp64: the same function, summed in another order
+
+
+class Inputs(SimpleNamespace):
+    """Tensors of one problem under names of the suite's choosing.
+
+    Attributes:
+        leaves: those that get gradients.
+        reads: all tensors that a computation cannot do without; what it must move at least is counted from them.
+    """
+
+    leaves: Sequence[Tensor]
+    reads: Sequence[Tensor]
+
+
+class Draw:
+    """Random numbers, the same for everybody who measures a case: fp32 ones, rounded to the case's dtype."""
+
+    def __init__(self, case: Case, device: torch.device, wide: bool = False) -> None:
+        self.dtype, self.device, self.wide = DTYPES[case.dtype], device, wide
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int, scale: float = 1, shift: float = 0) -> Tensor:
+        """Normal numbers; in fp64 if ``wide``, without changing their values."""
+        return self.cast(torch.randn(shape, generator=self._generator) * scale + shift)
+
+    def cast(self, x: Tensor) -> Tensor:
+        x = x.to(self.device, self.dtype)
+        return x.double() if self.wide else x
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a forward pass needs at least, and the backward pass as a multiple.
+
+    Attributes:
+        flop: of matrix products, of the selected (sample, expert) pairs only.
+        exps: exponentials.
+        backward: FLOPs of the backward pass by those of the forward pass.
+    """
+
+    flop: int = 0
+    exps: int = 0
+    backward: float = 2.0
+
+    def of(self, direction: str) -> tuple[int, int]:
+        """FLOPs and exponentials; a backward pass which stores no scores computes the exponentials again."""
+        forward, backward = "forward" in direction, "backward" in direction
+        return int(self.flop * (forward + backward * self.backward)), self.exps * (forward + backward)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a suite's problem.
+
+    Attributes:
+        run: Inputs -> outputs, differentiable.
+        ours: one of our backends.
+        declines: gives the reason why it cannot run a case on a device, or None.
+        prepare: turns ``run`` into what is measured, for example by torch.compile.
+        note: a remark for the report.
+    """
+
+    name: str
+    run: Callable[[Inputs], Outputs]
+    ours: bool = False
+    declines: Declines = lambda case, device: None
+    prepare: Callable[[Callable], Callable] = lambda run: run
+    note: str | None = None
+
+
+class Suite:
+    """The benchmark of one op or module.
+
+    Args:
+        name: of the op, if it has one.
+        cases: what ``benchmarks/cases.py`` has for it.
+        inputs: (case, draw) -> Inputs.
+        baselines: the first is the official computation.
+        work: case -> Work.
+        op: (Inputs, backend) -> outputs, for a suite of an op with backends.
+        ours: our variants, for a suite of something else.
+        truth: Inputs in fp64 -> outputs; default: the op's reference.
+        verify: (variant, device): fails for a baseline that computes something else. Default: on a small problem in
+            fp64 it must agree with the truth.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cases: Sequence[Case],
+        inputs: Callable[[Case, Draw], Inputs],
+        baselines: Sequence[Variant],
+        work: Callable[[Case], Work],
+        *,
+        op: Callable[[Inputs, str], Outputs] | None = None,
+        ours: Sequence[Variant] = (),
+        truth: Callable[[Inputs], Outputs] | None = None,
+        verify: Callable[[Variant, torch.device], None] | None = None,
+    ) -> None:
+        self.name, self.cases, self.inputs, self.work = name, list(cases), inputs, work
+        if op is not None:
+            ours = [_of_backend(name, backend, op) for backend in backends.explain()[name]]
+            truth = truth or functools.partial(op, backend="reference")
+        assert truth is not None, name
+        self.truth, self.verify = truth, verify or self._agrees
+        self.variants = {v.name: v for v in (*baselines, *ours)}
+
+    def _agrees(self, variant: Variant, device: torch.device) -> None:
+        with torch.no_grad():
+            found, expected = (listed(run(self.inputs(TINY, Draw(TINY, device)))) for run in (variant.run, self.truth))
+        for f, e in zip(found, expected, strict=True):
+            error = float((f - e).norm() / e.norm())
+            if not error < AGREEMENT:
+                raise ValueError(f"{variant.name} computes something else: relative error {error:.2g} in fp64")
+
+    def test(self) -> Callable[..., None]:
+        """The pytest function which measures every variant on every case."""
+
+        @pytest.mark.benchmark(timer=replay.clock)
+        @pytest.mark.parametrize("variant", self.variants)
+        @pytest.mark.parametrize("case", self.cases, ids=str)
+        def test_speed(benchmark: Any, races: Any, case: Case, variant: str) -> None:
+            replay.hold(benchmark, self, case, variant, races(self, case)[variant])
+
+        return test_speed
+
+
+def listed(outputs: Outputs) -> list[Tensor]:
+    """Outputs as a list."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def _of_backend(op: str, backend: str, run: Callable[[Inputs, str], Outputs]) -> Variant:
+    def declines(case: Case, device: torch.device) -> str | None:
+        try:
+            backends.choose(op, backend, device, DTYPES[case.dtype])
+        except backends.BackendError as error:
+            return str(error)
+        return None
+
+    return Variant(backend, functools.partial(run, backend=backend), ours=True, declines=declines)
