@@ -42,8 +42,9 @@ def verdict(kernel: str, report: dict) -> str | None:
 
 
 def rate(kernel: str, report: dict) -> str:
-    found = [b for b in report["benchmarks"] if b.get("kernel") == kernel]
-    return ", ".join(f"{b['what']} {b['rate']}" for b in found)
+    op, variant = kernel.split("/")[0], "triton" if kernel.endswith(".py") else "cuda"
+    found = [b for b in report["benchmarks"] if (b["suite"], b["variant"]) == (op, variant)]
+    return ", ".join(f"{b['direction']} {b['rate']}" for b in found)
 
 
 def table(reports: Iterable[dict]) -> str:

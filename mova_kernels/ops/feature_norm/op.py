@@ -113,7 +113,7 @@ def resamples_later(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, in
     """Whether it is faster to project the features of a coarse grid first: on a CPU, if they need no gradient.
 
     A product of C channels is saved for each token that the grid lacks. Resampling its result costs as much as a
-    product of 64 (benchmarks/bench_ragged_linear.py), whatever the number of outputs.
+    product of 64 (benchmarks/ops/bench_ragged_linear.py), whatever the number of outputs.
     """
     tokens, length = in_size[0] * in_size[1], out_size[0] * out_size[1]
     plain = type(x) is Tensor and x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad)
