@@ -109,14 +109,38 @@ def test_an_allowed_complaint_is_none(gate, monkeypatch):
 
 
 def test_changes(gate):
-    before = [{**GOOD, "matrix": "mma", "kernel": kernel} for kernel in ("same", "other", "dropped")]
-    after = [before[0], {**before[1], "registers": 98, "matrix": "wgmma"}, {**before[0], "kernel": "added"}]
-    assert gate.changes(before, after) == [
-        "o c added sm_90: new",
-        "o c dropped sm_90: gone",
-        "o c other sm_90: registers 99 -> 98, matrix mma -> wgmma",
+    before = [{**GOOD, "matrix": "mma", "kernel": kernel} for kernel in ("same", "better", "worse", "dropped")]
+    after = [
+        before[0],
+        {**before[1], "registers": 98},
+        {**before[2], "registers": 98, "matrix": "wgmma"},
+        {**before[0], "kernel": "added"},
     ]
-    assert gate.changes(before, before) == ["nothing"]
+    assert gate.changes(before, after) == (
+        ["o c dropped sm_90: gone", "o c worse sm_90: registers 99 -> 98, matrix mma -> wgmma"],
+        ["o c added sm_90: new", "o c better sm_90: registers 99 -> 98"],
+    )
+    assert gate.changes(before, before) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        ({}, False),
+        ({"registers": 107}, False),
+        ({"registers": 108}, True),
+        ({"local": 8}, True),
+        ({"shared": 1075}, False),
+        ({"shared": 1076}, True),
+        ({"loop": 105}, False),
+        ({"loop": 106}, True),
+        ({"registers": 8, "shared": 0, "loop": 0}, False),
+        ({"matrix": "mma"}, True),
+    ],
+)
+def test_what_is_worse(gate, figures, expected):
+    was = {**GOOD, "matrix": "wgmma", "loop": 100}
+    assert gate.is_worse(was, {**was, **figures}) == expected
 
 
 def counted_calls() -> dict[str, list[tuple[str, str]]]:
