@@ -13,7 +13,7 @@ import torch
 from helpers import check_budget
 from torch import Tensor
 
-from mova_kernels import backends, device_routing, use_backend
+from mova_kernels import MoVAdapterConfig, backends, device_routing, use_backend
 from mova_kernels.dense_reference import dense_adapter
 
 pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
@@ -33,8 +33,10 @@ def on_triton():
     return use_backend(",".join(f"{op}=triton" for op in ops))
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor], Tensor]:
-    return tiny.inputs(CONFIG, 3, ((3, 3), (2, 2)), dtype)
+def inputs(
+    dtype: torch.dtype = torch.float32, config: MoVAdapterConfig = CONFIG
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    return tiny.inputs(config, 3, ((3, 3), (2, 2)), dtype)
 
 
 def outcome(module, adapter, base: Tensor, experts: list[Tensor], routing: Tensor, text: Tensor) -> list[Tensor]:
@@ -82,8 +84,9 @@ def test_adapter(name) -> None:
 
 def test_one_compiled_graph_serves_every_routing_without_asking_the_host() -> None:
     """The pairs are padded, and their number is known on the device alone: what a CUDA graph needs, too."""
-    adapter = tiny.adapter(replace(CONFIG, num_layers=1))  # every block has the same pairs
-    base, experts, text = inputs()
+    config = replace(CONFIG, num_layers=1, resolution=2)  # neither blocks nor tokens change what the graph must serve
+    adapter = tiny.adapter(config)
+    base, experts, text = inputs(config=config)
     torch._dynamo.reset()
     module = torch.compile(adapter, fullgraph=True, backend="aot_eager")
     compiling = nullcontext()
