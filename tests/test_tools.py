@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 
 import gpu_check
 import gpu_status
+import instruction_counts
 import pytest
 from sass import loop_instructions
 
@@ -107,14 +109,83 @@ def test_an_allowed_complaint_is_none(gate, monkeypatch):
 
 
 def test_changes(gate):
-    before = [{**GOOD, "matrix": "mma", "kernel": kernel} for kernel in ("same", "other", "dropped")]
-    after = [before[0], {**before[1], "registers": 98, "matrix": "wgmma"}, {**before[0], "kernel": "added"}]
-    assert gate.changes(before, after) == [
-        "o c added sm_90: new",
-        "o c dropped sm_90: gone",
-        "o c other sm_90: registers 99 -> 98, matrix mma -> wgmma",
+    before = [{**GOOD, "matrix": "mma", "kernel": kernel} for kernel in ("same", "better", "worse", "dropped")]
+    after = [
+        before[0],
+        {**before[1], "registers": 98},
+        {**before[2], "registers": 98, "matrix": "wgmma"},
+        {**before[0], "kernel": "added"},
     ]
-    assert gate.changes(before, before) == ["nothing"]
+    assert gate.changes(before, after) == (
+        ["o c dropped sm_90: gone", "o c worse sm_90: registers 99 -> 98, matrix mma -> wgmma"],
+        ["o c added sm_90: new", "o c better sm_90: registers 99 -> 98"],
+    )
+    assert gate.changes(before, before) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        ({}, False),
+        ({"registers": 107}, False),
+        ({"registers": 108}, True),
+        ({"local": 8}, True),
+        ({"shared": 1075}, False),
+        ({"shared": 1076}, True),
+        ({"loop": 105}, False),
+        ({"loop": 106}, True),
+        ({"registers": 8, "shared": 0, "loop": 0}, False),
+        ({"matrix": "mma"}, True),
+    ],
+)
+def test_what_is_worse(gate, figures, expected):
+    was = {**GOOD, "matrix": "wgmma", "loop": 100}
+    assert gate.is_worse(was, {**was, **figures}) == expected
+
+
+def counted_calls() -> dict[str, list[tuple[str, str]]]:
+    """For each compiler, instruction set and dtype of the baseline: (function, variant)."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in json.loads(instruction_counts.BASELINE.read_text()):
+        name = f"{row['compiler']} {row['isa']} {row['dtype']}"
+        found.setdefault(name, []).append((row["function"], row["variant"]))
+    return found
+
+
+def headers() -> str:
+    return "".join(path.read_text() for path in sorted((instruction_counts.ROOT / "csrc").glob("*/*.h")))
+
+
+@pytest.mark.parametrize("name", counted_calls())
+def test_instructions_of_every_function_are_counted(name):
+    declared = re.findall(r"^MK_API int (mk_\w+)\(const void\* args,", headers(), re.MULTILINE)
+    only_fp32 = {"mk_matmul"} if name.endswith("bf16") else set()
+    assert {function for function, _ in counted_calls()[name]} == set(declared) - only_fp32
+
+
+@pytest.mark.parametrize("name", counted_calls())
+def test_instructions_of_every_step_are_counted(name):
+    (enumeration,) = re.findall(r"enum mk_token_downsample_step \{(.*?)\}", headers(), re.DOTALL)
+    counted = {variant for function, variant in counted_calls()[name] if function == "mk_token_downsample"}
+    assert set(re.findall(r"MK_\w+(?= =)", enumeration)) <= counted
+
+
+def test_comparison_of_instruction_counts():
+    row = {"compiler": "c", "isa": "i", "variant": "-", "dtype": "d", "instructions": 1000}
+    before = {"same": 1000, "within": 1000, "worse": 1000, "better": 1000, "gone": 1000}
+    after = {"same": 1000, "within": 1020, "worse": 1021, "better": 979, "new": 1000}
+    rows = ([{**row, "function": f, "instructions": n} for f, n in counts.items()] for counts in (before, after))
+    assert instruction_counts.compare(*rows) == (
+        [["i", "gone", "-", "d", "1000", "-", "gone"], ["i", "worse", "-", "d", "1000", "1021", "+2.1%"]],
+        [["i", "better", "-", "d", "1000", "979", "-2.1%"], ["i", "new", "-", "d", "-", "1000", "new"]],
+    )
+
+
+def test_instruction_counts_without_valgrind(monkeypatch, capsys):
+    monkeypatch.setattr(instruction_counts.shutil, "which", lambda name: None)
+    assert instruction_counts.main([]) == 0
+    assert "skipped: valgrind is not installed" in capsys.readouterr().out
+    assert instruction_counts.main(["--require"]) != 0
 
 
 def gpu_tests() -> list[str]:

@@ -9,8 +9,10 @@ launcher's own. What compiles may still be wrong: this is no test of results.
 It fails if a kernel does not compile, needs more shared memory than a block may have, spills to local memory, has no
 matrix instruction for its tl.dot (on sm_90: no wgmma), or has one where tl.dot was asked for fp32 proper ("ieee").
 
-tools/compile_gate.json holds what the kernels needed before, by Triton's major and minor version; the differences are
-printed and fail nothing. ``--accept`` writes what was found into it, for the version that runs.
+tools/compile_gate.json holds what the kernels needed before, by Triton's major and minor version. All differences are
+printed. Where it has the version that runs, a kernel that got worse fails: more than 8 registers more, more than 5 %
+more local or shared memory or instructions in the inner loop, another matrix instruction, or no such kernel any more.
+``--accept`` writes what was found into it, for the version that runs.
 
 Columns: ``local`` in bytes per thread, stack included; ``loop``: instructions in the inner loop (tools/sass.py says how
 they are counted), 0 if there is none; ``matrix``: the matrix instruction in the PTX, "fma" for a tl.dot without one, or
@@ -24,6 +26,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -43,6 +46,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a bloc
 LOCAL_LIMIT = {80: 0, 90: 0, 100: 64}  # bytes of a thread; on sm_100 some Triton always spills a register or two
 DEVICES = {80: "NVIDIA-A100-SXM4-80GB", 90: "NVIDIA-H200", 100: "NVIDIA-B200"}  # whose shipped configurations count
 MATRIX = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}
+MORE_REGISTERS, MORE_OF_OTHERS = 8, 0.05  # than in the baseline: what is not worse yet
 KEY, FIGURES = ("triton", "op", "case", "kernel", "sm"), ("registers", "local", "shared", "matrix", "loop")
 
 # (regular expression for "op case kernel sm_90", complaint) -> why it is all right
@@ -172,15 +176,24 @@ def table(rows: list[dict]) -> list[str]:
     ]
 
 
-def changes(before: list[dict], after: list[dict]) -> list[str]:
-    """What differs, one line per kernel."""
+def changes(before: list[dict], after: list[dict]) -> tuple[list[str], list[str]]:
+    """What got worse and what differs otherwise, one line per kernel."""
     old, new = ({label(row): row for row in rows} for rows in (before, after))
-    lines = [f"{name}: gone" for name in old.keys() - new.keys()] + [f"{name}: new" for name in new.keys() - old.keys()]
+    worse = [f"{name}: gone" for name in old.keys() - new.keys()]
+    others = [f"{name}: new" for name in new.keys() - old.keys()]
     for name in old.keys() & new.keys():
         was, now = old[name], new[name]
         found = [f"{figure} {was[figure]} -> {now[figure]}" for figure in FIGURES if was[figure] != now[figure]]
-        lines += [f"{name}: {', '.join(found)}"] * bool(found)
-    return sorted(lines) or ["nothing"]
+        (worse if is_worse(was, now) else others).extend([f"{name}: {', '.join(found)}"] * bool(found))
+    return sorted(worse), sorted(others)
+
+
+def is_worse(was: dict, now: dict) -> bool:
+    return (
+        now["registers"] > was["registers"] + MORE_REGISTERS
+        or any(now[figure] > was[figure] * (1 + MORE_OF_OTHERS) for figure in ("local", "shared", "loop"))
+        or now["matrix"] != was["matrix"]
+    )
 
 
 def main() -> int:
@@ -215,15 +228,20 @@ def main() -> int:
         VERSION if VERSION in known else max(known, key=lambda v: [int(n) for n in v.split(".")], default=VERSION)
     )
     selected = [row for row in baseline if arguments.only in f"{row['op']} {row['case']}"]
-    differences = changes([row for row in selected if row["triton"] == compared], rows)
-    print(f"changed since {BASELINE.name}, triton {compared}:", *differences, sep="\n  ")
+    worse, others = changes([row for row in selected if row["triton"] == compared], rows)
+    print(f"worse than in {BASELINE.name}, triton {compared}:", *worse or ["nothing"], sep="\n  ")
+    print("changed otherwise:", *others or ["nothing"], sep="\n  ")
     if arguments.accept:
         kept = [row for row in baseline if row["triton"] != VERSION or row not in selected]
         kept += [{k: row[k] for k in KEY + FIGURES} for row in rows]
         kept.sort(key=lambda row: [row[k] for k in KEY])
         BASELINE.write_text("[\n" + ",\n".join(map(json.dumps, kept)) + "\n]\n")
     print(*["violations:", *errors] if errors else ["no violations"], sep="\n  ")
-    return bool(errors)
+    refused = bool(worse) and compared == VERSION and not arguments.accept
+    if refused:
+        only = f" --only {shlex.quote(arguments.only)}" if arguments.only else ""
+        print(f"{len(worse)} worse; where that is meant, with this Triton: python tools/compile_gate.py{only} --accept")
+    return bool(errors) or refused
 
 
 if __name__ == "__main__":
