@@ -69,7 +69,12 @@ def truth(t: Inputs) -> Tensor:
     return torch.cat([checkpoint(baselines.official, one, True, use_reentrant=False) for one in ones])
 
 
-def our(run: Callable[[Inputs], Tensor]) -> list[Variant]:
+def ours(t: Inputs) -> Tensor:
+    """The module."""
+    return t.module(t.base, t.packed, t.selected, t.text, grids=t.grids)
+
+
+def on_backends(run: Callable[[Inputs], Tensor]) -> list[Variant]:
     """``run`` on every backend that some op has; ops without it stay on auto."""
 
     def of(backend: str) -> Variant:
@@ -139,8 +144,8 @@ def _as_if_trained(name: str, shape: torch.Size, draw: Draw) -> Tensor:
 
 
 SUITE = Suite(
-    "adapter", cases.LADDER + cases.SCALING, inputs, baselines.LADDER, work,
-    ours=our(lambda t: t.module(t.base, t.packed, t.selected, t.text, grids=t.grids)),
+    "adapter", cases.LADDER, inputs, baselines.LADDER, work,
+    ours=on_backends(ours),
     truth=truth, verify=matches_golden_numbers,
 )  # fmt: skip
 test_speed = SUITE.test()

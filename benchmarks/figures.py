@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 OURS, PLAIN, INK = "#1a8fe3", "#d9822b", "#808a94"  # as in the demo's chart: all clear of white and black
 KINDS = {"mova_kernels": OURS, "official computation": PLAIN, "other baselines": INK}
 MARKERS = "osD^vPX<>*hp"
+MODULES = ("adapter", "scaling", "block")  # suites which are no stage of a block
 FAMILIES = 4  # panels of curves in one quantity
 
 
@@ -44,11 +45,11 @@ def style() -> Iterator[None]:
 
 
 def ladder(results: Results) -> Figure | None:
-    return _bars(results.ladder(), lambda e: e.median, seconds)
+    return _bars(results.of("adapter"), lambda e: e.median, seconds)
 
 
 def memory(results: Results) -> Figure | None:
-    return _bars(results.ladder() + results.ladder("block"), lambda e: e.memory, size)
+    return _bars(results.of("adapter") + results.of("block"), lambda e: e.memory, size)
 
 
 def picture(case: Case, machine: str) -> Figure:
@@ -114,9 +115,7 @@ def stages(results: Results) -> Figure | None:
         e = case.entries[0]
         return tuple(str(s) for s in (e.dtype, e.direction, e.device, f"{e.threads} threads") if s != "None threads")
 
-    cases = [
-        c for c in results.cases if c.suite not in ("adapter", "block") and c.entries and c.entries[0].official_size
-    ]
+    cases = [c for c in results.cases if c.suite not in MODULES and c.entries and c.entries[0].official_size]
     groups = [(key, list(group)) for key, group in groupby(sorted(cases, key=setting), setting)]
     if not groups:
         return None
@@ -305,7 +304,7 @@ def _color(entry: Entry) -> str:
     return OURS if entry.ours else PLAIN if entry.plain else INK
 
 
-SCALING = f"Median time of the adapter's cases that differ in this alone; at most {FAMILIES} settings of all the rest."
+SCALING = f"Median time of the adapter in cases that differ in this alone; at most {FAMILIES} settings of all the rest."
 PLOTS: list[tuple[str, str, str, Callable[[Results], Figure | None]]] = [
     ("ladder", "The ladder", "Median time of every variant of the adapter; shorter is better.", ladder),
     *((f"scaling-{q}", f"Scaling in {q}", SCALING, partial(scaling, quantity=q)) for q in QUANTITIES),

@@ -28,7 +28,7 @@ from mova_kernels._measure import measure
 from .cases import BACKWARD, DTYPES, FORWARD, Case
 from .suite import Draw, Suite, listed
 
-ROUNDS = (3, 50)
+ROUNDS = (5, 50)
 ROUND_SECONDS = 0.02  # at least, on a CPU: shorter computations are repeated within a round
 WARM_UP_SECONDS = 0.3
 FLUSHED_BYTES = 256 << 20  # more than a GPU's L2 cache
@@ -75,6 +75,8 @@ def race(suite: Suite, case: Case, names: Sequence[str], device: torch.device, s
     No speed is reported of what is wrong. The error against fp64 may be at most twice that of the official computation
     in the same dtype, which runs for that even if it is not named; where it cannot run, of the first one that can.
     """
+    if case.on_gpu and device.type != "cuda":
+        return {name: Result("skipped", device.type, "it takes a GPU: hours on a CPU") for name in names}
     official = next(iter(suite.variants))
     results: dict[str, Result] = {}
     running: dict[str, Any] = {}

@@ -178,10 +178,10 @@ def page(results: Results, directory: Path) -> str:
 
 
 def ladder_case(results: Results, name: str | None) -> Case:
-    """The named case of the adapter, or of those with all variants the one with the most work."""
-    cases = results.ladder()
+    """The named case of the adapter or a block of it; without a name the adapter's with the most work."""
+    cases = results.of("adapter")
     if name is not None:
-        cases = [c for c in results.cases if (c.suite, c.name) == ("adapter", name) and c.entries]
+        cases = [c for c in (*cases, *results.of("block")) if c.name == name]
     if not cases:
         raise ResultsError(f"the adapter's case {name} was not measured" if name else "the adapter was not measured")
     return max(cases, key=lambda case: max(e.flop or 0 for e in case.entries))
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="JSON that the benchmarks have written")
     parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="for report.html and the PNG files")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write the ladder alone, as SVG or PNG")
-    parser.add_argument("--case", help="the adapter's case in the picture; default: with all variants, the most work")
+    parser.add_argument("--case", help="the adapter's case in the picture; default: the one with the most work")
     args = parser.parse_args(arguments)
     try:
         import matplotlib  # noqa: F401

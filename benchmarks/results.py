@@ -126,7 +126,7 @@ class Results:
     def cases(self) -> list[Case]:
         """Suite by suite, the adapter first and its blocks second."""
         everything: list[Entry | Missing] = [*self.entries, *self.missing]
-        suites = dict.fromkeys(["adapter", "block", *(e.suite for e in everything)])
+        suites = dict.fromkeys(["adapter", "scaling", "block", *(e.suite for e in everything)])
         names = dict.fromkeys((e.suite, e.case) for e in everything)
         return [
             Case(
@@ -138,18 +138,16 @@ class Results:
             for suite, name in sorted(names, key=lambda key: list(suites).index(key[0]))
         ]
 
-    def ladder(self, suite: str = "adapter") -> list[Case]:
-        """The cases with (nearly) all variants; those of the scaling curves have but some."""
-        cases = [c for c in self.cases if c.suite == suite]
-        most = max((len(c.entries) + len(c.missing) for c in cases), default=0)
-        return [c for c in cases if c.entries and len(c.entries) + len(c.missing) >= 0.75 * most]
+    def of(self, suite: str) -> list[Case]:
+        """The suite's cases of which something was measured."""
+        return [c for c in self.cases if c.suite == suite and c.entries]
 
     def families(self, quantity: str) -> list[list[Entry]]:
-        """The adapter's entries that differ in this quantity (and variant) alone; the longest curves first."""
+        """The entries of suite "scaling" that differ in this (and the variant) alone; the longest curves first."""
         field = QUANTITIES[quantity]
         found: dict[tuple, list[Entry]] = {}
         for e in self.entries:
-            if e.suite == "adapter" and getattr(e, field) is not None:
+            if e.suite == "scaling" and getattr(e, field) is not None:
                 found.setdefault(tuple(getattr(e, p) for p in PARAMETERS if p != field), []).append(e)
         counts = [(max(Counter(e.variant for e in family).values()), family) for family in found.values()]
         return [family for n, family in sorted(counts, key=lambda x: -x[0]) if n > 1]
