@@ -94,7 +94,8 @@ def on_backends(run: Callable[[Inputs], Tensor]) -> list[Variant]:
                 return str(error)
             return None
 
-        return Variant(f"mova_kernels, {backend}", on_backend, ours=True, declines=declines)
+        name, quick = f"mova_kernels, {backend}", backend != "reference"
+        return Variant(name, on_backend, ours=True, declines=declines, quick=quick)
 
     return [of(backend) for backend in backends.BACKENDS]
 

@@ -8,6 +8,14 @@ from .bench_adapter import inputs, matches_golden_numbers, on_backends, ours, tr
 from .suite import Suite
 
 BASELINES = [variant for variant in LADDER if variant.name in ("official", "ragged + SDPA")]
-OURS = [variant for variant in on_backends(ours) if "reference" not in variant.name]
-SUITE = Suite("scaling", cases.SCALING, inputs, BASELINES, work, ours=OURS, truth=truth, verify=matches_golden_numbers)
+SUITE = Suite(
+    "scaling",
+    cases.SCALING,
+    inputs,
+    BASELINES,
+    work,
+    ours=on_backends(ours),
+    truth=truth,
+    verify=matches_golden_numbers,
+)
 test_speed = SUITE.test()

@@ -14,7 +14,7 @@ from .cases import Case
 from .race import Result, race
 from .suite import Suite
 
-SECONDS = {"quick": 1.5, "full": 15.0}  # for all rounds of a case
+SECONDS = {"quick": 0.7, "full": 15.0}  # for all rounds of a case
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,14 +54,15 @@ def races(request: pytest.FixtureRequest) -> Callable[[Suite, Case], dict[str, R
     """(suite, case) -> the result of every variant which this session asks for, measured together at the first call."""
     found: dict[tuple[str, Case], dict[str, Result]] = {}
     config = request.config
-    seconds = SECONDS["full" if config.getoption("full") else "quick"]
+    quick = not config.getoption("full")
+    seconds = SECONDS["quick" if quick else "full"]
 
     def of(suite: Suite, case: Case) -> dict[str, Result]:
         key = (suite.name, case)
         if key not in found:
             specs = [i.callspec.params for i in request.session.items if i.module.SUITE is suite]
             names = [spec["variant"] for spec in specs if spec["case"] == case]
-            found[key] = results = race(suite, case, names, device_of(config), seconds)
+            found[key] = results = race(suite, case, names, device_of(config), seconds, quick)
             for name, result in results.items():
                 if result.outcome != "measured":
                     kind = "ours" if suite.variants[name].ours else "baseline"

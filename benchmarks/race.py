@@ -29,6 +29,8 @@ from .cases import BACKWARD, DTYPES, FORWARD, Case
 from .suite import Draw, Suite, listed
 
 ROUNDS = (5, 50)
+SLOW_ROUNDS = 3  # at least, where a round of all variants takes more than SLOW_SECONDS
+SLOW_SECONDS = 10.0
 ROUND_SECONDS = 0.02  # at least, on a CPU: shorter computations are repeated within a round
 WARM_UP_SECONDS = 0.3
 FLUSHED_BYTES = 256 << 20  # more than a GPU's L2 cache
@@ -69,8 +71,10 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def race(suite: Suite, case: Case, names: Sequence[str], device: torch.device, seconds: float) -> dict[str, Result]:
-    """Measure the named variants; each gets at least ``ROUNDS[0]`` rounds, all together about ``seconds``.
+def race(
+    suite: Suite, case: Case, names: Sequence[str], device: torch.device, seconds: float, quick: bool = False
+) -> dict[str, Result]:
+    """Measure the named variants; all rounds together take about ``seconds``, but there are some at least.
 
     No speed is reported of what is wrong. The error against fp64 may be at most twice that of the official computation
     in the same dtype, which runs for that even if it is not named; where it cannot run, of the first one that can.
@@ -91,13 +95,17 @@ def race(suite: Suite, case: Case, names: Sequence[str], device: torch.device, s
                 return {name: Result("failed", device.type, reason) for name in names}
             running.pop("truth").close()
             for name in dict.fromkeys([official, *names]):
-                results[name] = _started(running, suite, case, name, device, truth)
+                if quick and not suite.variants[name].quick:
+                    results[name] = Result("skipped", device.type, "only with --full")
+                else:
+                    results[name] = _started(running, suite, case, name, device, truth)
             _judge(results, case)
             for name in list(running):
                 if name not in names or results[name].outcome != "measured":
                     running.pop(name).close()
             once = sum(results[name].seconds.pop() for name in running)
-            rounds = min(max(int(seconds / max(once, 1e-9)), ROUNDS[0]), ROUNDS[1])
+            least = SLOW_ROUNDS if once > SLOW_SECONDS else ROUNDS[0]
+            rounds = min(max(int(seconds / max(once, 1e-9)), least), ROUNDS[1])
             for _ in range(rounds):
                 for name, contender in running.items():
                     results[name].seconds += contender.round()

@@ -80,6 +80,7 @@ class Variant:
         declines: gives the reason why it cannot run a case on a device, or None.
         prepare: turns ``run`` into what is measured, for example by torch.compile.
         note: a remark for the report.
+        quick: is part of ``--quick``.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Variant:
     declines: Declines = lambda case, device: None
     prepare: Callable[[Callable], Callable] = lambda run: run
     note: str | None = None
+    quick: bool = True
 
 
 class Suite:
@@ -160,4 +162,6 @@ def _of_backend(op: str, backend: str, run: Callable[[Inputs, str], Outputs]) ->
             return str(error)
         return None
 
-    return Variant(backend, functools.partial(run, backend=backend), ours=True, declines=declines)
+    return Variant(
+        backend, functools.partial(run, backend=backend), ours=True, declines=declines, quick=backend != "reference"
+    )

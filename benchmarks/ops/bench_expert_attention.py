@@ -38,5 +38,5 @@ def work(case: Case) -> Work:
 
 
 BASELINES = [Variant("official", official), Variant("SDPA", sdpa, note=baselines.SDPA_NOTE)]
-SUITE = Suite("expert_attention", cases.STAGES, inputs, BASELINES, work, op=ours)
+SUITE = Suite("expert_attention", cases.ATTENTION, inputs, BASELINES, work, op=ours)
 test_speed = SUITE.test()
