@@ -116,15 +116,13 @@ def race(
 
 
 def _started(running: dict[str, Any], suite: Suite, case: Case, name: str, device: torch.device, truth: Path) -> Result:
-    """Put a contender into ``running``; its result has one round."""
+    """Put a contender into ``running``; its result has the seconds of one call."""
     reason = suite.variants[name].declines(case, device)
     if reason:
         return Result("skipped", device.type, reason)
     running[name] = contender = _enter(suite, case, name, device)
     try:
-        result = contender.prepare(truth)
-        result.seconds = contender.round()[:1]
-        return result
+        return contender.prepare(truth)
     except (torch.OutOfMemoryError, MemoryError) as error:
         outcome, reason = "skipped", f"out of memory: {str(error).partition('.')[0]}"
     except Exception as error:
@@ -184,25 +182,22 @@ class Contender:
         result.moved = _size(self.inputs.reads) + _size(found["outputs"]) + _size(found["gradients"])
         del found, expected
         self.call = self._call()
-        result.memory = measure(self.call, self.device, warm_up=1).peak_bytes
-        start, calls = time.perf_counter(), 0
-        while time.perf_counter() - start < WARM_UP_SECONDS:
-            self.call()
-            self._synchronise()
-            calls += 1
+        first = measure(self.call, self.device)
+        result.memory, once = first.peak_bytes, first.seconds
+        end = time.perf_counter() + WARM_UP_SECONDS - once
+        while time.perf_counter() < end:
+            once = self._once()
+        result.seconds = [once]  # tells how many rounds there is time for
         if self.device.type == "cuda":
             result.launches, result.syncs = _count(self.call)
         else:
-            self.iterations = max(1, round(ROUND_SECONDS * calls / (time.perf_counter() - start)))
+            self.iterations = max(1, round(ROUND_SECONDS / once))
         return result
 
     def round(self) -> list[float]:
         """Seconds of one call; of several calls on a GPU, each with a cold L2 cache."""
         if self.device.type != "cuda":
-            start = time.perf_counter()
-            for _ in range(self.iterations):
-                self.call()
-            return [(time.perf_counter() - start) / self.iterations]
+            return [sum(self._once() for _ in range(self.iterations)) / self.iterations]
         flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=self.device)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(5)]
         for start, end in events:
@@ -253,9 +248,13 @@ class Contender:
             return functools.partial(self._gradients, listed(self.run(self.inputs)), retain_graph=True)
         return lambda: self._gradients(listed(self.run(self.inputs)))
 
-    def _synchronise(self) -> None:
+    def _once(self) -> float:
+        """Seconds of one call."""
+        start = time.perf_counter()
+        self.call()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter() - start
 
 
 class Remote:
@@ -310,7 +309,7 @@ def _processes() -> Any:
     root = str(Path(__file__).resolve().parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.race"])
+    context.set_forkserver_preload(["benchmarks.bench_adapter", "torch._dynamo", "torch._inductor.compile_fx"])
     return context
 
 
