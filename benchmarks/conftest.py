@@ -14,7 +14,7 @@ from .cases import Case
 from .race import Result, race
 from .suite import Suite
 
-SECONDS = {"quick": 0.7, "full": 15.0}  # for all rounds of a case
+SECONDS = {"quick": 1.5, "full": 8.0}  # for all rounds of a case
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
