@@ -1,6 +1,7 @@
 """Writes results as one HTML page that needs nothing else: ``python -m benchmarks.report results.json``.
 
-The plots are in the page, and beside it as PNG. ``--picture docs/x.svg`` writes the ladder of one case instead.
+The plots are in the page, and beside it as PNG. With ``--again second.json``, another run of the same commit, the page
+says which ratios are not reproducible. ``--picture docs/x.svg`` writes the ladder of one case instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from . import figures
+from .compare import changes
 from .results import Case, Entry, Results, ResultsError, describe, load, seconds, si, size
 
 CSS = """
@@ -31,6 +33,8 @@ figure { margin: 1rem 0 2rem }
 figcaption { color: #808a94 }
 svg { max-width: 100%; height: auto }
 """
+
+AGREEMENT = 0.10  # of the ratios of two runs
 
 Column = Callable[[Entry, Case], str]
 
@@ -111,6 +115,16 @@ def conditions(results: Results) -> list[tuple[str, str]]:
     ]
 
 
+def reproducibility(results: Results, again: Results | None) -> str:
+    """Which ratios a second run did not confirm."""
+    if again is None:
+        return "not measured (--again takes a second run)"
+    found = changes(results, again)
+    far = [f"{', '.join(c.key)} ({c.factor - 1:+.0%})" for c in found if c.exceeds(AGREEMENT, symmetric=True)]
+    answer = f"{len(found) - len(far)} of {len(found)} ratios to the official computation within {AGREEMENT:.0%}"
+    return f"{answer}; not {'; '.join(far)}" if far else answer
+
+
 def row(cells: Iterable[str], attributes: str = "") -> str:
     return f"<tr{attributes}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
@@ -152,8 +166,8 @@ def plots(results: Results, directory: Path) -> str:
     return "\n".join(parts)
 
 
-def page(results: Results, directory: Path) -> str:
-    about = "\n".join(row(pair) for pair in conditions(results))
+def page(results: Results, directory: Path, second_run: str) -> str:
+    about = "\n".join(row(pair) for pair in (*conditions(results), ("second run", second_run)))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -191,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="JSON that the benchmarks have written")
     parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="for report.html and the PNG files")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="results of a second run of the same commit")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write the ladder alone, as SVG or PNG")
     parser.add_argument("--case", help="the adapter's case in the picture; default: the one with the most work")
     args = parser.parse_args(arguments)
@@ -201,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         results = load(args.results)
+        second_run = reproducibility(results, load(args.again) if args.again else None)
         if args.picture:
             machine = dict(conditions(results))
             with figures.style():
@@ -212,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "report.html"
-    path.write_text(page(results, args.output), "utf-8")
+    path.write_text(page(results, args.output, second_run), "utf-8")
     print(path)
     return 0
 

@@ -177,6 +177,18 @@ def test_the_page_says_under_which_conditions(reported):
     assert about["date"] == "2026-11-22T10:00:00"
 
 
+def test_the_page_says_what_a_second_run_did_not_confirm(reported, saved, tmp_path):
+    about = {row[0]: row[1] for row in Page(reported[0]).rows if len(row) == 2}
+    assert about["second run"].startswith("not measured")
+    first, second = cases(4.0, 1.0), cases(4.0, 1.2)
+    paths = [saved(first, "first.json"), "--again", saved(second, "second.json"), "--output", str(tmp_path)]
+    assert report.main(paths) == 0
+    about = {row[0]: row[1] for row in Page((tmp_path / "report.html").read_text()).rows if len(row) == 2}
+    assert about["second run"] == (
+        f"1 of 2 ratios to the official computation within 10%; not adapter, {CASE}, ours (+20%)"
+    )
+
+
 def test_the_page_needs_nothing_else(reported):
     text, folder = reported
     page = Page(text)

@@ -68,7 +68,8 @@ def test_importing_parts_finds_what_it_should(tmp_path, monkeypatch) -> None:
 @each_op
 def test_op_has_its_files(op) -> None:
     folder = PACKAGE / "ops" / op
-    for path in (folder / "op.py", folder / "reference.py", TESTS / "ops" / f"test_{op}.py"):
+    elsewhere = (TESTS / "ops" / f"test_{op}.py", ROOT / "benchmarks" / "ops" / f"bench_{op}.py")
+    for path in (folder / "op.py", folder / "reference.py", *elsewhere):
         assert path.is_file(), path.relative_to(ROOT)
 
 
