@@ -19,9 +19,8 @@ SECONDS = {"quick": 1.5, "full": 8.0}  # for all rounds of a case
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mova_kernels")
-    size = group.addmutuallyexclusivegroup() if hasattr(group, "addmutuallyexclusivegroup") else group
-    size.addoption("--quick", action="store_true", help="minutes on a CPU (default)")
-    size.addoption("--full", action="store_true", help="every case")
+    group.addoption("--quick", dest="full", action="store_false", default=False, help="minutes on a CPU (default)")
+    group.addoption("--full", dest="full", action="store_true", help="every case")
     group.addoption("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 
 
@@ -73,9 +72,14 @@ def races(request: pytest.FixtureRequest) -> Callable[[Suite, Case], dict[str, R
     return of
 
 
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    del machine_info["node"]  # a results file may be published
+
+
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     output_json["missing"] = config.stash[MISSING]
     output_json["machine"] = machine.describe(device_of(config).type)
     output_json["versions"] = machine.versions()
+    output_json["commit_info"].pop("project", None)  # the folder's name
     for entry in output_json["benchmarks"]:
         entry["params"] = None  # cases and variants are in extra_info, in JSON's types

@@ -81,6 +81,8 @@ def race(
     """
     if case.on_gpu and device.type != "cuda":
         return {name: Result("skipped", device.type, "it takes a GPU: hours on a CPU") for name in names}
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return {name: Result("skipped", device.type, "there is no CUDA device") for name in names}
     official = next(iter(suite.variants))
     results: dict[str, Result] = {}
     running: dict[str, Any] = {}
@@ -107,8 +109,12 @@ def race(
             least = SLOW_ROUNDS if once > SLOW_SECONDS else ROUNDS[0]
             rounds = min(max(int(seconds / max(once, 1e-9)), least), ROUNDS[1])
             for _ in range(rounds):
-                for name, contender in running.items():
-                    results[name].seconds += contender.round()
+                for name, contender in list(running.items()):
+                    try:
+                        results[name].seconds += contender.round()
+                    except Exception as error:
+                        results[name] = _gone_wrong(error, device)
+                        running.pop(name).close()
         finally:
             for contender in running.values():
                 contender.close()
@@ -123,12 +129,15 @@ def _started(running: dict[str, Any], suite: Suite, case: Case, name: str, devic
     running[name] = contender = _enter(suite, case, name, device)
     try:
         return contender.prepare(truth)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        outcome, reason = "skipped", f"out of memory: {str(error).partition('.')[0]}"
     except Exception as error:
-        outcome, reason = "failed", f"{type(error).__name__}: {error}"
-    running.pop(name).close()
-    return Result(outcome, device.type, reason)
+        running.pop(name).close()
+        return _gone_wrong(error, device)
+
+
+def _gone_wrong(error: Exception, device: torch.device) -> Result:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return Result("skipped", device.type, f"out of memory: {str(error).partition('.')[0]}")
+    return Result("failed", device.type, f"{type(error).__name__}: {error}")
 
 
 def _judge(results: dict[str, Result], case: Case) -> None:

@@ -73,6 +73,16 @@ def test_every_variant_on_a_small_case_in_both_directions(suite) -> None:
             assert (racing._worst(found["gradients"], expected["gradients"]) or 0) < 1e-4, name
 
 
+calls = 0
+
+
+def tired(y: torch.Tensor) -> torch.Tensor:
+    """The third call, which is the first of those that count, fails."""
+    global calls
+    calls += 1
+    return y if calls < 3 else y.no_such_method()
+
+
 SUITE = Suite(
     "sums",
     [SMALL],
@@ -89,6 +99,7 @@ SUITE = Suite(
         Variant("right", lambda t: t.x.T.sum(1), ours=True),
         Variant("wrong", lambda t: t.x.sum(0) * 1.001, ours=True),
         Variant("broken", lambda t: t.x.no_such_method(), ours=True),
+        Variant("gets tired", lambda t: tired(t.x.sum(0)), ours=True),
     ],
 )
 
@@ -115,6 +126,7 @@ def test_only_what_is_right_gets_a_time_and_nothing_is_lost(contender, monkeypat
     assert reasons["elsewhere"] == ("skipped", "it runs elsewhere")
     assert reasons["another function"][0] == "failed" and "computes something else" in reasons["another function"][1]
     assert reasons["wrong"][0] == "failed" and "error 0.00" in reasons["wrong"][1]
+    assert reasons["gets tired"][0] == "failed" and "no_such_method" in reasons["gets tired"][1]
     assert reasons["broken"][0] == "failed" and "no_such_method" in reasons["broken"][1]
     assert contender == "Contender" or (reasons["dies"][0] == "skipped" and "killed" in reasons["dies"][1])
 
@@ -126,6 +138,19 @@ def test_without_a_truth_nothing_is_reported(monkeypatch, quick_rounds) -> None:
     assert {(r.outcome, r.reason.partition(":")[0]) for r in results.values()} == {
         ("failed", "nothing to check against")
     }
+
+
+@pytest.mark.parametrize(
+    ("case", "device", "reason"),
+    [
+        (replace(SMALL, on_gpu=True), CPU, "it takes a GPU"),
+        pytest.param(SMALL, torch.device("cuda"), "there is no CUDA device", marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="there is one")),
+    ],
+)  # fmt: skip
+def test_without_a_gpu_its_cases_are_skipped_with_the_reason(case, device, reason) -> None:
+    (result,) = race(SUITE, case, ["right"], device, 0).values()
+    assert result.outcome == "skipped" and reason in result.reason
 
 
 @pytest.mark.parametrize("direction", [FORWARD, BOTH])
