@@ -1,8 +1,8 @@
 """What somebody might use instead of this library: the official computation with better parts, and ragged ones.
 
 ``compute`` is the adapter, or its blocks alone, as careful users of PyTorch would write it. It differs in how the
-experts are fused (:func:`fuse_dense`, :func:`fuse_ragged`, :func:`fuse_flex`, :func:`fuse_grouped`) and in the
-attention (:func:`stored_scores`, :func:`sdpa`, :func:`flash_varlen`).
+experts are fused (:func:`fuse_dense`, :func:`fuse_ragged`, :func:`fuse_packed`) and in the attention
+(:func:`stored_scores`, :func:`sdpa`, :func:`flash_varlen`).
 """
 
 from __future__ import annotations

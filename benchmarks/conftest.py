@@ -15,6 +15,7 @@ from .race import Result, race
 from .suite import Suite
 
 SECONDS = {"quick": 1.5, "full": 8.0}  # for all rounds of a case
+MISSING = pytest.StashKey[list[dict[str, str]]]()  # what was asked for and not measured
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,9 +31,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
     signal.signal(signal.SIGTERM, interrupt)
     config.stash[MISSING] = []
-
-
-MISSING = pytest.StashKey[list[dict[str, str]]]()
 
 
 def device_of(config: pytest.Config) -> torch.device:
@@ -59,7 +57,7 @@ def races(request: pytest.FixtureRequest) -> Callable[[Suite, Case], dict[str, R
     def of(suite: Suite, case: Case) -> dict[str, Result]:
         key = (suite.name, case)
         if key not in found:
-            specs = [i.callspec.params for i in request.session.items if i.module.SUITE is suite]
+            specs = [i.callspec.params for i in request.session.items if getattr(i.module, "SUITE", None) is suite]
             names = [spec["variant"] for spec in specs if spec["case"] == case]
             found[key] = results = race(suite, case, names, device_of(config), seconds, quick)
             for name, result in results.items():
