@@ -310,5 +310,5 @@ LADDER = (
     ),
     Variant("ragged + grouped_mm", functools.partial(compute, fuse=functools.partial(fuse_packed, project=grouped))),
     Variant("ragged + flash-attn", functools.partial(compute, fuse=fuse_packed, attention=flash_varlen),
-            declines=_varlen_declines),
+            declines=_varlen_declines, in_fp32=False),
 )  # fmt: skip

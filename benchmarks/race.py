@@ -178,7 +178,7 @@ class Contender:
         variant = self.suite.variants[self.name]
         if self.case.threads:
             torch.set_num_threads(self.case.threads)
-        if not variant.ours:
+        if not variant.ours and variant.in_fp32:
             self.suite.verify(variant, self.device)
         if self.case.direction == BACKWARD:
             torch._functorch.config.donated_buffer = False  # a graph that stays must keep its buffers

@@ -81,6 +81,7 @@ class Variant:
         prepare: turns ``run`` into what is measured, for example by torch.compile.
         note: a remark for the report.
         quick: is part of ``--quick``.
+        in_fp32: whether it can compute what it is verified with; its error in the case's dtype is judged in any case.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Variant:
     prepare: Callable[[Callable], Callable] = lambda run: run
     note: str | None = None
     quick: bool = True
+    in_fp32: bool = True
 
 
 class Suite:
