@@ -48,7 +48,8 @@ class RoutingPrompt:
             ValueError: one of them is not in the pool.
         """
         letter_of = {name: letter for letter, name in self.letters.items()}
-        return ", ".join(letter_of[name] for name in _members(experts, self.pool)) or "none"
+        names = dict.fromkeys(_members(experts, self.pool))
+        return ", ".join(letter_of[name] for name in names) or "none"
 
 
 def routing_prompt(
@@ -154,8 +155,8 @@ def parse_routing(answer: str, pool: Sequence[str | VisionExpert], *, topk: int 
     """The names of the experts that ``answer`` selects, in its order, each once, at most ``topk``.
 
     A letter counts where it stands alone; a small one only if the answer is nothing but letters, for ``a`` is a word.
-    Letters outside the pool are ignored. An answer that begins with "none" selects nothing, and so does one that names
-    nothing, with a warning. No string is an error.
+    Letters outside the pool are ignored. What begins with "none", "nothing" or "n/a" selects nothing, and so does what
+    names nothing, with a warning. No string is an error.
 
     Args:
         answer: what the language model wrote.

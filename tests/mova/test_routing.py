@@ -140,6 +140,7 @@ def test_perfect_answers_come_back(size):
         picks = [[name] for name in prompt.pool] + [rng.sample(prompt.pool, rng.randint(1, size)) for _ in range(10)]
         for pick in picks:
             assert list(parse_routing(prompt.answer(pick), prompt.pool)) == pick
+        assert prompt.answer([prompt.pool[0]] * 2) == "A"
         assert prompt.answer([]) == "none" and parse_routing("none", prompt.pool) == ()
 
 
