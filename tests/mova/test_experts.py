@@ -122,6 +122,7 @@ def test_own_expert():
     assert experts.register(expert) is expert is experts.get("music")
     assert experts.names() == (*CODE_ORDER, "music")
     assert (expert.input_size, expert.native_grid, expert.num_tokens) == (384, (24, 24), 576)
+    assert replace(expert, patches=True).view != expert.view
     prompt = mova.routing_prompt("Which key?", ["sam", "music"])
     assert "B. Reads sheet music.\n" in prompt.text
     assert mova.parse_routing("B", prompt.pool) == ("music",)
