@@ -1,0 +1,20 @@
+"""One wording for errors: the argument, the rule it breaks, the value it has (mova_kernels' own without torch)."""
+
+from __future__ import annotations
+
+
+def check(ok: object, argument: str, rule: str, value: object, error: type[Exception] = ValueError) -> None:
+    """Raise ``error("argument rule, got value")`` unless ``ok``."""
+    if not ok:
+        raise error(f"{argument} {rule}, got {value!r}")
+
+
+def check_int(argument: str, value: object, smallest: int) -> None:
+    """``value`` must be an int (a bool is none) of at least ``smallest``."""
+    check_whole(argument, value)
+    check(value >= smallest, argument, f"must be at least {smallest}", value)  # type: ignore[operator]
+
+
+def check_whole(argument: str, value: object) -> None:
+    """``value`` must be an int; a bool is none."""
+    check(isinstance(value, int) and not isinstance(value, bool), argument, "must be an int", value, TypeError)

@@ -1,0 +1,252 @@
+"""Routing as text: the prompt that offers experts to a language model, and what its answer selects."""
+
+from __future__ import annotations
+
+import ast
+import random
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase as LETTERS
+from typing import TYPE_CHECKING
+
+from ._checks import check, check_int, check_whole
+from .experts import VisionExpert, resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEMPLATE = """\
+The vision models listed below can each add details to what you see of this image. Pick those whose details help to \
+answer the question, {topk} at most. Reply with their letters and commas between them, the most helpful first, or with \
+"none" if no model helps.
+
+{pool}
+
+Question: {question}"""
+_FIELDS = re.compile(r"\{(topk|pool|question)\}")
+
+
+@dataclass(frozen=True)
+class RoutingPrompt:
+    """The ``text`` for the language model, and the names of the ``pool`` in the order of their letters."""
+
+    text: str
+    pool: tuple[str, ...]
+
+    @property
+    def letters(self) -> dict[str, str]:
+        """Letter to name."""
+        return dict(zip(LETTERS, self.pool, strict=False))
+
+    def answer(self, experts: Iterable[str]) -> str:
+        """The answer that selects these experts in this order, to train on: ``"A, D"`` or ``"none"``.
+
+        Raises:
+            ValueError: one of them is not in the pool.
+        """
+        letter_of = {name: letter for letter, name in self.letters.items()}
+        names = dict.fromkeys(_members(experts, self.pool))
+        return ", ".join(letter_of[name] for name in names) or "none"
+
+
+def routing_prompt(
+    question: str,
+    experts: Iterable[str | VisionExpert],
+    *,
+    topk: int = 3,
+    descriptions: Mapping[str, str] | None = None,
+    seed: int | None = None,
+    template: str = TEMPLATE,
+) -> RoutingPrompt:
+    """Ask which of ``experts`` would help with ``question``. The placeholder of the image goes before the text.
+
+    Args:
+        question: the user's own words.
+        experts: the pool, 1 to 26 names or VisionExperts; the first becomes A. There are no two-letter names.
+        topk: how many the answer may name.
+        descriptions: name to description, instead of the expert's own, for any of them.
+        seed: shuffle the pool, the same for the same seed; the result's ``pool`` and ``letters`` have the order.
+        template: the wording, with ``{pool}``, ``{question}`` and, if wanted, ``{topk}``. Without ``{pool}`` it lists
+            the models under their letters itself, in the order of ``experts``; without ``{question}`` the question is
+            appended. That of :func:`official_template` goes with ``mova.experts.OFFICIAL``.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule; unknown and repeated names are errors.
+    """
+    check(isinstance(question, str), "question", "must be a string", question, TypeError)
+    check(question.strip(), "question", "must not be empty", question)
+    check(isinstance(template, str), "template", "must be a string", template, TypeError)
+    check_int("topk", topk, 1)
+    pool = resolve(experts)
+    check(len(pool) <= len(LETTERS), "experts", f"must be at most {len(LETTERS)}, one for each letter", len(pool))
+    lines = {expert.name: expert.description for expert in pool}
+    descriptions = {} if descriptions is None else descriptions
+    check(isinstance(descriptions, Mapping), "descriptions", "must be a mapping", descriptions, TypeError)
+    for name, line in descriptions.items():
+        check(name in lines, "descriptions", f"must be for experts of the pool ({', '.join(lines)})", name)
+        one_line = isinstance(line, str) and len(line.strip().splitlines()) == 1
+        check(one_line, f"descriptions[{name!r}]", "must be one line of text", line)
+        lines[name] = line.strip()
+    if "{pool}" not in template:
+        check(seed is None and not descriptions, "template", "must have {pool} for seed and descriptions", template)
+        found = set(re.findall(r"\b[A-Z]\b", template))
+        exact = found.issuperset(LETTERS[: len(pool)]) and LETTERS[len(pool) : len(pool) + 1] not in found
+        check(exact, "template", f"must have {{pool}}, or list {len(pool)} models by their letters", template)
+    if "{question}" not in template:
+        template += "{question}"
+    order = tuple(lines)
+    if seed is not None:
+        check_whole("seed", seed)
+        order = tuple(random.Random(seed).sample(order, len(order)))
+    listed = "\n".join(f"{letter}. {lines[name]}" for letter, name in zip(LETTERS, order, strict=False))
+    values = {"topk": str(topk), "pool": listed, "question": question}
+    # In one pass: a question may hold "{pool}", and any text other braces.
+    return RoutingPrompt(_FIELDS.sub(lambda field: values[field[1]], template), order)
+
+
+def official_template(path: str | Path) -> str:
+    """The official wording, from one's own copy of the official code; it is read as text, never run.
+
+    Args:
+        path: the checkout of TempleX98/MoVA, or its ``mova/constants.py``.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not assign a string literal to ROUTING_PROMPT.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "mova" / "constants.py"
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+    except SyntaxError as error:
+        raise ValueError(f"path must be a Python file, got {str(path)!r}") from error
+    text = None
+    for node in body:
+        if isinstance(node, ast.Assign) and any(ast.unparse(target) == "ROUTING_PROMPT" for target in node.targets):
+            text = _literal(node.value)
+    if text is None:
+        raise ValueError(f"path must assign a string literal to ROUTING_PROMPT, got {str(path)!r}")
+    return text
+
+
+def _literal(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = _literal(node.left), _literal(node.right)
+        return None if left is None or right is None else left + right
+    return None
+
+
+# Latin words with their hyphens and apostrophes; other scripts separate, as in "选择A和D".
+_LATIN = "[0-9A-Za-zÀ-ɏ]+"
+_WORD = re.compile(f"{_LATIN}(?:['\u2019-]{_LATIN})*")
+_NONE = re.compile(r"\W*(none|nothing|n/?a)\b", re.IGNORECASE)
+_JOINS = ("and", "or")
+# Makes a word of an "A" that starts a sentence and of an "I": "A chart reader", "I think"; not "A and C", "A is best".
+_GOES_ON = re.compile(r"[ \t]+(?!(?:and|or|is|for|because|plus|then|with|only)\b)[a-zà-ÿ]")
+
+
+def parse_routing(answer: str, pool: Sequence[str | VisionExpert], *, topk: int | None = None) -> tuple[str, ...]:
+    """The names of the experts that ``answer`` selects, in its order, each once, at most ``topk``.
+
+    A letter counts where it stands alone; a small one only if the answer is nothing but letters, for ``a`` is a word.
+    Letters outside the pool are ignored. What begins with "none", "nothing" or "n/a" selects nothing, and so does what
+    names nothing, with a warning. No string is an error.
+
+    Args:
+        answer: what the language model wrote.
+        pool: names or VisionExperts in the order of their letters (:attr:`RoutingPrompt.pool`).
+        topk: the most that are returned; None is all.
+
+    Raises:
+        TypeError, ValueError: ``answer`` is no string, ``pool`` is empty or has repeated names, ``topk`` is below 1.
+    """
+    check(isinstance(answer, str), "answer", "must be a string", answer, TypeError)
+    names = _names(pool)
+    check(len(names) <= len(LETTERS), "pool", f"must have at most {len(LETTERS)} entries", len(names))
+    member = dict(zip(LETTERS, names, strict=False))
+    if topk is not None:
+        check_int("topk", topk, 1)
+    if _NONE.match(answer):
+        return ()
+    words = list(_WORD.finditer(answer))
+    if all(len(word[0]) == 1 or word[0].lower() in _JOINS for word in words):
+        found = [word[0].upper() for word in words if word[0].isascii()]
+    else:
+        found = [word[0] for i, word in enumerate(words) if not _is_word(answer, word, words[i - 1] if i else None)]
+    selected = tuple(dict.fromkeys(member[letter] for letter in found if letter in member))
+    if not selected and not re.search(r"\bnone\b", answer, re.IGNORECASE):
+        warnings.warn(f"the router's answer names no expert, so none is used: {answer[:80]!r}", stacklevel=2)
+    return selected[:topk]
+
+
+def _is_word(answer: str, word: re.Match[str], previous: re.Match[str] | None) -> bool:
+    """Whether an A or I in prose is the article or the pronoun."""
+    starts = previous is None or any(c in ".!?\n" for c in answer[previous.end() : word.start()])
+    return (word[0] == "I" or (word[0] == "A" and starts)) and _GOES_ON.match(answer, word.end()) is not None
+
+
+def parse_routing_official(answer: str, num_experts: int = 7) -> list[bool]:
+    """What the official code makes of an answer, mistakes included, for parity: a row in the order of the letters.
+
+    A capital anywhere in the first three comma-separated pieces selects, so "Based on A" selects B, too.
+    """
+    check(isinstance(answer, str), "answer", "must be a string", answer, TypeError)
+    check(num_experts in range(1, len(LETTERS) + 1), "num_experts", f"must be 1 to {len(LETTERS)}", num_experts)
+    pieces = "".join(answer.split(",")[:3])
+    return [letter in pieces for letter in LETTERS[:num_experts]]
+
+
+def selection(experts: str | Iterable[str | VisionExpert], pool: Sequence[str | VisionExpert]) -> list[bool]:
+    """The routing row of one sample: "all", "none", or the names to switch on, over ``pool`` in the model's order.
+
+    Raises:
+        TypeError, ValueError: another string, or a name that is not in the pool.
+    """
+    ordered = _names(pool)
+    if isinstance(experts, str):
+        check(experts in ("all", "none"), "experts", "must be 'all', 'none' or a sequence of names", experts)
+        return [experts == "all"] * len(ordered)
+    chosen = _members(experts, ordered)
+    return [name in chosen for name in ordered]
+
+
+def routing_mask(
+    selections: Sequence[str | Iterable[str | VisionExpert]], pool: Sequence[str | VisionExpert]
+) -> Tensor:
+    """(B, N) bool: :func:`selection` of every sample, as ``mova_kernels.MoVAdapter`` takes it."""
+    import torch
+
+    is_batch = isinstance(selections, Sequence) and not isinstance(selections, str)
+    check(is_batch, "selections", "must be a sequence with one entry for each sample", selections, TypeError)
+    rows = [selection(experts, pool) for experts in selections]
+    return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), len(_names(pool)))
+
+
+def _names(pool: Sequence[str | VisionExpert]) -> list[str]:
+    """The names of a pool, which need not be registered."""
+    check(isinstance(pool, list | tuple), "pool", "must be a list or tuple of names or VisionExperts", pool, TypeError)
+    names = [_name("pool", e) for e in pool]
+    check(names, "pool", "must not be empty", names)
+    check(len(set(names)) == len(names), "pool", "must not repeat a name", names)
+    return names
+
+
+def _members(experts: Iterable[str | VisionExpert], pool: Sequence[str]) -> list[str]:
+    is_list = isinstance(experts, Iterable) and not isinstance(experts, str)
+    check(is_list, "experts", "must be a sequence of names", experts, TypeError)
+    names = [_name("experts", e) for e in experts]
+    for name in names:
+        check(name in pool, "experts", f"must be in the pool ({', '.join(pool)})", name)
+    return names
+
+
+def _name(argument: str, expert: object) -> str:
+    name = expert.name if isinstance(expert, VisionExpert) else expert
+    check(isinstance(name, str), argument, "must hold names or VisionExperts", expert, TypeError)
+    return name  # type: ignore[return-value]
