@@ -52,6 +52,12 @@ def test_baselines_are_right(suite, name) -> None:
     suite.verify(suite.variants[name], CPU)
 
 
+def test_flex_attention_visits_the_blocks_of_a_pair_and_no_others() -> None:
+    """Compiled, it skips what is not listed, and does not ask the mask about the rest; uncompiled it knows no blocks."""
+    found = baselines.pair_mask(3, 2 * baselines.FLEX_BLOCK, CPU).to_dense()[0, 0]
+    assert torch.equal(found.bool(), torch.block_diag(*[torch.ones(2, 2)] * 3).bool())
+
+
 @each_suite
 def test_every_variant_on_a_small_case_in_both_directions(suite) -> None:
     """The inputs of every suite fit all its variants, and the truth judges them to be right."""
