@@ -2,9 +2,9 @@
 
 from . import experts
 from .experts import VisionExpert
+from .official import official_system_prompt, official_template
 from .routing import (
     RoutingPrompt,
-    official_template,
     parse_routing,
     parse_routing_official,
     routing_mask,
@@ -16,6 +16,7 @@ __all__ = [
     "RoutingPrompt",
     "VisionExpert",
     "experts",
+    "official_system_prompt",
     "official_template",
     "parse_routing",
     "parse_routing_official",

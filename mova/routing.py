@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import random
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from string import ascii_uppercase as LETTERS
 from typing import TYPE_CHECKING
 
@@ -71,7 +69,7 @@ def routing_prompt(
         seed: shuffle the pool, the same for the same seed; the result's ``pool`` and ``letters`` have the order.
         template: the wording, with ``{pool}``, ``{question}`` and, if wanted, ``{topk}``. Without ``{pool}`` it lists
             the models under their letters itself, in the order of ``experts``; without ``{question}`` the question is
-            appended. That of :func:`official_template` goes with ``mova.experts.OFFICIAL``.
+            appended. That of :func:`mova.official_template` goes with ``mova.experts.OFFICIAL``.
 
     Raises:
         TypeError, ValueError: an argument breaks its rule; unknown and repeated names are errors.
@@ -105,41 +103,6 @@ def routing_prompt(
     values = {"topk": str(topk), "pool": listed, "question": question}
     # In one pass: a question may hold "{pool}", and any text other braces.
     return RoutingPrompt(_FIELDS.sub(lambda field: values[field[1]], template), order)
-
-
-def official_template(path: str | Path) -> str:
-    """The official wording, from one's own copy of the official code; it is read as text, never run.
-
-    Args:
-        path: the checkout of TempleX98/MoVA, or its ``mova/constants.py``.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it does not assign a string literal to ROUTING_PROMPT.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "mova" / "constants.py"
-    try:
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-    except SyntaxError as error:
-        raise ValueError(f"path must be a Python file, got {str(path)!r}") from error
-    text = None
-    for node in body:
-        if isinstance(node, ast.Assign) and any(ast.unparse(target) == "ROUTING_PROMPT" for target in node.targets):
-            text = _literal(node.value)
-    if text is None:
-        raise ValueError(f"path must assign a string literal to ROUTING_PROMPT, got {str(path)!r}")
-    return text
-
-
-def _literal(node: ast.expr) -> str | None:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        left, right = _literal(node.left), _literal(node.right)
-        return None if left is None or right is None else left + right
-    return None
 
 
 # Latin words with their hyphens and apostrophes; other scripts separate, as in "选择A和D".

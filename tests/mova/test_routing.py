@@ -10,7 +10,6 @@ import pytest
 
 from mova import (
     VisionExpert,
-    official_template,
     parse_routing,
     parse_routing_official,
     routing_mask,
@@ -178,20 +177,6 @@ def test_own_template_in_one_pass():
 OFFICIAL_LIKE = "Pick:\n" + "\n".join(f"{letter}. thing" for letter in "ABCDEFG") + "\nQ:\n"
 
 
-def test_official_wording_is_read_not_run(tmp_path):
-    (tmp_path / "mova").mkdir()
-    file = tmp_path / "mova" / "constants.py"
-    head, tail = OFFICIAL_LIKE[:20], OFFICIAL_LIKE[20:]
-    file.write_text(
-        f"import nowhere\nROUTING_PROMPT = 'old'\nROUTING_PROMPT = ({head!r}\n    {tail[:9]!r} + {tail[9:]!r})\n"
-    )
-    for path in (tmp_path, file, str(file)):
-        template = official_template(path)
-        assert template == OFFICIAL_LIKE
-    assert routing_prompt("Why?\n", OFFICIAL, template=template).text == OFFICIAL_LIKE + "Why?\n"
-    assert routing_prompt("Why?", OFFICIAL, template=template).pool == NAMES
-
-
 def test_fixed_letters_fit_the_pool():
     for pool in (NAMES[:6], [*NAMES, *many(1)]):
         with pytest.raises(ValueError, match=re.escape(f"template must have {{pool}}, or list {len(pool)} models")):
@@ -312,21 +297,3 @@ def test_bad_option(name):
     options, kind, message = OPTIONS[name]
     with pytest.raises(kind, match=re.escape(message)):
         routing_prompt("Q", NAMES, **options)
-
-
-FILES = {
-    "nothing": ("OTHER = 'x'\n", "path must assign a string literal to ROUTING_PROMPT"),
-    "computed": ("ROUTING_PROMPT = 'a' + str(1)\n", "path must assign a string literal to ROUTING_PROMPT"),
-    "no Python": ("A thing", "path must be a Python file"),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_bad_official_file(name, tmp_path):
-    content, message = FILES[name]
-    file = tmp_path / "constants.py"
-    file.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        official_template(file)
-    with pytest.raises(FileNotFoundError):
-        official_template(tmp_path)
