@@ -4,15 +4,18 @@ from . import experts
 from .experts import VisionExpert
 from .official import official_system_prompt, official_template
 from .routing import (
+    Prompts,
     RoutingPrompt,
     parse_routing,
     parse_routing_official,
+    prompts,
     routing_mask,
     routing_prompt,
     selection,
 )
 
 __all__ = [
+    "Prompts",
     "RoutingPrompt",
     "VisionExpert",
     "experts",
@@ -20,6 +23,7 @@ __all__ = [
     "official_template",
     "parse_routing",
     "parse_routing_official",
+    "prompts",
     "routing_mask",
     "routing_prompt",
     "selection",

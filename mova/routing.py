@@ -24,6 +24,7 @@ answer the question, {topk} at most. Reply with their letters and commas between
 {pool}
 
 Question: {question}"""
+_PLACES = ("router", "answer", "text")
 _FIELDS = re.compile(r"\{(topk|pool|question)\}")
 
 
@@ -103,6 +104,57 @@ def routing_prompt(
     values = {"topk": str(topk), "pool": listed, "question": question}
     # In one pass: a question may hold "{pool}", and any text other braces.
     return RoutingPrompt(_FIELDS.sub(lambda field: values[field[1]], template), order)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """One question in its three forms: for the ``router``, for the ``answer``, and as the adapter's ``text`` input."""
+
+    router: RoutingPrompt
+    answer: str
+    text: str
+
+
+def prompts(
+    questions: str | Sequence[str],
+    experts: Iterable[str | VisionExpert],
+    *,
+    topk: int = 3,
+    suffix: str = "",
+    suffix_in: Iterable[str] = ("answer",),
+    template: str = TEMPLATE,
+    descriptions: Mapping[str, str] | None = None,
+    seed: int | None = None,
+) -> Prompts:
+    """All that is made of a question, in one place. The placeholder of the image goes before ``router`` and ``answer``.
+
+    The router and the answer have the last question, the text encoder has all of them: "question 0: ", the question in
+    small letters and an empty line, then the same for 1 and so on.
+
+    Args:
+        questions: the user's own words; of a conversation those of every round.
+        suffix: how to answer ("Answer with one word."), in a line of its own after the last question.
+        suffix_in: which of "router", "answer" and "text" have the suffix; the official scripts do not agree on it.
+        experts, topk, template, descriptions, seed: as for :func:`routing_prompt`.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule; no question, or an empty one, is an error.
+    """
+    rounds = [questions] if isinstance(questions, str) else questions
+    check(isinstance(rounds, list | tuple), "questions", "must be a string or a list of strings", questions, TypeError)
+    check(rounds, "questions", "must not be empty", questions)
+    for i, question in enumerate(rounds):
+        check(isinstance(question, str), f"questions[{i}]", "must be a string", question, TypeError)
+        check(question.strip(), f"questions[{i}]", "must not be empty", question)
+    check(isinstance(suffix, str), "suffix", "must be a string", suffix, TypeError)
+    is_list = isinstance(suffix_in, Iterable) and not isinstance(suffix_in, str)
+    check(is_list, "suffix_in", "must be a sequence of names", suffix_in, TypeError)
+    places = tuple(suffix_in)
+    check(set(places).issubset(_PLACES), "suffix_in", f"must be of {', '.join(_PLACES)}", places)
+    last = {place: f"{rounds[-1]}\n{suffix}" if suffix and place in places else rounds[-1] for place in _PLACES}
+    router = routing_prompt(last["router"], experts, topk=topk, descriptions=descriptions, seed=seed, template=template)
+    text = "".join(f"question {i}: {q.lower()}\n\n" for i, q in enumerate([*rounds[:-1], last["text"]]))
+    return Prompts(router, last["answer"], text)
 
 
 # Latin words with their hyphens and apostrophes; other scripts separate, as in "选择A和D".

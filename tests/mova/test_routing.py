@@ -9,9 +9,11 @@ import warnings
 import pytest
 
 from mova import (
+    Prompts,
     VisionExpert,
     parse_routing,
     parse_routing_official,
+    prompts,
     routing_mask,
     routing_prompt,
     selection,
@@ -175,6 +177,51 @@ def test_own_template_in_one_pass():
 
 
 OFFICIAL_LIKE = "Pick:\n" + "\n".join(f"{letter}. thing" for letter in "ABCDEFG") + "\nQ:\n"
+
+
+def test_three_texts_of_one_question():
+    made = prompts("What is THIS?", NAMES, topk=2, seed=1, descriptions={"sam": "Cuts."})
+    router = routing_prompt("What is THIS?", NAMES, topk=2, seed=1, descriptions={"sam": "Cuts."})
+    assert made == Prompts(router, "What is THIS?", "question 0: what is this?\n\n")
+    assert prompts(["What is THIS?"], NAMES, template="{pool}").router.text.endswith("What is THIS?")
+
+
+def test_t40_suffix_goes_where_it_is_wanted():
+    places = ("router", "answer", "text")
+    for chosen in [(), *((p,) for p in places), places]:
+        made = prompts("Why?", NAMES, suffix="Use ONE word.", suffix_in=chosen)
+        has = {"router": made.router.text, "answer": made.answer, "text": made.text.replace("use one", "Use ONE")}
+        assert {place for place in places if "?\nUse ONE word." in has[place]} == set(chosen)
+    assert made.text == "question 0: why?\nuse one word.\n\n"
+    assert prompts("Why?", NAMES, suffix="Use ONE word.").answer == "Why?\nUse ONE word."
+    assert prompts("Why?", NAMES, suffix_in=places).answer == "Why?"
+
+
+def test_rounds():
+    made = prompts(("Who?", "What?", "Why?"), NAMES, suffix="Be brief.", suffix_in=("answer", "text"))
+    assert made.router == routing_prompt("Why?", NAMES)
+    assert made.answer == "Why?\nBe brief."
+    assert made.text == "question 0: who?\n\nquestion 1: what?\n\nquestion 2: why?\nbe brief.\n\n"
+
+
+BAD_PROMPTS = {
+    "empty": ((" ", NAMES), {}, ValueError, "questions[0] must not be empty, got ' '"),
+    "empty round": ((["Who?", ""], NAMES), {}, ValueError, "questions[1] must not be empty, got ''"),
+    "no round": (([], NAMES), {}, ValueError, "questions must not be empty, got []"),
+    "type": ((None, NAMES), {}, TypeError, "questions must be a string or a list of strings, got None"),
+    "round": (([3], NAMES), {}, TypeError, "questions[0] must be a string, got 3"),
+    "suffix": (("Q", NAMES), {"suffix": None}, TypeError, "suffix must be a string, got None"),
+    "string": (("Q", NAMES), {"suffix_in": "answer"}, TypeError, "suffix_in must be a sequence of names, got 'answer'"),
+    "place": (("Q", NAMES), {"suffix_in": ["x"]}, ValueError, "suffix_in must be of router, answer, text, got ('x',)"),
+    "pool": (("Q", []), {}, ValueError, "experts must not be empty, got []"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_bad_prompts(name):
+    arguments, options, kind, message = BAD_PROMPTS[name]
+    with pytest.raises(kind, match=re.escape(message)):
+        prompts(*arguments, **options)
 
 
 def test_fixed_letters_fit_the_pool():
