@@ -1,0 +1,144 @@
+"""Images: read in full, and made into the square, normalised input of each vision expert."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._checks import check
+from .experts import VisionExpert
+
+
+def open_image(source: Image.Image | str | os.PathLike[str] | bytes) -> Image.Image:
+    """The image as RGB, decoded in full and turned upright; of an animation the first frame, as it is opened.
+
+    Other modes become RGB as ``convert("RGB")`` of PIL has it, so transparency and colour profiles are ignored, as in
+    the official code. Unlike there, 16-bit grey is scaled to 8 bits, where PIL clips nearly all of it to white, and an
+    EXIF orientation is followed: a photograph reaches the model as one sees it (one's own PIL image too, while it
+    carries the tag).
+
+    Args:
+        source: a PIL image, which is not changed, the path of a file, or its content.
+
+    Raises:
+        TypeError: another type.
+        FileNotFoundError: no such file. Other errors of reading it (OSError) pass through.
+        ValueError: what was read is no image, or a broken, truncated or empty one, or above PIL's limit for
+            decompression bombs, or holds values outside 0 to 255 in a 32-bit mode, whose white is unknown.
+    """
+    known = isinstance(source, Image.Image | str | os.PathLike | bytes)
+    check(known, "source", "must be a PIL image, a path or bytes", type(source), TypeError)
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(source)
+    if isinstance(source, str | os.PathLike):
+        try:
+            source = Path(source).read_bytes()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"source must be a file that exists, got {name}") from error
+    try:
+        image = Image.open(BytesIO(source)) if isinstance(source, bytes) else source
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    # Decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and what else a broken file leads to.
+    except Exception as error:
+        raise ValueError(f"source must be an image that can be decoded in full, got {name} ({error})") from error
+    check(min(image.size) > 0, "source", "must have pixels", image.size)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        check(low >= 0 and high <= 255, "source", f"must be from 0 to 255 in mode {image.mode}", (low, high))
+    return image.convert("RGB")
+
+
+def image_key(image: Image.Image) -> str:
+    """The cache key of an RGB image: equal for equal size and pixels, whatever file they came from (64 hex digits).
+
+    Raises:
+        TypeError, ValueError: not a PIL image in mode RGB with pixels.
+    """
+    _check_rgb(image)
+    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=32)
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
+    """The RGB image in the middle of a square of its longer side, filled with ``color``; it is not resized.
+
+    An odd pixel goes to the right or below, as in the official code (``image_aspect_ratio`` "pad").
+
+    Raises:
+        TypeError, ValueError: not a PIL image in mode RGB with pixels, or the square would be above PIL's limit for
+            decompression bombs (twice ``PIL.Image.MAX_IMAGE_PIXELS``), which the padding of a thin strip can reach.
+    """
+    _check_rgb(image)
+    is_color = isinstance(color, tuple) and len(color) == 3 and all(c in range(256) for c in color)
+    check(is_color, "color", "must be three ints from 0 to 255", color)
+    width, height = image.size
+    side = max(width, height)
+    limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
+    check(side * side <= limit, "image", f"must have at most {limit} pixels when padded to a square", image.size)
+    result = Image.new("RGB", (side, side), color)
+    result.paste(image, ((side - width) // 2, (side - height) // 2))
+    return result
+
+
+def prepare(image: Image.Image, expert: VisionExpert) -> Tensor:
+    """What ``expert`` is given of an RGB image; experts with the same ``view`` are given the same.
+
+    The image is padded to a square with ``pad_color``. With a ``std`` it is resized (PIL's bicubic) to S x S, S =
+    ``image_size``, scaled to 0 to 1 and normalised, to the bit as CLIPImageProcessor and BitImageProcessor of
+    transformers do it. Without one it is normalised by the mean and the deviation of the padded image before it is
+    resized (bilinear, antialiased), as Pix2StructImageProcessor does. That processor works the grid out from the size
+    of the image, and for one square in seven arrives at 44 x 44; here the grid is always the expert's.
+
+    Args:
+        image: from :func:`open_image`.
+        expert: says how.
+
+    Returns:
+        fp32, on the CPU: (3, S, S); for ``patches`` (h * w, 2 + 3 * (S / h) * (S / w)), for the (h, w) ``grid`` row by
+        row: the row and the column of a patch, both from 1, then its pixels row by row, each with its three colours.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type, or as for :func:`square`.
+    """
+    check(isinstance(expert, VisionExpert), "expert", "must be a VisionExpert", expert, TypeError)
+    padded, size = square(image, expert.pad_color), (expert.image_size, expert.image_size)
+    if expert.std is None:
+        pixels = np.asarray(padded).astype(np.float32)
+        pixels = (pixels - pixels.mean()) / max(pixels.std(), 1 / math.sqrt(pixels.size))
+        batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        result = F.interpolate(batch, size, mode="bilinear", align_corners=False, antialias=True)[0]
+    else:
+        resized = np.asarray(padded.resize(size, Image.Resampling.BICUBIC))
+        # In fp64 until here, and a product: so it is in transformers.
+        scaled: np.ndarray = (resized * (1 / 255)).astype(np.float32)
+        scaled = (scaled - np.array(expert.mean, np.float32)) / np.array(expert.std, np.float32)
+        result = torch.from_numpy(scaled).permute(2, 0, 1)
+    return _patches(result, expert.grid) if expert.patches else result.contiguous()
+
+
+def _patches(image: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(3, S, S) to (h * w, 2 + 3 * (S / h) * (S / w))."""
+    h, w = grid
+    channels, side, _ = image.shape
+    pixels = image.reshape(channels, h, side // h, w, side // w).permute(1, 3, 2, 4, 0).reshape(h * w, -1)
+    ids = torch.cartesian_prod(*(torch.arange(1, n + 1, dtype=image.dtype, device=image.device) for n in grid))
+    return torch.cat([ids, pixels], dim=1)
+
+
+def _check_rgb(image: Image.Image) -> None:
+    check(isinstance(image, Image.Image), "image", "must be a PIL image", type(image), TypeError)
+    check(image.mode == "RGB", "image", "must be in mode RGB (mova.images.open_image makes it so)", image.mode)
+    check(min(image.size) > 0, "image", "must have pixels", image.size)
