@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ._checks import check, check_int, check_whole
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -136,20 +140,48 @@ class VisionExpert:
 
 
 _REGISTRY: dict[str, VisionExpert] = {}
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register(expert: VisionExpert, *, replace: bool = False) -> VisionExpert:
+def register(
+    expert: VisionExpert, build: Callable[..., nn.Module] | None = None, *, replace: bool = False
+) -> VisionExpert:
     """Make ``expert`` known by its name, and return it; ``replace`` puts it in the place of one of the same name.
 
+    Args:
+        expert: what the pipeline needs to know of it.
+        build: ``build(**sizes)`` makes its backbone, see :class:`mova.encoders.VisionEncoder`; None keeps the builder
+            that the name has. It is also called under ``torch.device("meta")``, where tensors hold no values.
+        replace: whether the name may be taken.
+
     Raises:
-        TypeError: not a VisionExpert.
+        TypeError: not a VisionExpert, or ``build`` is not callable.
         ValueError: the name is taken.
     """
     check(isinstance(expert, VisionExpert), "expert", "must be a VisionExpert", expert, TypeError)
+    check(build is None or callable(build), "build", "must be callable", build, TypeError)
     free = replace or expert.name not in _REGISTRY
     check(free, "expert", "must have a name that is not registered yet (or replace=True)", expert.name)
     _REGISTRY[expert.name] = expert
+    if build is not None:
+        _BUILDERS[expert.name] = build
     return expert
+
+
+def builder(name: str) -> Callable[..., nn.Module]:
+    """What makes the backbone of this expert from sizes: one's own, or that of an official expert or ``clip``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    check(isinstance(name, str), "name", "must be a string", name, TypeError)
+    if name in _BUILDERS:
+        return _BUILDERS[name]
+    from .encoders.builders import BUILDERS  # torch and transformers
+
+    rule = "must be of an expert with a builder: register it with experts.register(expert, build)"
+    check(name in BUILDERS, "name", rule, name)
+    return BUILDERS[name]
 
 
 def get(name: str) -> VisionExpert:

@@ -134,6 +134,26 @@ class Golden:
         return self.strided(tensor)
 
 
+class ExpertGolden:
+    """The golden file of a vision expert: its tokens for one image, (1, 3, 1024, 1024)."""
+
+    def __init__(self, name: str) -> None:
+        with np.load(DATA / f"expert_{name}.npz") as archive:
+            self.meta = json.loads(archive["meta"].tobytes())
+            self.output = torch.from_numpy(archive["output"])
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter, fp32, by its official name."""
+        return {name: parameter(name, shape, self.meta["seed"]) for name, shape in self.meta["parameters"].items()}
+
+    def image(self) -> Tensor:
+        return uniform("image", (1, 3, 1024, 1024), self.meta["seed"])
+
+    def strided(self, tokens: Tensor) -> Tensor:
+        """The entries of (1, T, C) tokens that the file keeps."""
+        return tokens[:, :: self.meta["token_stride"], :: self.meta["channel_stride"]]
+
+
 def parameter_shapes(config: MoVAdapterConfig) -> dict[str, tuple[int, ...]]:
     """Official names and shapes of all parameters, in the official order, without the text encoder's."""
     channels, out_channels, num_experts = config.in_channels, config.out_channels, len(config.expert_channels)

@@ -1,0 +1,225 @@
+"""An expert's backbone with all that turns a prepared image into the expert's tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mova_kernels.ops import feature_resample
+
+from .._checks import check
+from ..experts import VisionExpert, builder
+
+_FILE = "model.safetensors"
+_NOT_SIZES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+_NAMED = 5
+
+
+class VisionEncoder(nn.Module):
+    """A vision expert: prepared images in, tokens out. In eval mode and without gradients until one asks for them.
+
+    Args:
+        expert: what goes in and comes out.
+        sizes: keywords for the expert's builder (``experts.builder``), which has the released sizes as defaults; for
+            the official experts the names of the backbone's config in transformers. ``attn_implementation`` is one.
+
+    The backbone can be any ``nn.Module`` that takes the expert's pixels or patches. It returns tokens (B, T, C), a map
+    (B, C, h, w), or an output of transformers with one of them as ``last_hidden_state``; one whose expert has a
+    ``layer`` also takes ``output_hidden_states=True`` and returns ``hidden_states``.
+
+    Raises:
+        TypeError: ``expert`` is no VisionExpert, or the builder knows no such size.
+        ValueError: no builder is registered for the expert.
+    """
+
+    def __init__(self, expert: VisionExpert, sizes: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        check(isinstance(expert, VisionExpert), "expert", "must be a VisionExpert", expert, TypeError)
+        check(not (expert.patches and expert.resize), "expert", "must not resize patches", expert.resize)
+        self.expert = expert
+        self.sizes = dict(sizes or {})
+        self.backbone = builder(expert.name)(**self.sizes)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The expert's tokens.
+
+        Args:
+            pixels: (B, 3, S, S) with S = ``expert.image_size``, float; for ``expert.patches`` (B, T, 2 + 3 p p), each
+                patch behind its row and column, p = S // grid. Cast to the backbone's dtype.
+
+        Returns:
+            (B, h * w, C) with (h, w) = ``expert.grid`` and C = ``expert.channels``. No rows give no rows, and the
+            backbone is not called.
+
+        Raises:
+            TypeError: ``pixels`` is not floating point.
+            ValueError: ``pixels`` or what the backbone made of them has a shape that is not the expert's.
+        """
+        expert = self.expert
+        shape = self._pixels_shape()
+        check(pixels.is_floating_point(), "pixels", "must be floating point", pixels.dtype, TypeError)
+        rule = f"must have shape (B, {', '.join(map(str, shape))}) for {expert.name}"
+        check(pixels.dim() == len(shape) + 1 and pixels.shape[1:] == shape, "pixels", rule, tuple(pixels.shape))
+        dtype = next((p.dtype for p in self.backbone.parameters() if p.is_floating_point()), pixels.dtype)
+        if pixels.shape[0] == 0:
+            return pixels.new_empty((0, expert.num_tokens, expert.channels), dtype=dtype)
+        if expert.resize is not None:
+            size = (expert.input_size, expert.input_size)
+            pixels = F.interpolate(pixels.float(), size=size, mode=expert.resize).to(pixels.dtype)
+        tokens = self._tokens(pixels.to(dtype))
+        return feature_resample(tokens, expert.native_grid, expert.grid)
+
+    def _pixels_shape(self) -> tuple[int, ...]:
+        size, (h, w) = self.expert.image_size, self.expert.grid
+        if self.expert.patches:
+            return h * w, 2 + 3 * (size // h) * (size // w)
+        return 3, size, size
+
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        """Runs the backbone: (B, native h * w, C), checked."""
+        expert, layer = self.expert, self.expert.layer
+        result = self.backbone(pixels) if layer is None else self.backbone(pixels, output_hidden_states=True)
+        if layer is not None:
+            states = getattr(result, "hidden_states", None) or ()
+            check(
+                -len(states) <= layer < len(states),
+                "layer",
+                f"must index the backbone's {len(states)} hidden_states",
+                layer,
+            )
+            result = states[layer]
+        elif not isinstance(result, Tensor):
+            result = result.last_hidden_state
+        height, width = expert.native_grid
+        maps = result.dim() == 4
+        shape: tuple[int, ...] = (pixels.shape[0], expert.prefix_tokens + height * width, expert.channels)
+        if maps:
+            shape = (pixels.shape[0], expert.channels, height, width)
+        check(result.shape == shape, "backbone", f"must return shape {shape} for {expert.name}", tuple(result.shape))
+        return result.flatten(2).transpose(1, 2).contiguous() if maps else result[:, expert.prefix_tokens :]
+
+    def save(self, directory: str | Path) -> None:
+        """Write the backbone's weights, and the config of a transformers one, into ``directory``."""
+        directory = Path(directory)
+        if isinstance(self.backbone, PreTrainedModel):
+            self.backbone.save_pretrained(directory)
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            state = {name: tensor.contiguous() for name, tensor in self.backbone.state_dict().items()}
+            save_file(state, directory / _FILE, metadata={"format": "pt"})
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        expert: VisionExpert,
+        sizes: Mapping[str, Any] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> VisionEncoder:
+        """What :meth:`save` wrote. ``dtype`` None is that of the file, ``device`` None the CPU.
+
+        Raises:
+            OSError: the files are not there.
+            ValueError: weights are missing, unknown or of another shape, or ``sizes`` are not those of the file.
+        """
+        return cls._filled(expert, sizes, Path(directory), None, dtype, device)
+
+    @classmethod
+    def from_state(
+        cls,
+        state: Mapping[str, Tensor],
+        expert: VisionExpert,
+        sizes: Mapping[str, Any] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> VisionEncoder:
+        """An encoder with the weights that :mod:`mova.encoders.keys` made of a checkpoint.
+
+        ``dtype`` None is that of the state, ``device`` None the CPU.
+
+        Raises:
+            ValueError: weights are missing, unknown or of another shape.
+        """
+        return cls._filled(expert, sizes, None, state, dtype, device)
+
+    @classmethod
+    def _filled(
+        cls,
+        expert: VisionExpert,
+        sizes: Mapping[str, Any] | None,
+        directory: Path | None,
+        state: Mapping[str, Tensor] | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> VisionEncoder:
+        with torch.device("meta"):
+            encoder = cls(expert, sizes)
+        if isinstance(encoder.backbone, PreTrainedModel):
+            if directory is not None:
+                _check_config(expert, encoder.backbone.config, directory)
+            encoder.backbone = _from_pretrained(expert, encoder.backbone, directory, state, dtype)
+        else:
+            encoder = cls(expert, sizes)  # on the meta device its buffers would have no values
+            state = load_file(directory / _FILE) if directory is not None else state or {}
+            own = encoder.backbone.state_dict()
+            wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+            _check_keys(expert, sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()), sorted(wrong))
+            encoder.backbone.load_state_dict(state, assign=True)
+        return encoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def _from_pretrained(
+    expert: VisionExpert,
+    skeleton: PreTrainedModel,
+    directory: Path | None,
+    state: Mapping[str, Tensor] | None,
+    dtype: torch.dtype | None,
+) -> PreTrainedModel:
+    """The model of ``skeleton``'s class and config, filled by transformers, which knows the layouts of all versions."""
+    options: dict[str, Any] = {}
+    if "add_pooling_layer" in inspect.signature(type(skeleton).__init__).parameters:
+        options["add_pooling_layer"] = skeleton.pooler is not None
+    model, info = type(skeleton).from_pretrained(
+        directory,
+        config=skeleton.config,
+        state_dict=None if state is None else dict(state),
+        dtype=dtype or "auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+        **options,
+    )
+    wrong = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    _check_keys(expert, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), sorted(wrong))
+    return model
+
+
+def _check_keys(expert: VisionExpert, missing: list[str], unexpected: list[str], wrong: list[str]) -> None:
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
+    faults = [
+        f"{len(keys)} {fault} ({', '.join(keys[:_NAMED])}{', ...' if len(keys) > _NAMED else ''})"
+        for fault, keys in found.items()
+        if keys
+    ]
+    if faults:
+        raise ValueError(f"weights must be exactly those of {expert.name} at its sizes, got {'; '.join(faults)}")
+
+
+def _check_config(expert: VisionExpert, config: PreTrainedConfig, directory: Path) -> None:
+    ours, saved = config.to_dict(), type(config).from_pretrained(directory, local_files_only=True).to_dict()
+    fields = sorted((ours.keys() | saved.keys()) - _NOT_SIZES)
+    differ = {field: ours.get(field) for field in fields if ours.get(field) != saved.get(field)}
+    saved_values = {field: saved.get(field) for field in differ}
+    check(not differ, "sizes", f"must be those of the saved {expert.name}, {saved_values}", differ)

@@ -1,0 +1,251 @@
+"""Checkpoints of the vision experts under other names: the official MoVA's, and each expert's own.
+
+Three forms of a state dict, per expert:
+
+- ours, which :meth:`VisionEncoder.save` writes and :meth:`VisionEncoder.from_state` takes. For a backbone of
+  transformers it is the layout of the checkpoints on the Hugging Face Hub, which every version of transformers
+  converts to its own;
+- official, below ``model.vision_tower.vision_tower_<i>.`` in a MoVA checkpoint;
+- public, the file that the expert's authors published.
+
+What is left out on purpose is in ``DROPPED`` and ``AROUND``. Any other name that is not known is handed on as it is, so
+that loading reports it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import check
+from .builders import BUILDERS, config_of
+from .codetr import rope_table
+
+
+class _Rename(NamedTuple):
+    """Official names that begin with ``official`` begin with ``ours`` here; # is a number.
+
+    With several in ``ours`` the official tensor is theirs, concatenated.
+    """
+
+    official: str
+    ours: tuple[str, ...]
+
+
+def _renames(prefix: str, table: Mapping[str, str | tuple[str, ...]]) -> tuple[_Rename, ...]:
+    return tuple(
+        _Rename(official, tuple(prefix + name for name in ((ours,) if isinstance(ours, str) else ours)))
+        for official, ours in table.items()
+    )
+
+
+# The first match counts in either direction, so that a block's general rule comes last.
+_SAM = {
+    "pos_embed": "pos_embed",
+    "patch_embed.proj.": "patch_embed.projection.",
+    "blocks.#.norm1.": "layers.#.layer_norm1.",
+    "blocks.#.norm2.": "layers.#.layer_norm2.",
+    "blocks.#.": "layers.#.",
+    "neck.0.": "neck.conv1.",
+    "neck.1.": "neck.layer_norm1.",
+    "neck.2.": "neck.conv2.",
+    "neck.3.": "neck.layer_norm2.",
+}
+_ATTENTION = "encoder.layer.#.attention.attention."
+_VIT: dict[str, str | tuple[str, ...]] = {
+    "trunk.cls_token": "embeddings.cls_token",
+    "trunk.pos_embed": "embeddings.position_embeddings",
+    "trunk.patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+    "trunk.blocks.#.norm1.": "encoder.layer.#.layernorm_before.",
+    "trunk.blocks.#.norm2.": "encoder.layer.#.layernorm_after.",
+    "trunk.blocks.#.attn.qkv.": (_ATTENTION + "query.", _ATTENTION + "key.", _ATTENTION + "value."),
+    "trunk.blocks.#.attn.proj.": "encoder.layer.#.attention.output.dense.",
+    "trunk.blocks.#.mlp.fc1.": "encoder.layer.#.intermediate.dense.",
+    "trunk.blocks.#.mlp.fc2.": "encoder.layer.#.output.dense.",
+    "trunk.norm.": "layernorm.",
+}
+_RENAMES: dict[str, tuple[_Rename, ...]] = {
+    "vary": _renames("sam.vision_encoder.", _SAM),
+    "sam": _renames("vision_encoder.", _SAM),
+    "biomedclip": _renames("", _VIT),
+}  # the others have the same names in both forms
+
+# Patterns of names that no backbone of ours has. CLIP's are its text half and its old index buffer, Vary's is the
+# second convolution, which MoVA does without, Co-DETR's are tables that follow from the sizes, and BiomedCLIP's is the
+# projection behind the tower, which MoVA skips: to_official cannot bring that one back.
+DROPPED: dict[str, tuple[str, ...]] = {
+    "clip": (
+        r"text_model\.",
+        r"(text|visual)_projection\.",
+        "logit_scale$",
+        r"vision_model\.embeddings\.position_ids$",
+    ),
+    "vary": (r"net_3\.",),
+    "codetr": (r"(rope_win|rope_glb|blocks\.\d+\.attn\.rope)\.freqs_(cos|sin)$",),
+    "biomedclip": (r"head\.",),
+}
+# Where the authors' file holds a larger model: the prefixes the encoder may have, each with patterns of what is around.
+_ROOTS = ("model.", "transformer.", "")
+AROUND: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "vary": (
+        tuple(f"{root}{tower}." for tower in ("vision_tower_high", "vision_tower") for root in _ROOTS),
+        (
+            r"(model\.|transformer\.)?(vision_tower|mm_projector|mm_projector_vary|embed_tokens|layers|norm|decoder)\.",
+            r"transformer\.(wte|h|ln_f|visual)\.",
+            r"lm_head\.",
+        ),
+    ),
+    "codetr": (("backbone.",), (r"(neck|rpn_head|query_head|roi_head|bbox_head|mask_head)\.",)),
+    "pix2struct": (("encoder.",), (r"decoder\.",)),
+    "deplot": (("encoder.",), (r"decoder\.",)),
+    "biomedclip": (("visual.",), (r"text\.", "logit_scale$")),
+    "sam": (("image_encoder.",), (r"(prompt_encoder|mask_decoder)\.", r"pixel_(mean|std)$")),
+}
+_CLIP_POSITIONS = "vision_model.embeddings.position_embedding.weight"
+# A name of the encoder that tells which prefix a file has.
+_ANCHOR = {"pix2struct": "layernorm.weight", "deplot": "layernorm.weight", "biomedclip": "trunk.pos_embed"}
+
+
+def from_official(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our form of expert ``name``'s official weights, without what is in ``DROPPED``; tensors are not copied.
+
+    Raises:
+        ValueError: ``name`` is neither an official expert nor ``clip``, a fused weight does not divide, or two names
+            become one.
+    """
+    check(name in BUILDERS, "name", f"must be one of {', '.join(BUILDERS)}", name)
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if _matches(key, DROPPED.get(name, ())):
+            continue
+        ours = _our_names(name, key)
+        if len(ours) == 1:
+            _put(found, ours[0], value)
+            continue
+        rule = f"must hold a multiple of {len(ours)} rows in {key}"
+        check(value.dim() > 0 and value.shape[0] % len(ours) == 0, "state", rule, tuple(value.shape))
+        for part, tensor in zip(ours, value.chunk(len(ours)), strict=True):
+            _put(found, part, tensor)
+    return found
+
+
+def to_official(name: str, state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """The official form of our weights, the inverse of :func:`from_official`.
+
+    Co-DETR's tables follow from ``sizes``, the builder's keywords, and have the dtype of its positions.
+
+    Raises:
+        ValueError: ``name`` is neither an official expert nor ``clip``, a part of a fused weight or Co-DETR's positions
+            are missing, or two names become one.
+    """
+    check(name in BUILDERS, "name", f"must be one of {', '.join(BUILDERS)}", name)
+    fused: dict[str, dict[int, Tensor]] = {}
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        official, part, count = _official_name(name, key)
+        if count == 1:
+            _put(found, official, value)
+            continue
+        parts = fused.setdefault(official, {})
+        parts[part] = value
+        if len(parts) == count:
+            _put(found, official, torch.cat([parts[i] for i in range(count)]))
+    incomplete = sorted(fused.keys() - found.keys())
+    check(not incomplete, "state", "must hold every part of a fused weight", incomplete)
+    if name == "codetr":
+        check("pos_embed" in found, "state", "must hold pos_embed", sorted(found)[:1])
+        found.update(_rope_tables(found["pos_embed"].dtype, **(sizes or {})))
+    return found
+
+
+def from_public(name: str, state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """Our form of the weights that expert ``name``'s authors published, without what is in ``AROUND`` and ``DROPPED``.
+
+    CLIP's positions are resized to the grid of ``sizes``, the builder's keywords: bicubically, as in MoVA, and without
+    the CLS token's. MoVA's Co-DETR has a neck and a last norm of its own, which a detector's file may lack.
+
+    Raises:
+        ValueError: as :func:`from_official`.
+    """
+    check(name in BUILDERS, "name", f"must be one of {', '.join(BUILDERS)}", name)
+    prefixes, around = AROUND.get(name, ((), ()))
+    anchor = _ANCHOR.get(name, "pos_embed")
+    prefix = next((p for p in prefixes if p + anchor in state), "")
+    inner: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith(prefix) or not _matches(key, around):
+            _put(inner, key.removeprefix(prefix), value)
+    found = from_official(name, inner)
+    if name == "clip" and _CLIP_POSITIONS in found:
+        config = config_of("clip", **(sizes or {}))
+        found[_CLIP_POSITIONS] = _resized(found[_CLIP_POSITIONS], config.image_size // config.patch_size)
+    return found
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(re.match(pattern, key) for pattern in patterns)
+
+
+def _put(found: dict[str, Tensor], key: str, value: Tensor) -> None:
+    check(key not in found, "state", "must not hold two names for one weight", key)
+    found[key] = value
+
+
+def _our_names(name: str, key: str) -> tuple[str, ...]:
+    for official, ours in _RENAMES.get(name, ()):
+        moved = [_moved(key, official, beginning) for beginning in ours]
+        if moved[0] is not None:
+            return tuple(map(str, moved))
+    return (key,)
+
+
+def _official_name(name: str, key: str) -> tuple[str, int, int]:
+    """The official name, which part of it ``key`` is, and how many there are."""
+    for official, ours in _RENAMES.get(name, ()):
+        for part, beginning in enumerate(ours):
+            if moved := _moved(key, beginning, official):
+                return moved, part, len(ours)
+    return key, 0, 1
+
+
+def _moved(key: str, old: str, new: str) -> str | None:
+    """``key`` with ``new`` in the place of its beginning ``old``; None if it begins otherwise."""
+    match = re.match(r"(\d+)".join(map(re.escape, old.split("#"))), key)
+    return match and new.replace("#", match[match.lastindex or 0]) + key[match.end() :]
+
+
+def _resized(positions: Tensor, side: int) -> Tensor:
+    """(1 + n * n, C), the CLS token's first, to (1 + side * side, C)."""
+    stored = math.isqrt(positions.shape[0] - 1)
+    if stored in (0, side) or stored**2 + 1 != positions.shape[0]:
+        return positions
+    grid = positions[1:].float().T.unflatten(1, (stored, stored))[None]
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic")
+    return torch.cat([positions[:1], grid[0].flatten(1).T.to(positions.dtype)])
+
+
+def _rope_tables(dtype: torch.dtype, **sizes: Any) -> dict[str, Tensor]:
+    """Co-DETR's rotary tables under the official names: the model's two, and in each block the one it uses."""
+    config = config_of("codetr", **sizes)
+    sides = {"rope_win": config.window_size, "rope_glb": config.image_size // config.patch_size}
+    tables = {
+        owner: [
+            table.to(dtype)
+            for table in rope_table(side, config.rope_size, config.hidden_size // config.num_attention_heads)
+        ]
+        for owner, side in sides.items()
+    }
+    owners = {owner: owner for owner in tables}
+    for i in range(config.num_hidden_layers):
+        owners[f"blocks.{i}.attn.rope"] = "rope_glb" if i in config.global_attn_indexes else "rope_win"
+    return {
+        f"{name}.freqs_{function}": table
+        for name, owner in owners.items()
+        for function, table in zip(("cos", "sin"), tables[owner], strict=True)
+    }
