@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 from mova import experts, visualize
+from mova.inspection import attention_maps, recorded
 from mova.visualize import attention_figure, routing_figure
 
 pytest.importorskip("matplotlib")
@@ -64,6 +66,7 @@ def test_routing_figure_says_everything():
     assert [found.count(name) for name in POOL] == [int(n in ("sam", "codetr", "deplot")) for n in POOL]
     assert found.count("block 1") == found.count("block 2") == 3
     assert [t for t in found if "%" in t] == ["25%", "codetr 75%", "codetr 100%", "deplot 100%", "deplot 100%"]
+    assert not any(t.get_parse_math() for t in figure.texts), "dollars are no formula"
     assert "question, chosen experts, answer" in found and "fused tokens (PCA)" not in found
     check_texts(figure)
     check_axes(figure)
@@ -179,6 +182,22 @@ def test_panels_wrap(count, columns, rows):
     assert len({x for x, _ in corners}) == columns and len({y for _, y in corners}) == rows
     check_texts(figure)
     check_axes(figure)
+
+
+def test_of_an_adapter():
+    """What mova.inspection finds is what the figures take."""
+    adapter, pool = tiny.adapter(), POOL[:3]
+    base, features, text = tiny.inputs()
+    chosen = [[name for name, on in zip(pool, row, strict=True) if on] for row in tiny.ROUTING.tolist()]
+    with recorded(adapter) as record:
+        tokens = adapter(base, features, tiny.ROUTING, text, grids=tiny.GRIDS)
+    figure = routing_figure(images(4), ["What?"] * 4, chosen, record.gates, pool, tokens)
+    bars = figure.axes[1].patches
+    weights = [p.get_width() for p in bars if to_hex(p.get_facecolor()) == visualize.OFFICIAL_COLORS[0]]
+    assert weights == pytest.approx(record.gates[0, :, 0].tolist())
+    maps = attention_maps(adapter, base, features, tiny.ROUTING, text, (1, 4), grids=tiny.GRIDS)
+    figure = attention_figure(images()[0], {pool[e]: m for e, m in maps[3].items()}, (1, 4))
+    assert [t for t in words(figure) if t in POOL] == [POOL[0], POOL[2]]
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
