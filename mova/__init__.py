@@ -1,8 +1,17 @@
-"""mova: the model around mova_kernels; so far its vision experts as data, and routing as text."""
+"""mova: the MoVA model around mova_kernels, as a citizen of transformers; importing it registers the Auto classes."""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from . import experts
+from .cache import FeatureCache
+from .configuration import MoVAConfig
+from .encoders import VisionEncoder
 from .experts import VisionExpert
+from .modeling import MoVAForConditionalGeneration
 from .official import official_system_prompt, official_template
+from .pipeline import Answer, Fusion, MoVAPipeline, Route
+from .pool import ExpertPool, Placement
+from .processing import MoVAProcessor
 from .routing import (
     Prompts,
     RoutingPrompt,
@@ -14,9 +23,24 @@ from .routing import (
     selection,
 )
 
+AutoConfig.register(MoVAConfig.model_type, MoVAConfig)
+AutoModelForImageTextToText.register(MoVAConfig, MoVAForConditionalGeneration)
+AutoProcessor.register(MoVAConfig, MoVAProcessor)
+
 __all__ = [
+    "Answer",
+    "ExpertPool",
+    "FeatureCache",
+    "Fusion",
+    "MoVAConfig",
+    "MoVAForConditionalGeneration",
+    "MoVAPipeline",
+    "MoVAProcessor",
+    "Placement",
     "Prompts",
+    "Route",
     "RoutingPrompt",
+    "VisionEncoder",
     "VisionExpert",
     "experts",
     "official_system_prompt",

@@ -1,0 +1,5 @@
+"""``python -m mova``: the command line."""
+
+from .cli import main
+
+main()

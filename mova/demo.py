@@ -1,0 +1,208 @@
+"""Every part of the model at a small size with random weights, and a run over drawn images; needs no files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BertConfig, BertTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from .configuration import MoVAConfig
+from .experts import BASE, OFFICIAL, VisionExpert
+from .modeling import MoVAForConditionalGeneration
+from .pictures import Picture, pictures
+from .pipeline import MoVAPipeline
+from .processing import IMAGE_TOKEN, MoVAProcessor
+from .routing import prompts
+
+ANSWERS = {
+    "chart": "In 2022.",
+    "page": "To cover the soil.",
+    "shapes": "Two circles.",
+    "scene": "Three trees.",
+    "plain": "Dark blue.",
+}
+_VIT = {"num_hidden_layers": 2, "num_attention_heads": 2}
+# Per encoder: how it differs from the released one as data, and its sizes in transformers' words.
+_SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "clip": (
+        {"image_size": 112, "input_size": 112, "grid": (16, 16), "native_grid": (16, 16), "channels": 64},
+        {"image_size": 112, "patch_size": 7, "hidden_size": 64, "intermediate_size": 128, **_VIT},
+    ),
+    "dinov2": (
+        {"image_size": 112, "input_size": 70, "grid": (10, 10), "native_grid": (10, 10), "channels": 48},
+        {"image_size": 70, "patch_size": 7, "hidden_size": 48, **_VIT},
+    ),
+    "vary": (
+        {"image_size": 128, "input_size": 128, "grid": (8, 8), "native_grid": (8, 8), "channels": 32},
+        {"image_size": 128, "patch_size": 8, "hidden_size": 32, "window_size": 7, "global_attn_indexes": [1],
+         "output_channels": 16, **_VIT},
+    ),
+    "codetr": (
+        {"image_size": 128, "input_size": 160, "grid": (7, 7), "native_grid": (10, 10), "channels": 24},
+        {"image_size": 160, "patch_size": 16, "hidden_size": 32, "window_size": 5, "global_attn_indexes": [1],
+         "output_channels": 24, **_VIT},
+    ),
+    "pix2struct": (
+        {"image_size": 96, "input_size": 96, "grid": (12, 12), "native_grid": (12, 12), "channels": 48},
+        {"patch_size": 8, "hidden_size": 48, "patch_embed_hidden_size": 192, "d_ff": 64, "d_kv": 24, **_VIT},
+    ),
+    "deplot": (
+        {"image_size": 96, "input_size": 96, "grid": (12, 12), "native_grid": (12, 12), "channels": 32},
+        {"patch_size": 8, "hidden_size": 32, "patch_embed_hidden_size": 192, "d_ff": 64, "d_kv": 16, **_VIT},
+    ),
+    "biomedclip": (
+        {"image_size": 112, "input_size": 32, "grid": (4, 4), "native_grid": (4, 4), "channels": 32},
+        {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 64, **_VIT},
+    ),
+    "sam": (
+        {"image_size": 128, "input_size": 128, "grid": (16, 16), "native_grid": (16, 16), "channels": 24},
+        {"image_size": 128, "patch_size": 8, "hidden_size": 32, "window_size": 7, "global_attn_indexes": [1],
+         "output_channels": 24, **_VIT},
+    ),
+}
+
+
+def small_config(text_config: Any = None, vocabulary: int = 512) -> MoVAConfig:
+    """All seven experts and the base encoder at toy sizes, around a given or a small language model."""
+    if text_config is None:
+        text_config = LlamaConfig(
+            vocab_size=vocabulary, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+    text_encoder = BertConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    return MoVAConfig(
+        text_config,
+        text_encoder,
+        base=_small(BASE),
+        experts=[_small(expert) for expert in OFFICIAL],
+        encoder_sizes={name: sizes for name, (_, sizes) in _SMALL.items()},
+        adapter_heads=4,
+        adapter_layers=3,
+        num_routing_tokens=16,
+    )
+
+
+def small_model(texts: Sequence[str] = (), *, text_config: Any = None, seed: int = 0) -> MoVAPipeline:
+    """A pipeline with random weights, the same for the same arguments.
+
+    The adapter's own initial state would add nothing to the base tokens; here all of its weights are random.
+
+    Args:
+        texts: what the tokenizer is trained on, in addition to single bytes.
+        text_config: of another language model; its vocabulary must hold the tokenizer's.
+        seed: of the weights.
+    """
+    tokenizer = _tokenizer(texts, 512)
+    config = small_config(text_config)
+    config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MoVAForConditionalGeneration(config)
+        with torch.no_grad():
+            for parameter in model.adapter.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.3)
+    return MoVAPipeline(model, MoVAProcessor.for_config(config, tokenizer, _question_tokenizer()))
+
+
+def run(output: Path) -> int:
+    """Answer the five drawn pictures in one batch, and draw what happened into ``output``."""
+    from .visualize import routing_figure
+
+    started = time.perf_counter()
+    shown = pictures()
+    images, questions = [p.image for p in shown], [p.question for p in shown]
+    asked = [prompts(p.question, OFFICIAL) for p in shown]
+    pipeline = small_model([p.router.text for p in asked] + questions + list(ANSWERS.values()))
+    print("A small model of random weights; its language model now learns these five questions by heart ...")
+    loss = learn(pipeline, shown, [ANSWERS[p.name] for p in shown])
+    print(f"... loss {loss:.3f} after {time.perf_counter() - started:.0f} s\n")
+
+    answers = pipeline.answer(images, questions, max_new_tokens=24)
+    for picture, answer in zip(shown, answers, strict=True):
+        route = answer.route
+        print(f"{picture.name:7} router {route.answer!r:10} -> {', '.join(route.experts) or 'no expert':24} {answer.text}")
+    figure = routing_figure(
+        images,
+        questions,
+        [a.route.experts for a in answers],
+        torch.stack([a.gates for a in answers]),
+        [e.name for e in pipeline.processor.pool],
+        torch.stack([a.tokens for a in answers]),
+        [a.text for a in answers],
+    )
+    figure.savefig(output)
+    print(f"\n{output} in {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def learn(pipeline: MoVAPipeline, shown: Sequence[Picture], answers: Sequence[str], steps: int = 150) -> float:
+    """Train the language model alone on routing and answering these pictures; returns the last loss."""
+    model, processor = pipeline.model, pipeline.processor
+    asked = [prompts(p.question, processor.pool) for p in shown]
+    images, questions = [p.image for p in shown], [p.question for p in shown]
+    base = model.base_features(processor(images, [IMAGE_TOKEN] * len(shown))["pixel_values"]).detach()
+    seen = (model.routing_tokens(base).detach(), pipeline.fuse(images, questions, [p.experts for p in shown]).tokens)
+    told = ([p.router.answer(x.experts) for p, x in zip(asked, shown, strict=True)], answers)
+    said = ([p.router.text for p in asked], [p.answer for p in asked])
+    batches = [
+        (_labelled(processor, texts, targets, tokens.shape[1]), tokens.clone())
+        for texts, targets, tokens in zip(said, told, seen, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(model.language_model.parameters(), lr=3e-3)
+    loss = torch.zeros(())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for inputs, tokens in batches:
+            loss = model(**inputs, image_features=tokens).loss
+            loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def _labelled(
+    processor: MoVAProcessor, texts: Sequence[str], answers: Sequence[str], image_tokens: int
+) -> dict[str, torch.Tensor]:
+    """Conversations with their answers, and labels that count the answers alone."""
+    end = processor.tokenizer.eos_token
+    whole = [f"{processor.conversation(text)} {answer}{end}" for text, answer in zip(texts, answers, strict=True)]
+    inputs = processor.tokenize(whole, image_tokens)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, answer in enumerate(answers):
+        length = len(processor.tokenizer(f" {answer}{end}", add_special_tokens=False)["input_ids"])
+        labels[row, -length:] = inputs["input_ids"][row, -length:]
+    return {**inputs, "labels": labels}
+
+
+def _small(expert: VisionExpert) -> VisionExpert:
+    return replace(expert, **_SMALL[expert.name][0])
+
+
+def _tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of ``size`` tokens or fewer, made on the spot."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", IMAGE_TOKEN]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+
+
+def _question_tokenizer() -> BertTokenizer:
+    """BERT's, with letters as its words."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789:?.,"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    return BertTokenizer(vocab={word: i for i, word in enumerate(words)})

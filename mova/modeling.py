@@ -1,0 +1,344 @@
+"""The model: a language model that sees images through the MoV-Adapter, whose experts it picks itself."""
+
+# No "from __future__ import annotations": transformers reads the annotation of "config" at run time.
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mova_kernels import MoVAdapter
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ._checks import check
+from .configuration import MoVAConfig
+from .encoders import VisionEncoder
+from .pool import ExpertPool
+
+ROUTING_LORA = "routing"  # the adapter's name in peft, and its folder beside the model
+
+
+class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Language model, base encoder, text encoder, MoV-Adapter; and the experts, loaded when they are asked.
+
+    Images come prepared (:class:`MoVAProcessor` does it), each with the experts that it selected; to let the model pick
+    them, use :class:`MoVAPipeline`. The experts are frozen, and so is the text encoder unless the config says otherwise.
+
+    Attributes:
+        experts: the :class:`ExpertPool`: ``model.experts.place("sam", device="cpu")``, ``model.experts.only([...])``.
+    """
+
+    config: MoVAConfig
+    config_class = MoVAConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["AdapterBlock", "CLIPEncoderLayer", "BertLayer"]  # noqa: RUF012  # as in transformers
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MoVAConfig) -> None:
+        super().__init__(config)
+        base = config.base_expert
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.base = VisionEncoder(base, config.encoder_sizes.get(base.name))
+        self.text_encoder = AutoModel.from_config(config.text_encoder_config, add_pooling_layer=False)
+        self.adapter = MoVAdapter(config.adapter_config)
+        self.experts = ExpertPool(config.pool, config.encoder_sizes)
+        self.base.requires_grad_(True)
+        self._freeze()
+        self.post_init()
+
+    def _freeze(self) -> None:
+        if self.config.freeze_text_encoder:
+            self.text_encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "MoVAForConditionalGeneration":
+        """As always, but a frozen text encoder stays in eval mode: its dropout would make its features random."""
+        super().train(mode)
+        if self.config.freeze_text_encoder:
+            self.text_encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if isinstance(module, MoVAdapter):
+            module.reset_parameters()  # which also marks it: zeros at the end of each branch must stay zeros
+        else:
+            super()._init_weights(module)
+
+    # What transformers asks of a model with a language model inside.
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: torch.nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    # The stages, each usable by itself; B_e is the number of images that selected expert e, M that of images.
+
+    def base_features(self, pixel_values: Tensor) -> Tensor:
+        """(M, 3, S, S) prepared for the base encoder -> (M, L, C)."""
+        reference = self.adapter.pos_embed
+        return self.base(pixel_values.to(self.base_device, reference.dtype)).to(reference)
+
+    @property
+    def base_device(self) -> torch.device:
+        """Where the base encoder computes."""
+        return next(self.base.parameters()).device
+
+    def text_features(self, question_ids: Tensor, question_mask: Tensor) -> Tensor:
+        """(M, T) tokens of the questions and their mask -> (M, text_channels), the hidden state at [CLS]."""
+        device = next(self.text_encoder.parameters()).device
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text_encoder):
+            hidden = self.text_encoder(question_ids.to(device), attention_mask=question_mask.to(device))[0]
+        return hidden[:, 0].to(self.adapter.pos_embed)
+
+    def fuse(self, base: Tensor, experts: Mapping[str, Tensor], routing: Tensor, text: Tensor | None) -> Tensor:
+        """The image tokens for the language model.
+
+        Args:
+            base: (M, L, C) of :meth:`base_features`.
+            experts: name to the (B_e, T_e, C_e) tokens of the images that selected it, in their order.
+            routing: (M, N) bool, best on the host.
+            text: (M, text_channels), may be None if nothing is selected.
+
+        Returns:
+            (M, num_image_tokens, hidden_size).
+
+        Raises:
+            TypeError, ValueError: those of :class:`mova_kernels.MoVAdapter`.
+        """
+        pool = self.config.pool
+        features = [experts.get(expert.name) for expert in pool]
+        return self.adapter(base, features, routing, text, grids=[expert.grid for expert in pool])
+
+    def routing_tokens(self, base: Tensor) -> Tensor:
+        """(M, L, C) -> (M, num_routing_tokens, hidden_size): what the router sees, without experts, pooled."""
+        none = torch.zeros(base.shape[0], len(self.config.experts), dtype=torch.bool)
+        tokens = self.fuse(base, {}, none, None)
+        side = round(self.config.num_routing_tokens**0.5)
+        answer_side = round(tokens.shape[1] ** 0.5)
+        grid = tokens.transpose(1, 2).unflatten(2, (answer_side, answer_side))
+        return F.avg_pool2d(grid, answer_side // side).flatten(2).transpose(1, 2)
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        routing: Tensor | None = None,
+        expert_pixel_values: Mapping[str, Tensor] | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Encode and fuse: each expert runs once, on exactly the images that selected it.
+
+        Args:
+            pixel_values: (M, 3, S, S).
+            routing: (M, N) bool; None: no experts.
+            expert_pixel_values: name to the prepared images that selected this expert, in their order.
+            question_ids, question_mask: (M, T), for the text encoder; may be None if nothing is selected.
+
+        Returns:
+            (M, num_image_tokens, hidden_size).
+        """
+        base = self.base_features(pixel_values)
+        expert_pixel_values = expert_pixel_values or {}
+        if routing is None:
+            routing = torch.zeros(base.shape[0], len(self.config.experts), dtype=torch.bool)
+            check(not expert_pixel_values, "routing", "must be given with expert_pixel_values", None)
+        routing = routing.cpu()
+        features = {}
+        for name, column in zip(self.experts.experts, routing.T, strict=True):
+            if column.any():
+                check(name in expert_pixel_values, "expert_pixel_values", f"must have {name!r}, which is selected", None)
+                features[name] = self.experts.encode(name, expert_pixel_values[name], base)
+        text = None
+        if routing.any():
+            given = question_ids is not None and question_mask is not None
+            check(given, "question_ids", "must be given, with question_mask, when an image selected an expert", None)
+            text = self.text_features(question_ids, question_mask)  # type: ignore[arg-type]
+        return self.fuse(base, features, routing, text)
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+        """(B, T) tokens -> (B, T, hidden_size), image features in the place of placeholders, in their order.
+
+        Raises:
+            ValueError: there are more or fewer placeholders than image tokens.
+        """
+        embedded = self.get_input_embeddings()(input_ids)
+        where = input_ids == self.config.image_token_id
+        given = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
+        if not torch.compiler.is_compiling():
+            found = int(where.sum())
+            check(found == given, "input_ids", f"must have one placeholder for each of {given} image tokens", found)
+        if image_features is None:
+            return embedded
+        return embedded.masked_scatter(where[..., None].to(embedded.device), image_features.to(embedded))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        pixel_values: Tensor | None = None,
+        routing: Tensor | None = None,
+        expert_pixel_values: Mapping[str, Tensor] | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One step of the language model; all arguments that are not of images are those of transformers.
+
+        Args:
+            pixel_values, routing, expert_pixel_values, question_ids, question_mask: see :meth:`get_image_features`.
+            image_features: (M, num_image_tokens, hidden_size) instead of them.
+            labels: (B, T), -100 where there is no loss; images and prompts usually.
+        """
+        check((input_ids is None) != (inputs_embeds is None), "input_ids", "or inputs_embeds must be given", input_ids)
+        if inputs_embeds is None:
+            if image_features is None and pixel_values is not None:
+                image_features = self.get_image_features(
+                    pixel_values, routing, expert_pixel_values, question_ids, question_mask
+                )
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                inputs_embeds = self.get_input_embeddings()(input_ids)  # images stand in the prompt alone
+            else:
+                inputs_embeds = self.embed(input_ids, image_features)  # type: ignore[arg-type]
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        routing: Tensor | None = None,
+        expert_pixel_values: Mapping[str, Tensor] | None = None,
+        question_ids: Tensor | None = None,
+        question_mask: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue ``input_ids`` (left-padded); ``kwargs`` are those of transformers' ``generate``.
+
+        Images are encoded and fused once, whatever the number of beams. Arguments of images: see :meth:`forward`.
+
+        Returns:
+            As in transformers: (B, T + new) tokens, or its output object.
+        """
+        if image_features is None and pixel_values is not None:
+            image_features = self.get_image_features(
+                pixel_values, routing, expert_pixel_values, question_ids, question_mask
+            )
+        return super().generate(
+            input_ids=input_ids,
+            inputs_embeds=self.embed(input_ids, image_features),
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+
+    # The routing LoRA changes the language model in the routing pass alone.
+
+    def add_routing_lora(self, config: Any) -> None:
+        """Give the language model a LoRA for the routing pass.
+
+        Args:
+            config: a ``peft.LoraConfig`` for the language model.
+        """
+        self.language_model.add_adapter(config, adapter_name=ROUTING_LORA)
+        self.language_model.disable_adapters()
+
+    def load_routing_lora(self, directory: str | Path) -> None:
+        """Load one that :meth:`save_pretrained` or peft wrote."""
+        self.language_model.load_adapter(str(directory), adapter_name=ROUTING_LORA)
+        self.language_model.disable_adapters()
+
+    @property
+    def has_routing_lora(self) -> bool:
+        """Whether there is a LoRA for the routing pass."""
+        return ROUTING_LORA in getattr(self.language_model, "peft_config", {})
+
+    @contextmanager
+    def routing_pass(self) -> Iterator[None]:
+        """Inside, the language model is the router: its routing LoRA is on."""
+        if not self.has_routing_lora:
+            yield
+            return
+        self.language_model.enable_adapters()
+        try:
+            yield
+        finally:
+            self.language_model.disable_adapters()
+
+    # Saving and loading: the experts have folders of their own beside the model.
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """transformers' ``save_pretrained``, with the routing LoRA and the experts.
+
+        The experts are left out if ``config.expert_path`` names where they lie (frozen, they need one copy).
+        """
+        directory = Path(save_directory)
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        if self.has_routing_lora:
+            state = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+        super().save_pretrained(directory, *args, state_dict=state, **kwargs)
+        if self.has_routing_lora and kwargs.get("is_main_process", True):
+            self.language_model.set_adapter(ROUTING_LORA)
+            self.language_model.save_pretrained(directory / ROUTING_LORA)
+            self.language_model.disable_adapters()
+        if self.config.expert_path is None and kwargs.get("is_main_process", True):
+            self.experts.save(directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``from_pretrained``; missing and unexpected keys are errors, experts load when first asked.
+
+        Raises:
+            RuntimeError: the checkpoint lacks keys, or has some that the model does not know.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            keys = sorted(map(str, info.get(kind) or ()))
+            if keys:
+                shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+                raise RuntimeError(f"{pretrained_model_name_or_path}: {len(keys)} {kind.replace('_', ' ')}: {shown}")
+        model._freeze()
+        model.adapter.to(model.adapter.pos_embed.device)  # its tables are in no file: computed when it moves
+        source = model.config.expert_path or pretrained_model_name_or_path
+        model.experts.source = None if source is None else str(source)
+        hub = ("revision", "token", "cache_dir", "local_files_only")
+        model.experts.hub_arguments = {key: kwargs[key] for key in hub if key in kwargs}
+        routing = Path(str(pretrained_model_name_or_path)) / ROUTING_LORA
+        if (routing / "adapter_config.json").is_file():
+            model.load_routing_lora(routing)
+        return (model, info) if wants_info else model

@@ -1,0 +1,244 @@
+"""From images and questions to answers: route, encode, fuse, answer, and what is worth keeping between questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check, check_int
+from .cache import FeatureCache
+from .images import image_key, open_image, prepare
+from .inspection import recorded
+from .modeling import MoVAForConditionalGeneration
+from .processing import MoVAProcessor, per_image
+from .routing import TEMPLATE, Prompts, parse_routing, prompts, routing_mask
+
+ROUTER_TOKENS = 16  # of the router's answer, as in the official code
+
+
+@dataclass(frozen=True)
+class Route:
+    """The ``experts`` of a sample, best first; the router's ``answer`` and the ``letters`` that it was offered, or None
+    and nothing where the experts were chosen by hand."""
+
+    experts: tuple[str, ...]
+    answer: str | None = None
+    letters: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Image ``tokens`` (B, T, hidden_size) for the language model, and the ``gates`` (B, num_layers, N) that each block
+    gave to the experts, in the order of the model's pool."""
+
+    tokens: Tensor
+    gates: Tensor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The ``text``, its ``route``, and this sample's row of the :class:`Fusion`."""
+
+    text: str
+    route: Route
+    gates: Tensor
+    tokens: Tensor
+
+
+class MoVAPipeline:
+    """Two passes: the language model picks the experts of each image, only these run, then it answers.
+
+    A sample's result does not depend on the others of its batch. Features are kept by the content of the image, the
+    question and the expert: a second question about an image runs no encoder for it that ran before.
+
+    Args:
+        model: put into eval mode. Call :meth:`clear` after its weights have changed.
+        processor: the model's.
+        cache_bytes: budget of the kept features, where they were computed.
+    """
+
+    def __init__(
+        self, model: MoVAForConditionalGeneration, processor: MoVAProcessor, *, cache_bytes: int = 1 << 30
+    ) -> None:
+        self.model, self.processor = model.eval(), processor
+        self.cache = FeatureCache(cache_bytes)
+
+    @classmethod
+    def from_pretrained(cls, path: str, *, cache_bytes: int = 1 << 30, **kwargs: Any) -> MoVAPipeline:
+        """Model and processor from a directory or hub repository; ``kwargs`` are those of the model's own."""
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        processor = MoVAProcessor.from_pretrained(path, **hub)
+        return cls(MoVAForConditionalGeneration.from_pretrained(path, **kwargs), processor, cache_bytes=cache_bytes)
+
+    def clear(self) -> None:
+        """Forget all features."""
+        self.cache.clear()
+
+    @torch.inference_mode()
+    def route(self, images: Sequence[Any], questions: Sequence[Any], **wording: Any) -> list[Route]:
+        """Ask the language model which experts fit each image and question.
+
+        Args:
+            images: B PIL images, paths or bytes.
+            questions: B questions, each a string or the questions of a conversation so far.
+            wording: of ``mova.prompts``: suffix, suffix_in, descriptions.
+        """
+        return self._route(*self._samples(images, questions, wording))
+
+    @torch.inference_mode()
+    def fuse(self, images: Sequence[Any], questions: Sequence[Any], experts: Any) -> Fusion:
+        """The image tokens that given experts make; ``experts`` as in :meth:`answer`."""
+        samples, asked = self._samples(images, questions, {})
+        return self._fuse(samples, asked, [route.experts for route in self._routes(samples, asked, experts)])
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        images: Sequence[Any],
+        questions: Sequence[Any],
+        *,
+        experts: Any = None,
+        suffix: str = "",
+        suffix_in: Sequence[str] = ("answer",),
+        max_new_tokens: int = 128,
+        **generate: Any,
+    ) -> list[Answer]:
+        """Answer one question about each image.
+
+        Args:
+            images: B PIL images, paths or bytes.
+            questions: B questions.
+            experts: None: the router picks. "all", "none" or a list of names: these, for all images; a list of B such
+                entries, None among them: one for each image.
+            suffix, suffix_in: see ``mova.prompts``.
+            max_new_tokens: of the answer.
+            generate: further arguments of transformers' ``generate`` (``num_beams``, ``do_sample``, ``streamer``, ...).
+
+        Raises:
+            TypeError, ValueError: an argument breaks its rule; an image cannot be read.
+        """
+        check_int("max_new_tokens", max_new_tokens, 1)
+        samples, asked = self._samples(images, questions, {"suffix": suffix, "suffix_in": suffix_in})
+        routes = self._routes(samples, asked, experts)
+        fusion = self._fuse(samples, asked, [route.experts for route in routes])
+        texts = self._generate(
+            [p.answer for p in asked], fusion.tokens, max_new_tokens=max_new_tokens, **generate
+        )
+        return [Answer(*row) for row in zip(texts, routes, fusion.gates, fusion.tokens, strict=True)]
+
+    def _samples(
+        self, images: Sequence[Any], questions: Sequence[Any], wording: Mapping[str, Any]
+    ) -> tuple[list[Sample], list[Prompts]]:
+        for name, value in (("images", images), ("questions", questions)):
+            check(isinstance(value, list | tuple), name, "must be a list", value, TypeError)
+        check(images, "images", "must not be empty", images)
+        check(len(images) == len(questions), "questions", f"must be {len(images)}, one for each image", len(questions))
+        pool = [self.model.experts.experts[name] for name in self.model.experts.allowed]
+        template = self.processor.routing_template or TEMPLATE
+        asked = [prompts(q, pool, topk=self.processor.topk, template=template, **wording) for q in questions]
+        return [Sample(open_image(image)) for image in images], asked
+
+    def _routes(self, samples: Sequence[Sample], asked: Sequence[Prompts], experts: Any) -> list[Route]:
+        """Chosen by hand where ``experts`` has an entry for a sample, by the router where that is None."""
+        pool = [expert.name for expert in self.processor.pool]
+        entries = [None] * len(samples) if experts is None else per_image(experts, len(samples), pool)
+        open_ = [i for i, entry in enumerate(entries) if entry is None]
+        routed = iter(self._route([samples[i] for i in open_], [asked[i] for i in open_]) if open_ else ())
+        mask = routing_mask(["none" if entry is None else entry for entry in entries], pool).tolist()
+        by_hand = [Route(tuple(name for name, on in zip(pool, row, strict=True) if on)) for row in mask]
+        return [next(routed) if entry is None else route for entry, route in zip(entries, by_hand, strict=True)]
+
+    def _route(self, samples: Sequence[Sample], asked: Sequence[Prompts]) -> list[Route]:
+        base = self._base(samples)
+        tokens = self._rows(
+            [("router", sample.key) for sample in samples],
+            lambda rows: self.model.routing_tokens(base[rows]),
+        )
+        with self.model.routing_pass():
+            answers = self._generate([p.router.text for p in asked], tokens, max_new_tokens=ROUTER_TOKENS)
+        topk = self.processor.topk
+        return [
+            Route(parse_routing(answer, p.router.pool, topk=topk), answer, p.router.letters)
+            for answer, p in zip(answers, asked, strict=True)
+        ]
+
+    def _fuse(self, samples: Sequence[Sample], asked: Sequence[Prompts], experts: Sequence[Iterable[str]]) -> Fusion:
+        base = self._base(samples)
+        pool = self.model.config.pool
+        routing = routing_mask([tuple(names) for names in experts], pool)
+        features = {}
+        for expert, column in zip(pool, routing.T, strict=True):
+            chosen = [samples[i] for i in column.nonzero().flatten().tolist()]
+            if chosen:
+
+                def encode(rows: list[int], expert=expert, chosen=chosen) -> Tensor:
+                    pixels = torch.stack([prepare(chosen[i].image, expert) for i in rows])
+                    return self.model.experts.encode(expert.name, pixels, base)
+
+                features[expert.name] = self._rows([(expert.name, sample.key) for sample in chosen], encode)
+        text = self._text(asked, routing.any(1).tolist(), base)
+        with recorded(self.model.adapter) as record:
+            tokens = self.model.fuse(base, features, routing, text)
+        return Fusion(tokens, record.gates)
+
+    def _base(self, samples: Sequence[Sample]) -> Tensor:
+        expert = self.model.config.base_expert
+
+        def encode(rows: list[int]) -> Tensor:
+            return self.model.base_features(torch.stack([prepare(samples[i].image, expert) for i in rows]))
+
+        return self._rows([(expert.name, sample.key) for sample in samples], encode)
+
+    def _text(self, asked: Sequence[Prompts], needed: Sequence[bool], base: Tensor) -> Tensor | None:
+        """(B, text_channels), zeros where no expert is selected; the text encoder reads only the other questions."""
+        texts = [p.text for p, is_needed in zip(asked, needed, strict=True) if is_needed]
+        if not texts:
+            return None
+
+        def encode(rows: list[int]) -> Tensor:
+            # One by one: padding would move a feature by rounding, and with it the question's own result.
+            encoded = [self.processor.tokenize_questions([texts[i]]) for i in rows]
+            return torch.cat([self.model.text_features(**one) for one in encoded])
+
+        found = self._rows([("text", text) for text in texts], encode)
+        text = base.new_zeros(len(asked), found.shape[1])
+        text[torch.tensor(needed, device=base.device)] = found
+        return text
+
+    def _generate(self, texts: Sequence[str], image_tokens: Tensor, **generate: Any) -> list[str]:
+        conversations = [self.processor.conversation(text) for text in texts]
+        tokens = self.processor.tokenize(conversations, image_tokens.shape[1])
+        if self.model.generation_config.pad_token_id is None:
+            generate.setdefault("pad_token_id", self.processor.tokenizer.pad_token_id)
+        device = self.model.get_input_embeddings().weight.device
+        tokens = {name: value.to(device) for name, value in tokens.items()}
+        result = self.model.generate(**tokens, image_features=image_tokens, **generate)
+        new = result[:, tokens["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _rows(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -> Tensor:
+        """One row for each key; those that are not kept come from one call with the first index of each."""
+        where = self.model.adapter.pos_embed
+        full = [(key, where.dtype, where.device) for key in keys]
+        found = {key: self.cache.get(key) for key in dict.fromkeys(full)}
+        missing = [full.index(key) for key, row in found.items() if row is None]
+        if missing:
+            for i, row in zip(missing, compute(missing), strict=True):
+                found[full[i]] = row
+                self.cache.put(full[i], row)
+        return torch.stack([found[key] for key in full])  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and the key of its content."""
+
+    image: Any
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", image_key(self.image))

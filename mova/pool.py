@@ -1,0 +1,149 @@
+"""The experts' encoders of a model: loaded when they are first asked, each where it is wanted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from ._checks import check
+from .encoders import VisionEncoder
+from .experts import VisionExpert
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an expert lives: ``device`` and ``dtype`` (None: those of the caller), and whether it goes back to the
+    host's memory after each use (``offload``)."""
+
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    offload: bool = False
+
+
+class ExpertPool:
+    """The frozen encoders of a model's experts, by name.
+
+    They are no parameters of the model, for they never train: ``model.to(...)`` does not move them, an expert follows
+    the base tokens to their device and dtype when it is asked, unless :meth:`place` says otherwise.
+
+    Args:
+        experts: in the order of the adapter's columns.
+        sizes: name to what differs from the encoder's released sizes.
+
+    Attributes:
+        source: a directory or hub repository with ``experts/<name>``; None: an expert starts with random weights, the
+            same for the same name and sizes.
+        hub_arguments: passed to ``huggingface_hub.snapshot_download`` (``revision``, ``token``, ...).
+    """
+
+    def __init__(self, experts: Iterable[VisionExpert], sizes: Mapping[str, Mapping[str, Any]]) -> None:
+        self.experts = {expert.name: expert for expert in experts}
+        self.source: str | None = None
+        self.hub_arguments: dict[str, Any] = {}
+        self._sizes = sizes
+        self._loaded: dict[str, VisionEncoder] = {}
+        self._placements: dict[str, Placement] = {}
+        self._allowed = tuple(self.experts)
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The experts that may be used, in the order of the adapter's columns."""
+        return self._allowed
+
+    def only(self, names: Iterable[str]) -> None:
+        """Use these experts alone: the router offers no other, and to select one is an error; others are unloaded."""
+        wanted = {self._known(name) for name in names}
+        self._allowed = tuple(name for name in self.experts if name in wanted)
+        for name in set(self._loaded) - wanted:
+            self.unload(name)
+
+    def place(
+        self,
+        *names: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> None:
+        """Say where experts live (no names: all of them), see :class:`Placement`."""
+        for name in names or self.experts:
+            self._placements[self._known(name)] = Placement(device, dtype, offload)
+
+    def loaded(self) -> tuple[str, ...]:
+        """The names of the experts in memory."""
+        return tuple(self._loaded)
+
+    def unload(self, name: str) -> None:
+        """Give the expert's memory back; it is loaded again when it is next asked."""
+        self._loaded.pop(self._known(name), None)
+
+    def __getitem__(self, name: str) -> VisionEncoder:
+        """The encoder, loaded now if it was not; its keys are checked strictly."""
+        expert = self.experts[self._known(name)]
+        if name not in self._loaded:
+            sizes = self._sizes.get(name, {})
+            if self.source is None:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(crc32(name.encode()))
+                    self._loaded[name] = VisionEncoder(expert, sizes).eval().requires_grad_(False)
+            else:
+                dtype = self._placements.get(name, Placement()).dtype
+                self._loaded[name] = VisionEncoder.load(self._directory(name), expert, sizes, dtype=dtype)
+        return self._loaded[name]
+
+    @torch.no_grad()
+    def encode(self, name: str, pixels: Tensor, like: Tensor) -> Tensor:
+        """(B_e, T_e, C_e) tokens of the prepared images, on the device and in the dtype of ``like``.
+
+        Args:
+            name: the expert.
+            pixels: as ``mova.images.prepare`` makes them, of the images that selected the expert; any device and dtype.
+            like: usually the base tokens.
+
+        Raises:
+            ValueError: the expert is unknown or excluded by :meth:`only`, or the pixels do not fit it.
+            OSError: there are no weights for it.
+        """
+        check(name in self._allowed, "name", f"must be one of the experts in use ({', '.join(self._allowed)})", name)
+        if pixels.shape[0] == 0:
+            return like.new_empty(0, self.experts[name].num_tokens, self.experts[name].channels)
+        place = self._placements.get(name, Placement())
+        device, dtype = place.device or like.device, place.dtype or like.dtype
+        encoder = self[name].to(device, dtype)
+        tokens = encoder(pixels.to(device, dtype)).to(like)
+        if place.offload:
+            encoder.to("cpu")
+        return tokens
+
+    def save(self, directory: str | Path) -> None:
+        """Write every expert to ``directory/experts/<name>``: as it is in memory, else a copy of its files."""
+        for name in self.experts:
+            target = Path(directory) / "experts" / name
+            if name in self._loaded or self.source is None:
+                self[name].save(target)
+            elif (source := self._directory(name)).resolve() != target.resolve():
+                shutil.copytree(source, target, dirs_exist_ok=True)
+
+    def _known(self, name: str) -> str:
+        check(name in self.experts, "name", f"must be one of the model's experts ({', '.join(self.experts)})", name)
+        return name
+
+    def _directory(self, name: str) -> Path:
+        """Where the files of an expert lie, fetched first if the source is a hub repository."""
+        assert self.source is not None
+        root = Path(self.source)
+        if not root.is_dir():
+            from huggingface_hub import snapshot_download
+
+            pattern = f"experts/{name}/*"
+            root = Path(snapshot_download(self.source, allow_patterns=pattern, **self.hub_arguments))
+        found = root / "experts" / name
+        if not found.is_dir():
+            raise FileNotFoundError(f"no weights of the expert {name!r}: {self.source} has no experts/{name}")
+        return found

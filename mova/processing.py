@@ -1,0 +1,232 @@
+"""What the model takes, from images and questions: pixels for each encoder, tokens with places for the images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from ._checks import check, check_int
+from .configuration import MoVAConfig
+from .experts import VisionExpert
+from .images import open_image, prepare
+from .routing import routing_mask
+
+IMAGE_TOKEN = "<image>"
+# For a tokenizer that brings no template of its own.
+CHAT_TEMPLATE = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
+    "{% elif message['role'] == 'user' %}USER: {{ message['content'] }}\n"
+    "{% else %}ASSISTANT: {{ message['content'] }}{{ eos_token or '' }}\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+class MoVAProcessor(ProcessorMixin):
+    """Prepares images and tokenises texts; saved and loaded with the model, known to ``AutoProcessor``.
+
+    Args:
+        tokenizer: the language model's, with :data:`IMAGE_TOKEN` as one token (:meth:`for_config` adds it).
+        question_tokenizer: the text encoder's.
+        base, experts: the VisionExperts as the model's config has them.
+        num_image_tokens: how many tokens of the language model an image takes.
+        num_routing_tokens: how many it takes for the router.
+        topk: how many experts the router may name.
+        system_prompt: stands before every conversation; None: the template's own.
+        routing_template: the router's wording (``mova.routing_prompt``'s ``template``); None: this library's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        question_tokenizer: Any,
+        base: Mapping[str, Any],
+        experts: Sequence[Mapping[str, Any]],
+        num_image_tokens: int = 576,
+        num_routing_tokens: int = 144,
+        topk: int = 3,
+        system_prompt: str | None = None,
+        routing_template: str | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        for name, value in (("num_image_tokens", num_image_tokens), ("num_routing_tokens", num_routing_tokens)):
+            check_int(name, value, 1)
+        self.base, self.experts = dict(base), [dict(expert) for expert in experts]
+        self.num_image_tokens, self.num_routing_tokens, self.topk = num_image_tokens, num_routing_tokens, topk
+        self.system_prompt, self.routing_template = system_prompt, routing_template
+        self.image_token = IMAGE_TOKEN
+        super().__init__(tokenizer, question_tokenizer, chat_template=chat_template)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        is_one = self.image_token_id is not None and self.image_token_id != tokenizer.unk_token_id
+        check(is_one, "tokenizer", f"must have {IMAGE_TOKEN} as a token", tokenizer.name_or_path)
+        tokenizer.padding_side = "left"  # a batch is continued at its right end
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @classmethod
+    def for_config(cls, config: MoVAConfig, tokenizer: Any, question_tokenizer: Any, **kwargs: Any) -> MoVAProcessor:
+        """The processor of a model; adds :data:`IMAGE_TOKEN` to the tokenizer if it lacks it.
+
+        Raises:
+            ValueError: the token's number is not ``config.image_token_id``.
+        """
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        given = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        same = given == config.image_token_id
+        check(same, "tokenizer", f"must number {IMAGE_TOKEN} as the model does ({config.image_token_id})", given)
+        return cls(
+            tokenizer,
+            question_tokenizer,
+            base=config.base,
+            experts=config.experts,
+            num_image_tokens=config.num_image_tokens,
+            num_routing_tokens=config.num_routing_tokens,
+            topk=config.topk,
+            **kwargs,
+        )
+
+    @property
+    def pool(self) -> tuple[VisionExpert, ...]:
+        """The experts in the order of the adapter's columns."""
+        return tuple(VisionExpert(**expert) for expert in self.experts)
+
+    def conversation(self, question: str, *, images: int = 1) -> str:
+        """A user's turn with its images first, as the language model wants it, up to where the answer begins."""
+        return self.apply_chat_template([{"role": "user", "content": f"{IMAGE_TOKEN}\n" * images + question}])
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        tokenize: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Messages as one text. A content may be a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``.
+
+        The template holds whatever special tokens belong before the text, so ``__call__`` adds none.
+
+        Raises:
+            ValueError: ``tokenize``: pass the text to the processor, with its images.
+        """
+        check(not tokenize, "tokenize", "must be False: give the text and its images to the processor", tokenize)
+        messages = [{**message, "content": _text(message["content"])} for message in conversation]
+        if self.system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        template = chat_template or self.chat_template or self.tokenizer.chat_template or CHAT_TEMPLATE
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False, **kwargs
+        )
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        experts: str | Sequence[str | Iterable[str]] | None = None,
+        questions: str | Sequence[str] | None = None,
+        max_length: int | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """The model's arguments, for ``model(**inputs)`` and ``model.generate(**inputs, ...)``.
+
+        Args:
+            images: one or a list: PIL images, paths or bytes; in the order of the placeholders in ``text``.
+            text: one or a list of B, with :data:`IMAGE_TOKEN` where an image belongs (see :meth:`conversation`).
+            experts: "all", "none" or a list of names, for all M images; or a list of M such entries. None is none.
+            questions: what the adapter's gates read, one for each image (see ``mova.prompts``'s ``text``); needed where
+                an image uses experts.
+            max_length: longer texts are cut on the right; never an image.
+            return_tensors: "pt" only.
+
+        Returns:
+            input_ids, attention_mask (B, T), left-padded; with images also pixel_values (M, 3, S, S), and with experts
+            routing (M, N), expert_pixel_values {name: images that use it}, question_ids and question_mask (M, T_q).
+
+        Raises:
+            TypeError, ValueError: what is given does not fit together, or an image would be cut.
+        """
+        check(return_tensors == "pt", "return_tensors", "must be 'pt'", return_tensors)
+        texts = [text] if isinstance(text, str) else text
+        check(isinstance(texts, Sequence) and texts, "text", "must be a text or a list of texts", text, TypeError)
+        opened = [] if images is None else [open_image(x) for x in (images if isinstance(images, list) else [images])]
+        places = sum(t.count(IMAGE_TOKEN) for t in texts)  # type: ignore[union-attr]
+        check(places == len(opened), "images", f"must be {places}, as many as {IMAGE_TOKEN} in text", len(opened))
+        inputs = dict(self.tokenize(texts, self.num_image_tokens, max_length))  # type: ignore[arg-type]
+        if opened:
+            base = VisionExpert(**self.base)
+            inputs["pixel_values"] = torch.stack([prepare(image, base) for image in opened])
+        if experts is not None:
+            names = [expert.name for expert in self.pool]
+            inputs |= self._routed(opened, per_image(experts, len(opened), names), questions)
+        return BatchFeature(inputs)
+
+    def tokenize(self, texts: Sequence[str], image_tokens: int, max_length: int | None = None) -> dict[str, Tensor]:
+        """input_ids and attention_mask (B, T), left-padded, each image's place widened to ``image_tokens``."""
+        expected = [text.count(IMAGE_TOKEN) * image_tokens for text in texts]
+        wide = [text.replace(IMAGE_TOKEN, IMAGE_TOKEN * image_tokens) for text in texts]
+        encoded = self.tokenizer(
+            wide,
+            add_special_tokens=False,
+            padding=True,
+            truncation=max_length is not None,
+            max_length=max_length,
+            return_tensors="pt",
+        )
+        found = (encoded["input_ids"] == self.image_token_id).sum(1).tolist()
+        for row, (kept, wanted) in enumerate(zip(found, expected, strict=True)):
+            check(kept == wanted, "max_length", f"must leave text[{row}] its {wanted} image tokens", max_length)
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+    def tokenize_questions(self, questions: Sequence[str]) -> dict[str, Tensor]:
+        """question_ids and question_mask (M, T_q), padded on the right, cut at 512 tokens."""
+        limit = min(512, self.question_tokenizer.model_max_length)
+        encoded = self.question_tokenizer(
+            list(questions), padding=True, padding_side="right", truncation=True, max_length=limit, return_tensors="pt"
+        )
+        return {"question_ids": encoded["input_ids"], "question_mask": encoded["attention_mask"]}
+
+    def _routed(self, images: Sequence[Any], chosen: Sequence[Any], questions: Any) -> dict[str, Any]:
+        pool = self.pool
+        mask = routing_mask(chosen, pool)
+        pixels = {
+            expert.name: torch.stack([prepare(images[i], expert) for i in column.nonzero().flatten().tolist()])
+            for expert, column in zip(pool, mask.T, strict=True)
+            if column.any()
+        }
+        found: dict[str, Any] = {"routing": mask, "expert_pixel_values": pixels}
+        if mask.any():
+            asked = [questions] * len(images) if isinstance(questions, str) else questions
+            check(asked is not None, "questions", "must be given when an image uses experts", questions)
+            check(len(asked) == len(images), "questions", f"must be one for each of {len(images)} images", len(asked))
+            found |= self.tokenize_questions(asked)
+        return found
+
+
+def per_image(experts: Any, count: int, pool: Sequence[str]) -> list[Any]:
+    """One entry for each of ``count`` images: what is "all", "none" or names of the pool is for all of them."""
+    is_list = isinstance(experts, list | tuple)
+    check(isinstance(experts, str) or is_list, "experts", "must be 'all', 'none' or a list", experts, TypeError)
+    if isinstance(experts, str) or all(isinstance(e, str) and e in pool for e in experts):
+        return [experts] * count
+    check(len(experts) == count, "experts", f"must be names ({', '.join(pool)}) or {count} entries", experts)
+    return list(experts)
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts = []
+    for part in content:
+        kind = part.get("type")
+        check(kind in ("image", "text"), "conversation", "must hold parts of type image or text", kind)
+        parts.append(f"{IMAGE_TOKEN}\n" if kind == "image" else part["text"])
+    return "".join(parts)
