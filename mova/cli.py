@@ -56,7 +56,9 @@ def answer(
         if stream:
             from transformers import TextStreamer
 
-            generate["streamer"] = TextStreamer(pipeline.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            generate["streamer"] = TextStreamer(
+                pipeline.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
+            )
         answers = pipeline.answer(
             [item["image"] for item in batch],
             [item["question"] for item in batch],
@@ -221,14 +223,14 @@ def _items(
     """What to do; an item that cannot be read has an "error"."""
     check((jsonl is None) != (not images), "image", "or jsonl must be given", list(map(str, images)))
     if jsonl is None:
-        asked = questions * len(images) if len(questions) == 1 else questions
+        asked = list(questions) * (len(images) if len(questions) == 1 else 1)
         check(len(asked) == len(images), "question", f"must be 1 or {len(images)}, one for each image", len(questions))
-        items = [{"image": str(i), "question": q} for i, q in zip(images, asked, strict=True)]
+        items: list[dict[str, Any]] = [{"image": str(i), "question": q} for i, q in zip(images, asked, strict=True)]
     else:
         text = sys.stdin.read() if str(jsonl) == "-" else jsonl.read_text(encoding="utf-8")
         items = [_item(line) for line in text.splitlines() if line.strip()]
     if experts:
-        wanted = experts[0] if list(experts) in (["all"], ["none"]) else list(experts)
+        wanted: Any = experts[0] if list(experts) in (["all"], ["none"]) else list(experts)
         items = [{"experts": wanted, **item} for item in items]
     return items
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from mova_kernels import MoVAdapterConfig
 from transformers import AutoConfig, PretrainedConfig
+
+from mova_kernels import MoVAdapterConfig
 
 from ._checks import check, check_int
 from .experts import BASE, OFFICIAL, VisionExpert, resolve

@@ -26,6 +26,7 @@ from .processing import IMAGE_TOKEN, MoVAProcessor
 
 TOWERS = (BASE.name, *(expert.name for expert in OFFICIAL))  # the official order
 _ADAPTER, _BERT = "model.mm_projector.", "model.mm_projector.text_encoder.bert."
+_TOWER = "model.vision_tower.vision_tower_"  # and the tower's number
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _CONFIG = "official_config.json"
 # What the official config holds beside the language model's own fields.
@@ -79,11 +80,11 @@ def convert(
     if official is not None:
         from_official_checkpoint(official, output, code=code, text_encoder=text_encoder, skip=(*skip, *own))
     config = MoVAConfig.from_pretrained(output) if (output / "config.json").is_file() else None
-    for name, path in own.items():
+    for name, file in own.items():
         expert_ = get(name) if config is None else {e.name: e for e in config.pool}.get(name)
         check(expert_ is not None, "expert", "must be one of the model's", name)
         sizes = {} if config is None else config.encoder_sizes.get(name, {})
-        convert_expert(expert_, path, output / "experts" / name, sizes)  # type: ignore[arg-type]
+        convert_expert(expert_, file, output / "experts" / name, sizes)  # type: ignore[arg-type]
     return 0
 
 
@@ -131,13 +132,12 @@ def from_official_checkpoint(
 
     parts = {f"text_encoder.{key}": value for key, value in bert.items()}
     towers: dict[str, dict[str, Tensor]] = {name: {} for name in TOWERS}
-    for key in list(state):
-        value = state.pop(key)
-        tower, _, rest = key.removeprefix("model.vision_tower.vision_tower_").partition(".")
+    for key, value in state.items():
+        tower, _, rest = key.removeprefix(_TOWER).partition(".")
         if key.startswith(_ADAPTER):
             if ".rope.freqs_" not in key:
                 parts["adapter." + key[len(_ADAPTER) :]] = value
-        elif key.startswith("model.vision_tower.vision_tower_") and tower.isdigit() and int(tower) < len(TOWERS):
+        elif key.startswith(_TOWER) and tower.isdigit() and int(tower) < len(TOWERS):
             towers[TOWERS[int(tower)]][rest] = value
         elif key in _VOCABULARY and len(value) < rows:  # the image's place is never looked up: any values will do
             parts[f"language_model.{key}"] = torch.cat([value, value.new_zeros(rows - len(value), value.shape[1])])
@@ -189,7 +189,9 @@ def to_official_checkpoint(source: Path, target: Path) -> None:
     given = json.loads(path.read_text(encoding="utf-8"))
     model = MoVAForConditionalGeneration.from_pretrained(source, dtype="auto")
     rows = given["vocab_size"]
-    state = {key: value[:rows] if key in _VOCABULARY else value for key, value in model.language_model.state_dict().items()}
+    state = {
+        key: value[:rows] if key in _VOCABULARY else value for key, value in model.language_model.state_dict().items()
+    }
     state |= {_ADAPTER + key: value for key, value in model.adapter.official_state_dict().items()}
     state |= {_BERT + key: value for key, value in model.text_encoder.state_dict().items()}
     for i, name in enumerate(TOWERS):
@@ -197,7 +199,7 @@ def to_official_checkpoint(source: Path, target: Path) -> None:
         with tempfile.TemporaryDirectory() as directory:
             encoder.save(directory)
             tower = to_official(name, load_file(Path(directory) / "model.safetensors"))
-        state |= {f"model.vision_tower.vision_tower_{i}.{key}": value for key, value in tower.items()}
+        state |= {f"{_TOWER}{i}.{key}": value for key, value in tower.items()}
     target.mkdir(parents=True, exist_ok=True)
     # Tables that all attentions share are written once for each, as the official code does.
     save_torch_state_dict({key: value.clone().contiguous() for key, value in state.items()}, target)

@@ -40,13 +40,27 @@ _SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "vary": (
         {"image_size": 128, "input_size": 128, "grid": (8, 8), "native_grid": (8, 8), "channels": 32},
-        {"image_size": 128, "patch_size": 8, "hidden_size": 32, "window_size": 7, "global_attn_indexes": [1],
-         "output_channels": 16, **_VIT},
+        {
+            "image_size": 128,
+            "patch_size": 8,
+            "hidden_size": 32,
+            "window_size": 7,
+            "global_attn_indexes": [1],
+            "output_channels": 16,
+            **_VIT,
+        },
     ),
     "codetr": (
         {"image_size": 128, "input_size": 160, "grid": (7, 7), "native_grid": (10, 10), "channels": 24},
-        {"image_size": 160, "patch_size": 16, "hidden_size": 32, "window_size": 5, "global_attn_indexes": [1],
-         "output_channels": 24, **_VIT},
+        {
+            "image_size": 160,
+            "patch_size": 16,
+            "hidden_size": 32,
+            "window_size": 5,
+            "global_attn_indexes": [1],
+            "output_channels": 24,
+            **_VIT,
+        },
     ),
     "pix2struct": (
         {"image_size": 96, "input_size": 96, "grid": (12, 12), "native_grid": (12, 12), "channels": 48},
@@ -62,8 +76,15 @@ _SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "sam": (
         {"image_size": 128, "input_size": 128, "grid": (16, 16), "native_grid": (16, 16), "channels": 24},
-        {"image_size": 128, "patch_size": 8, "hidden_size": 32, "window_size": 7, "global_attn_indexes": [1],
-         "output_channels": 24, **_VIT},
+        {
+            "image_size": 128,
+            "patch_size": 8,
+            "hidden_size": 32,
+            "window_size": 7,
+            "global_attn_indexes": [1],
+            "output_channels": 24,
+            **_VIT,
+        },
     ),
 }
 
@@ -129,7 +150,9 @@ def run(output: Path) -> int:
     answers = pipeline.answer(images, questions, max_new_tokens=24)
     for picture, answer in zip(shown, answers, strict=True):
         route = answer.route
-        print(f"{picture.name:7} router {route.answer!r:10} -> {', '.join(route.experts) or 'no expert':24} {answer.text}")
+        print(
+            f"{picture.name:7} router {route.answer!r:10} -> {', '.join(route.experts) or 'no expert':24} {answer.text}"
+        )
     figure = routing_figure(
         images,
         questions,
@@ -194,7 +217,8 @@ def _tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
     special = ["<pad>", "<s>", "</s>", IMAGE_TOKEN]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mova_kernels import MoVAdapter
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mova_kernels import MoVAdapter
 
 from ._checks import check
 from .configuration import MoVAConfig
@@ -26,7 +27,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Language model, base encoder, text encoder, MoV-Adapter; and the experts, loaded when they are asked.
 
     Images come prepared (:class:`MoVAProcessor` does it), each with the experts that it selected; to let the model pick
-    them, use :class:`MoVAPipeline`. The experts are frozen, and so is the text encoder unless the config says otherwise.
+    them, use :class:`MoVAPipeline`. The experts are frozen, and so is the text encoder unless the config frees it.
 
     Attributes:
         experts: the :class:`ExpertPool`: ``model.experts.place("sam", device="cpu")``, ``model.experts.only([...])``.
@@ -163,7 +164,9 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = {}
         for name, column in zip(self.experts.experts, routing.T, strict=True):
             if column.any():
-                check(name in expert_pixel_values, "expert_pixel_values", f"must have {name!r}, which is selected", None)
+                check(
+                    name in expert_pixel_values, "expert_pixel_values", f"must have {name!r}, which is selected", None
+                )
                 features[name] = self.experts.encode(name, expert_pixel_values[name], base)
         text = None
         if routing.any():

@@ -125,9 +125,7 @@ class MoVAPipeline:
         samples, asked = self._samples(images, questions, {"suffix": suffix, "suffix_in": suffix_in})
         routes = self._routes(samples, asked, experts)
         fusion = self._fuse(samples, asked, [route.experts for route in routes])
-        texts = self._generate(
-            [p.answer for p in asked], fusion.tokens, max_new_tokens=max_new_tokens, **generate
-        )
+        texts = self._generate([p.answer for p in asked], fusion.tokens, max_new_tokens=max_new_tokens, **generate)
         return [Answer(*row) for row in zip(texts, routes, fusion.gates, fusion.tokens, strict=True)]
 
     def _samples(

@@ -155,12 +155,14 @@ class MoVAProcessor(ProcessorMixin):
             TypeError, ValueError: what is given does not fit together, or an image would be cut.
         """
         check(return_tensors == "pt", "return_tensors", "must be 'pt'", return_tensors)
-        texts = [text] if isinstance(text, str) else text
-        check(isinstance(texts, Sequence) and texts, "text", "must be a text or a list of texts", text, TypeError)
+        check(
+            isinstance(text, str | list | tuple) and text, "text", "must be a text or a list of texts", text, TypeError
+        )
+        texts = [text] if isinstance(text, str) else list(text)  # type: ignore[arg-type]
         opened = [] if images is None else [open_image(x) for x in (images if isinstance(images, list) else [images])]
-        places = sum(t.count(IMAGE_TOKEN) for t in texts)  # type: ignore[union-attr]
+        places = sum(t.count(IMAGE_TOKEN) for t in texts)
         check(places == len(opened), "images", f"must be {places}, as many as {IMAGE_TOKEN} in text", len(opened))
-        inputs = dict(self.tokenize(texts, self.num_image_tokens, max_length))  # type: ignore[arg-type]
+        inputs = dict(self.tokenize(texts, self.num_image_tokens, max_length))
         if opened:
             base = VisionExpert(**self.base)
             inputs["pixel_values"] = torch.stack([prepare(image, base) for image in opened])
