@@ -1,6 +1,9 @@
 """mova: the MoVA model around mova_kernels, as a citizen of transformers; importing it registers the Auto classes."""
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+try:
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+except ImportError as error:
+    raise ImportError(f'mova needs transformers: pip install "mova-kernels[mova]" ({error})') from error
 
 from . import experts
 from .cache import FeatureCache

@@ -214,6 +214,7 @@ def read_state(source: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is none.
         ValueError: a file holds no tensors by name, or two files the same name.
     """
+    found: Any
     files = [source]
     if source.is_dir():
         files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
