@@ -27,6 +27,7 @@ ANSWERS = {
     "scene": "Three trees.",
     "plain": "Dark blue.",
 }
+_SPECIAL = ["<pad>", "<s>", "</s>", IMAGE_TOKEN]  # the tokenizer's first tokens
 _VIT = {"num_hidden_layers": 2, "num_attention_heads": 2}
 # Per encoder: how it differs from the released one as data, and its sizes in transformers' words.
 _SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -108,6 +109,7 @@ def small_config(text_config: Any = None, vocabulary: int = 512) -> MoVAConfig:
         adapter_heads=4,
         adapter_layers=3,
         num_routing_tokens=16,
+        image_token_id=_SPECIAL.index(IMAGE_TOKEN),
     )
 
 
@@ -123,7 +125,6 @@ def small_model(texts: Sequence[str] = (), *, text_config: Any = None, seed: int
     """
     tokenizer = _tokenizer(texts, 512)
     config = small_config(text_config)
-    config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MoVAForConditionalGeneration(config)
@@ -214,11 +215,10 @@ def _tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", IMAGE_TOKEN]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(vocab_size=size, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"

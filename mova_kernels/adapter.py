@@ -77,8 +77,6 @@ class MoVAdapter(
                 ends.append(module.conv3.bn)
         for parameter in (self.pos_embed, *(p for end in ends for p in end.parameters())):
             parameter.zero_()
-        for parameter in self.parameters():
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def forward(
         self,
