@@ -50,9 +50,10 @@ def test_the_package_is_tested_not_this_folder():
     assert Path(mova.__file__) == ROOT / "mova" / "__init__.py"
 
 
-def test_import_is_light():
+def test_import_registers_the_auto_classes_and_loads_no_extra():
     code = (
-        "import mova, sys; sys.exit(str({'torch', 'transformers', 'numpy', 'mova_kernels'} & set(sys.modules) or ''))"
+        "import mova, sys; from transformers import AutoConfig; assert type(AutoConfig.for_model('mova')) is mova.MoVAConfig;"
+        "sys.exit(str({'matplotlib', 'peft', 'tyro'} & set(sys.modules) or ''))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert not result.stderr.strip(), result.stderr
