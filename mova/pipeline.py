@@ -12,7 +12,7 @@ from torch import Tensor
 from ._checks import check, check_int
 from .cache import FeatureCache
 from .images import image_key, open_image, prepare
-from .inspection import recorded
+from .inspection import attention_maps, recorded
 from .modeling import MoVAForConditionalGeneration
 from .processing import MoVAProcessor, per_image
 from .routing import TEMPLATE, Prompts, parse_routing, prompts, routing_mask
@@ -93,7 +93,36 @@ class MoVAPipeline:
     def fuse(self, images: Sequence[Any], questions: Sequence[Any], experts: Any) -> Fusion:
         """The image tokens that given experts make; ``experts`` as in :meth:`answer`."""
         samples, asked = self._samples(images, questions, {})
-        return self._fuse(samples, asked, [route.experts for route in self._routes(samples, asked, experts)])
+        return self._fuse(samples, asked, self._routes(samples, asked, experts))
+
+    @torch.inference_mode()
+    def attention_maps(
+        self, image: Any, question: Any, point: tuple[int, int], *, experts: Any = None, block: int = -1
+    ) -> dict[str, Tensor]:
+        """Where one token of an image looks in each of its experts; ``mova.visualize.attention_figure`` draws it.
+
+        Args:
+            image, question, experts: one image and question, as in :meth:`answer`.
+            point: (row, column) of the token on the base grid.
+            block: of the adapter.
+
+        Returns:
+            expert to (R, R) fp32, the mean over the heads, which sums to 1.
+        """
+        samples, asked = self._samples([image], [question], {})
+        base, features, routing, text = self._features(samples, asked, self._routes(samples, asked, experts))
+        pool = self.model.config.pool
+        (found,) = attention_maps(
+            self.model.adapter,
+            base,
+            [features.get(expert.name) for expert in pool],
+            routing,
+            text,
+            point,
+            block=block,
+            grids=[expert.grid for expert in pool],
+        )
+        return {pool[e].name: weights for e, weights in found.items()}
 
     @torch.inference_mode()
     def answer(
@@ -124,7 +153,7 @@ class MoVAPipeline:
         check_int("max_new_tokens", max_new_tokens, 1)
         samples, asked = self._samples(images, questions, {"suffix": suffix, "suffix_in": suffix_in})
         routes = self._routes(samples, asked, experts)
-        fusion = self._fuse(samples, asked, [route.experts for route in routes])
+        fusion = self._fuse(samples, asked, routes)
         texts = self._generate([p.answer for p in asked], fusion.tokens, max_new_tokens=max_new_tokens, **generate)
         return [Answer(*row) for row in zip(texts, routes, fusion.gates, fusion.tokens, strict=True)]
 
@@ -164,10 +193,17 @@ class MoVAPipeline:
             for answer, p in zip(answers, asked, strict=True)
         ]
 
-    def _fuse(self, samples: Sequence[Sample], asked: Sequence[Prompts], experts: Sequence[Iterable[str]]) -> Fusion:
-        base = self._base(samples)
-        pool = self.model.config.pool
-        routing = routing_mask([tuple(names) for names in experts], pool)
+    def _fuse(self, samples: Sequence[Sample], asked: Sequence[Prompts], routes: Sequence[Route]) -> Fusion:
+        with recorded(self.model.adapter) as record:
+            tokens = self.model.fuse(*self._features(samples, asked, routes))
+        return Fusion(tokens, record.gates)
+
+    def _features(
+        self, samples: Sequence[Sample], asked: Sequence[Prompts], routes: Sequence[Route]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
+        """What the model's ``fuse`` takes; an expert sees exactly the images that use it."""
+        base, pool = self._base(samples), self.model.config.pool
+        routing = routing_mask([route.experts for route in routes], pool)
         features = {}
         for expert, column in zip(pool, routing.T, strict=True):
             chosen = [samples[i] for i in column.nonzero().flatten().tolist()]
@@ -178,10 +214,7 @@ class MoVAPipeline:
                     return self.model.experts.encode(expert.name, pixels, base)
 
                 features[expert.name] = self._rows([(expert.name, sample.key) for sample in chosen], encode)
-        text = self._text(asked, routing.any(1).tolist(), base)
-        with recorded(self.model.adapter) as record:
-            tokens = self.model.fuse(base, features, routing, text)
-        return Fusion(tokens, record.gates)
+        return base, features, routing, self._text(asked, routing.any(1).tolist(), base)
 
     def _base(self, samples: Sequence[Sample]) -> Tensor:
         expert = self.model.config.base_expert

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import mova_kernels
 from mova_kernels import backends, ops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +112,21 @@ def test_kernels_know_no_model_package(path) -> None:
 @each_source
 def test_no_heavy_dependency(path) -> None:
     assert not roots(imports(path)) & {"torchvision", "timm", "open_clip", "transformers"}
+
+
+MODEL_SOURCES = sorted((ROOT / "mova").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODEL_SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_model_package_uses_the_public_kernels_alone(path) -> None:
+    public = {"mova_kernels", *(f"mova_kernels.{name}" for name in mova_kernels.__all__)}
+    public |= {f"mova_kernels.ops.{name}" for name in ops.__all__}
+    assert {name for name in imports(path) if name.partition(".")[0] == "mova_kernels"} <= public
+
+
+@pytest.mark.parametrize("path", MODEL_SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_model_package_needs_no_library_that_replaces_torch(path) -> None:
+    assert not roots(imports(path)) & {"torchvision", "timm", "open_clip"}
 
 
 def modules_of_ops(*names: str) -> list[Path]:

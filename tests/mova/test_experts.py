@@ -52,7 +52,8 @@ def test_the_package_is_tested_not_this_folder():
 
 def test_import_registers_the_auto_classes_and_loads_no_extra():
     code = (
-        "import mova, sys; from transformers import AutoConfig; assert type(AutoConfig.for_model('mova')) is mova.MoVAConfig;"
+        "import mova, sys; from transformers import AutoConfig;"
+        "assert type(AutoConfig.for_model('mova')) is mova.MoVAConfig;"
         "sys.exit(str({'matplotlib', 'peft', 'tyro'} & set(sys.modules) or ''))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -149,6 +149,16 @@ def test_gates_are_of_the_selected_experts_and_sum_to_one(pipeline, images, ques
         torch.testing.assert_close(sample.sum(1), torch.full((3,), float(bool(chosen))))
 
 
+def test_attention_maps_are_of_the_experts_that_are_used(pipeline, images, questions):
+    """The numbers are tested with mova.inspection; here, that the right features are looked at."""
+    maps = pipeline.attention_maps(images[0], questions[0], (3, 5), experts=["sam", "vary"], block=0)
+    assert list(maps) == ["vary", "sam"]
+    alone = pipeline.attention_maps(images[0], questions[0], (3, 5), experts=["sam"], block=0)
+    torch.testing.assert_close(maps["sam"], alone["sam"])  # the first block's query knows no expert yet
+    assert (maps["sam"] - maps["vary"]).abs().max() > 1e-3
+    assert maps["sam"].shape == (16, 16) and maps["sam"].sum() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("budget", [0, 40_000])
 def test_a_small_or_no_cache_changes_no_result(pipeline, images, questions, budget):
     small = MoVAPipeline(pipeline.model, pipeline.processor, cache_bytes=budget)
