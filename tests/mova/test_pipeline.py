@@ -155,7 +155,7 @@ def test_attention_maps_are_of_the_experts_that_are_used(pipeline, images, quest
     assert list(maps) == ["vary", "sam"]
     alone = pipeline.attention_maps(images[0], questions[0], (3, 5), experts=["sam"], block=0)
     torch.testing.assert_close(maps["sam"], alone["sam"])  # the first block's query knows no expert yet
-    assert (maps["sam"] - maps["vary"]).abs().max() > 1e-3
+    assert (maps["sam"] - maps["vary"]).abs().max() > 0.1 / 256
     assert maps["sam"].shape == (16, 16) and maps["sam"].sum() == pytest.approx(1)
 
 
