@@ -178,7 +178,7 @@ def learn(pipeline: MoVAPipeline, shown: Sequence[Picture], answers: Sequence[st
     told = ([p.router.answer(x.experts) for p, x in zip(asked, shown, strict=True)], answers)
     said = ([p.router.text for p in asked], [p.answer for p in asked])
     batches = [
-        (_labelled(processor, texts, targets, tokens.shape[1]), tokens.clone())
+        (_labelled(processor, texts, targets, tokens.shape[1]), tokens)
         for texts, targets, tokens in zip(said, told, seen, strict=True)
     ]
     optimizer = torch.optim.AdamW(model.language_model.parameters(), lr=3e-3)

@@ -18,7 +18,7 @@ from mova_kernels import MoVAdapter
 from ._checks import check
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
-from .pool import ExpertPool
+from .pool import ExpertPool, folder
 
 ROUTING_LORA = "routing"  # the adapter's name in peft, and its folder beside the model
 
@@ -278,21 +278,18 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         self.language_model.add_adapter(config, adapter_name=ROUTING_LORA)
         self.language_model.disable_adapters()
+        self.config.routing_lora = True
 
     def load_routing_lora(self, directory: str | Path) -> None:
         """Load one that :meth:`save_pretrained` or peft wrote."""
         self.language_model.load_adapter(str(directory), adapter_name=ROUTING_LORA)
         self.language_model.disable_adapters()
-
-    @property
-    def has_routing_lora(self) -> bool:
-        """Whether there is a LoRA for the routing pass."""
-        return ROUTING_LORA in getattr(self.language_model, "peft_config", {})
+        self.config.routing_lora = True
 
     @contextmanager
     def routing_pass(self) -> Iterator[None]:
         """Inside, the language model is the router: its routing LoRA is on."""
-        if not self.has_routing_lora:
+        if not self.config.routing_lora:
             yield
             return
         self.language_model.enable_adapters()
@@ -310,10 +307,10 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         directory = Path(save_directory)
         state = kwargs.pop("state_dict", None) or self.state_dict()
-        if self.has_routing_lora:
+        if self.config.routing_lora:
             state = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
         super().save_pretrained(directory, *args, state_dict=state, **kwargs)
-        if self.has_routing_lora and kwargs.get("is_main_process", True):
+        if self.config.routing_lora and kwargs.get("is_main_process", True):
             self.language_model.set_adapter(ROUTING_LORA)
             self.language_model.save_pretrained(directory / ROUTING_LORA)
             self.language_model.disable_adapters()
@@ -341,7 +338,8 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.experts.source = None if source is None else str(source)
         hub = ("revision", "token", "cache_dir", "local_files_only")
         model.experts.hub_arguments = {key: kwargs[key] for key in hub if key in kwargs}
-        routing = Path(str(pretrained_model_name_or_path)) / ROUTING_LORA
-        if (routing / "adapter_config.json").is_file():
-            model.load_routing_lora(routing)
+        if model.config.routing_lora:
+            model.load_routing_lora(
+                folder(str(pretrained_model_name_or_path), ROUTING_LORA, model.experts.hub_arguments)
+            )
         return (model, info) if wants_info else model

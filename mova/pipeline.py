@@ -78,7 +78,7 @@ class MoVAPipeline:
         """Forget all features."""
         self.cache.clear()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def route(self, images: Sequence[Any], questions: Sequence[Any], **wording: Any) -> list[Route]:
         """Ask the language model which experts fit each image and question.
 
@@ -89,13 +89,13 @@ class MoVAPipeline:
         """
         return self._route(*self._samples(images, questions, wording))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fuse(self, images: Sequence[Any], questions: Sequence[Any], experts: Any) -> Fusion:
         """The image tokens that given experts make; ``experts`` as in :meth:`answer`."""
         samples, asked = self._samples(images, questions, {})
         return self._fuse(samples, asked, self._routes(samples, asked, experts))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def attention_maps(
         self, image: Any, question: Any, point: tuple[int, int], *, experts: Any = None, block: int = -1
     ) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ class MoVAPipeline:
         )
         return {pool[e].name: weights for e, weights in found.items()}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def answer(
         self,
         images: Sequence[Any],

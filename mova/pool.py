@@ -135,15 +135,21 @@ class ExpertPool:
         return name
 
     def _directory(self, name: str) -> Path:
-        """Where the files of an expert lie, fetched first if the source is a hub repository."""
         assert self.source is not None
-        root = Path(self.source)
-        if not root.is_dir():
-            from huggingface_hub import snapshot_download
+        return folder(self.source, f"experts/{name}", self.hub_arguments)
 
-            pattern = f"experts/{name}/*"
-            root = Path(snapshot_download(self.source, allow_patterns=pattern, **self.hub_arguments))
-        found = root / "experts" / name
-        if not found.is_dir():
-            raise FileNotFoundError(f"no weights of the expert {name!r}: {self.source} has no experts/{name}")
-        return found
+
+def folder(source: str, name: str, hub_arguments: Mapping[str, Any]) -> Path:
+    """The folder ``name`` of a model's directory, or of its hub repository, from which it is fetched first.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    root = Path(source)
+    if not root.is_dir():
+        from huggingface_hub import snapshot_download
+
+        root = Path(snapshot_download(source, allow_patterns=f"{name}/*", **hub_arguments))
+    if not (root / name).is_dir():
+        raise FileNotFoundError(f"{source} has no folder {name}")
+    return root / name
