@@ -129,6 +129,29 @@ def prepare(image: Image.Image, expert: VisionExpert) -> Tensor:
     return _patches(result, expert.grid) if expert.patches else result.contiguous()
 
 
+class PreparedImage:
+    """An image and what the encoders are given of it, each form made once, when it is first asked.
+
+    Args:
+        source: as for :func:`open_image`.
+
+    Attributes:
+        image: the RGB image.
+        key: its :func:`image_key`.
+    """
+
+    def __init__(self, source: Image.Image | str | os.PathLike[str] | bytes) -> None:
+        self.image = open_image(source)
+        self.key = image_key(self.image)
+        self._views: dict[tuple, Tensor] = {}
+
+    def view(self, expert: VisionExpert) -> Tensor:
+        """:func:`prepare` for ``expert``; experts that are given the same share the tensor."""
+        if expert.view not in self._views:
+            self._views[expert.view] = prepare(self.image, expert)
+        return self._views[expert.view]
+
+
 def _patches(image: Tensor, grid: tuple[int, int]) -> Tensor:
     """(3, S, S) to (h * w, 2 + 3 * (S / h) * (S / w))."""
     h, w = grid

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._checks import check, check_int
 from .cache import FeatureCache
-from .images import image_key, open_image, prepare
+from .images import PreparedImage
 from .inspection import attention_maps, recorded
 from .modeling import MoVAForConditionalGeneration
 from .processing import MoVAProcessor, per_image
@@ -159,7 +159,7 @@ class MoVAPipeline:
 
     def _samples(
         self, images: Sequence[Any], questions: Sequence[Any], wording: Mapping[str, Any]
-    ) -> tuple[list[Sample], list[Prompts]]:
+    ) -> tuple[list[PreparedImage], list[Prompts]]:
         for name, value in (("images", images), ("questions", questions)):
             check(isinstance(value, list | tuple), name, "must be a list", value, TypeError)
         check(images, "images", "must not be empty", images)
@@ -167,9 +167,9 @@ class MoVAPipeline:
         pool = [self.model.experts.experts[name] for name in self.model.experts.allowed]
         template = self.processor.routing_template or TEMPLATE
         asked = [prompts(q, pool, topk=self.processor.topk, template=template, **wording) for q in questions]
-        return [Sample(open_image(image)) for image in images], asked
+        return [PreparedImage(image) for image in images], asked
 
-    def _routes(self, samples: Sequence[Sample], asked: Sequence[Prompts], experts: Any) -> list[Route]:
+    def _routes(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], experts: Any) -> list[Route]:
         """Chosen by hand where ``experts`` has an entry for a sample, by the router where that is None."""
         pool = [expert.name for expert in self.processor.pool]
         entries = [None] * len(samples) if experts is None else per_image(experts, len(samples), pool)
@@ -179,7 +179,7 @@ class MoVAPipeline:
         by_hand = [Route(tuple(name for name, on in zip(pool, row, strict=True) if on)) for row in mask]
         return [next(routed) if entry is None else route for entry, route in zip(entries, by_hand, strict=True)]
 
-    def _route(self, samples: Sequence[Sample], asked: Sequence[Prompts]) -> list[Route]:
+    def _route(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts]) -> list[Route]:
         base = self._base(samples)
         tokens = self._rows(
             [("router", sample.key) for sample in samples],
@@ -193,13 +193,13 @@ class MoVAPipeline:
             for answer, p in zip(answers, asked, strict=True)
         ]
 
-    def _fuse(self, samples: Sequence[Sample], asked: Sequence[Prompts], routes: Sequence[Route]) -> Fusion:
+    def _fuse(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], routes: Sequence[Route]) -> Fusion:
         with recorded(self.model.adapter) as record:
             tokens = self.model.fuse(*self._features(samples, asked, routes))
         return Fusion(tokens, record.gates)
 
     def _features(
-        self, samples: Sequence[Sample], asked: Sequence[Prompts], routes: Sequence[Route]
+        self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], routes: Sequence[Route]
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
         """What the model's ``fuse`` takes; an expert sees exactly the images that use it."""
         base, pool = self._base(samples), self.model.config.pool
@@ -210,17 +210,17 @@ class MoVAPipeline:
             if chosen:
 
                 def encode(rows: list[int], expert=expert, chosen=chosen) -> Tensor:
-                    pixels = torch.stack([prepare(chosen[i].image, expert) for i in rows])
+                    pixels = torch.stack([chosen[i].view(expert) for i in rows])
                     return self.model.experts.encode(expert.name, pixels, base)
 
                 features[expert.name] = self._rows([(expert.name, sample.key) for sample in chosen], encode)
         return base, features, routing, self._text(asked, routing.any(1).tolist(), base)
 
-    def _base(self, samples: Sequence[Sample]) -> Tensor:
+    def _base(self, samples: Sequence[PreparedImage]) -> Tensor:
         expert = self.model.config.base_expert
 
         def encode(rows: list[int]) -> Tensor:
-            return self.model.base_features(torch.stack([prepare(samples[i].image, expert) for i in rows]))
+            return self.model.base_features(torch.stack([samples[i].view(expert) for i in rows]))
 
         return self._rows([(expert.name, sample.key) for sample in samples], encode)
 
@@ -262,14 +262,3 @@ class MoVAPipeline:
                 found[full[i]] = row
                 self.cache.put(full[i], row)
         return torch.stack([found[key] for key in full])  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An image and the key of its content."""
-
-    image: Any
-    key: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "key", image_key(self.image))

@@ -13,7 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 from ._checks import check, check_int
 from .configuration import MoVAConfig
 from .experts import VisionExpert
-from .images import open_image, prepare
+from .images import PreparedImage
 from .routing import routing_mask
 
 IMAGE_TOKEN = "<image>"
@@ -159,13 +159,15 @@ class MoVAProcessor(ProcessorMixin):
             isinstance(text, str | list | tuple) and text, "text", "must be a text or a list of texts", text, TypeError
         )
         texts = [text] if isinstance(text, str) else list(text)  # type: ignore[arg-type]
-        opened = [] if images is None else [open_image(x) for x in (images if isinstance(images, list) else [images])]
+        opened = (
+            [] if images is None else [PreparedImage(x) for x in (images if isinstance(images, list) else [images])]
+        )
         places = sum(t.count(IMAGE_TOKEN) for t in texts)
         check(places == len(opened), "images", f"must be {places}, as many as {IMAGE_TOKEN} in text", len(opened))
         inputs = dict(self.tokenize(texts, self.num_image_tokens, max_length))
         if opened:
             base = VisionExpert(**self.base)
-            inputs["pixel_values"] = torch.stack([prepare(image, base) for image in opened])
+            inputs["pixel_values"] = torch.stack([image.view(base) for image in opened])
         if experts is not None:
             names = [expert.name for expert in self.pool]
             inputs |= self._routed(opened, per_image(experts, len(opened), names), questions)
@@ -196,11 +198,11 @@ class MoVAProcessor(ProcessorMixin):
         )
         return {"question_ids": encoded["input_ids"], "question_mask": encoded["attention_mask"]}
 
-    def _routed(self, images: Sequence[Any], chosen: Sequence[Any], questions: Any) -> dict[str, Any]:
+    def _routed(self, images: Sequence[PreparedImage], chosen: Sequence[Any], questions: Any) -> dict[str, Any]:
         pool = self.pool
         mask = routing_mask(chosen, pool)
         pixels = {
-            expert.name: torch.stack([prepare(images[i], expert) for i in column.nonzero().flatten().tolist()])
+            expert.name: torch.stack([images[i].view(expert) for i in column.nonzero().flatten().tolist()])
             for expert, column in zip(pool, mask.T, strict=True)
             if column.any()
         }

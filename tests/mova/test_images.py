@@ -16,7 +16,7 @@ import torch
 Image = pytest.importorskip("PIL.Image")
 
 from mova import VisionExpert, experts  # noqa: E402
-from mova.images import image_key, open_image, prepare, square  # noqa: E402
+from mova.images import PreparedImage, image_key, open_image, prepare, square  # noqa: E402
 
 OFFICIAL = {e.name: e for e in (experts.BASE, *experts.OFFICIAL)}
 PIX2STRUCT = OFFICIAL["pix2struct"]
@@ -328,3 +328,12 @@ def test_bad_call(name):
     call, arguments, kind, message = CALLS[name]
     with pytest.raises(kind, match=re.escape(message)):
         call(*arguments)
+
+
+def test_experts_with_the_same_view_share_what_is_made():
+    image = PreparedImage(Image.new("RGB", (30, 20), "teal"))
+    vary, sam, deplot = (experts.get(name) for name in ("vary", "sam", "deplot"))
+    assert image.view(vary) is image.view(sam)
+    assert torch.equal(image.view(sam), prepare(image.image, sam))
+    assert image.view(deplot).shape == (2025, 770)
+    assert image.key == image_key(image.image)
