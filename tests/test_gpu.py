@@ -378,3 +378,20 @@ def test_adapter_training_step_in_a_graph_serves_every_routing():
         assert change.any(), f"{name} was not trained"
         atol = 1e-3 * float(change.abs().max()) + 4 * torch.finfo(value.dtype).eps * float(value.abs().max())
         torch.testing.assert_close(actual.detach() - value, change, rtol=0, atol=atol)
+
+
+def test_mova_pipeline_as_on_the_host():
+    """The whole model in fp32: images, questions and routing arrive from the host, the experts follow the model."""
+    pytest.importorskip("transformers")
+    from mova.demo import small_model
+    from mova.pictures import pictures
+
+    host, device = small_model(), small_model()
+    device.model.to("cuda")
+    shown = pictures()
+    arguments = [p.image for p in shown], [p.question for p in shown], [p.experts for p in shown]
+    expected, found = host.fuse(*arguments), device.fuse(*arguments)
+    assert found.tokens.is_cuda
+    torch.testing.assert_close(found.tokens.cpu(), expected.tokens, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.gates.cpu(), expected.gates, rtol=0, atol=1e-3)
+    assert len(device.answer(*arguments[:2], experts=arguments[2], max_new_tokens=4)) == 5

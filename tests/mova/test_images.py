@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import BitImageProcessorPil, CLIPImageProcessorPil, Pix2StructImageProcessorPil
 
-Image = pytest.importorskip("PIL.Image")
-
-from mova import VisionExpert, experts  # noqa: E402
-from mova.images import PreparedImage, image_key, open_image, prepare, square  # noqa: E402
+from mova import VisionExpert, experts
+from mova.images import PreparedImage, image_key, open_image, prepare, square
 
 OFFICIAL = {e.name: e for e in (experts.BASE, *experts.OFFICIAL)}
 PIX2STRUCT = OFFICIAL["pix2struct"]
@@ -231,8 +231,7 @@ ODD_SIZES = [(7, 7), (14, 3), (223, 224), (448, 448), (896, 500)]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["clip", "dinov2", "sam"])
 def test_pixels_are_those_of_transformers(name, size):
-    transformers = pytest.importorskip("transformers", minversion="5.5")
-    kind = transformers.BitImageProcessorPil if name == "dinov2" else transformers.CLIPImageProcessorPil
+    kind = BitImageProcessorPil if name == "dinov2" else CLIPImageProcessorPil
     expert = OFFICIAL[name]
     side, mean, std = expert.image_size, list(expert.mean), list(expert.std)
     processor = kind(
@@ -247,19 +246,18 @@ def test_pixels_are_those_of_transformers(name, size):
 
 @pytest.mark.parametrize("size", SIZES + ODD_SIZES)
 def test_t31_patches_are_those_of_transformers_but_always_45_by_45(size):
-    transformers = pytest.importorskip("transformers", minversion="5.5")
     ids = torch.tensor([(row, column) for row in range(1, 46) for column in range(1, 46)], dtype=torch.float32)
     for image in (noise(*size), smooth(*size), Image.new("RGB", size, (90, 90, 90))):
         padded = square(image, PIX2STRUCT.pad_color)
         result = prepare(image, PIX2STRUCT)
         assert result.dtype == torch.float32 and result.shape == (2025, 770)
         assert torch.equal(result[:, :2], ids)
-        official = transformers.Pix2StructImageProcessorPil(max_patches=2025)
+        official = Pix2StructImageProcessorPil(max_patches=2025)
         truth = official(padded, return_tensors="pt")["flattened_patches"][0]
         if size in ODD_SIZES:
             assert truth[:, :2].amax(0).tolist() == [44, 44]
             # One patch more to give away, and its square root is no longer rounded to below 45.
-            official = transformers.Pix2StructImageProcessorPil(max_patches=2026)
+            official = Pix2StructImageProcessorPil(max_patches=2026)
             truth = official(padded, return_tensors="pt")["flattened_patches"][0, :2025]
         # The same to the bit on x86 with torch 2.13; other builds may resize in another order of summation.
         torch.testing.assert_close(result, truth, rtol=0, atol=1e-5)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import mova
-from mova import MoVAConfig, MoVAForConditionalGeneration, MoVAPipeline, prompts
+from mova import MoVAConfig, MoVAForConditionalGeneration, MoVAPipeline, MoVAProcessor, prompts
 from mova.demo import small_config, small_model
 from mova.pictures import pictures
 from mova_kernels import MoVAdapter
@@ -333,6 +333,33 @@ def test_an_unloaded_expert_gives_its_memory_back_and_loads_again(directory):
     assert pool.loaded() == ()
     with pytest.raises(ValueError, match="must be one of the model's experts"):
         pool["bert"]
+
+
+def test_an_expert_of_ones_own_in_the_whole_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(mova.experts, "_REGISTRY", dict(mova.experts._REGISTRY))
+    monkeypatch.setattr(mova.experts, "_BUILDERS", dict(mova.experts._BUILDERS))
+    half = (0.5, 0.5, 0.5)
+    own = mova.VisionExpert("edges", "Follows outlines.", 64, mean=half, std=half, grid=(4, 4), channels=32)
+    mova.experts.register(own, lambda width=32: torch.nn.Conv2d(3, width, 16, 16))
+    config = small_config()
+    sizes = {name: config.encoder_sizes[name] for name in ("clip", "sam")}
+    config = MoVAConfig(
+        config.text_config, config.text_encoder_config, config.base, [config.experts[6], own], sizes, adapter_heads=4,
+        num_routing_tokens=16, image_token_id=3,
+    )  # fmt: skip
+    small = small_model().processor
+    processor = MoVAProcessor.for_config(config, small.tokenizer, small.question_tokenizer)
+    pipeline = MoVAPipeline(MoVAForConditionalGeneration(config), processor)
+    with torch.no_grad():
+        for parameter in pipeline.model.adapter.parameters():
+            parameter.add_(0.01)
+    images, questions = [picture.image for picture in pictures()[:2]], ["What?", "Why?"]
+    expected = pipeline.fuse(images, questions, [["edges"], ["edges", "sam"]])
+    assert expected.gates.shape == (2, 3, 2) and expected.gates[0, :, 1].eq(1).all()
+    pipeline.model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = MoVAPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded.fuse(images, questions, [["edges"], ["edges", "sam"]]).tokens, expected.tokens)
 
 
 # The routing LoRA.

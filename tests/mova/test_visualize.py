@@ -12,15 +12,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 
 from mova import experts, visualize
 from mova.inspection import attention_maps, recorded
 from mova.visualize import attention_figure, routing_figure
-
-pytest.importorskip("matplotlib")
-
-from matplotlib.colors import to_hex, to_rgb
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL = list(experts.names())
