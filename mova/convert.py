@@ -121,8 +121,8 @@ def from_official_checkpoint(
 ) -> None:
     """Write the official checkpoint in ``source`` as a model with a processor.
 
-    No tensor is changed, nor is its dtype. Weights are mapped into memory and written shard by shard, which takes the
-    memory of a few shards of 5 GB, not that of the model. config.json is written last, when all went well.
+    No tensor is changed, nor is its dtype. Weights are mapped into memory and written shard by shard; what a larger
+    vocabulary changes is held in memory. config.json is written last, when all went well.
 
     Args:
         source: directory with config.json, weights (safetensors or PyTorch's, in shards or not) and a tokenizer.
@@ -418,8 +418,8 @@ def _question_tokenizer(name: str | None) -> BertTokenizer:
 def _chat_template(tokenizer: Any) -> str | None:
     """That of the official code, for a tokenizer with Llama 3's tokens; None: the tokenizer's own.
 
-    The official template begins with the token for the beginning; where the tokenizer adds one by itself, the official
-    code ends up with two, and the model knows no other prompts.
+    The official template begins with the token for the beginning, and the official code keeps the one that a tokenizer
+    may add by itself: then its prompts begin with two.
     """
     if _END_OF_TURN not in tokenizer.get_vocab():
         return None
