@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+_NAMED = 5
+
 
 def check(ok: object, argument: str, rule: str, value: object, error: type[Exception] = ValueError) -> None:
     """Raise ``error("argument rule, got value")`` unless ``ok``."""
@@ -18,3 +22,18 @@ def check_int(argument: str, value: object, smallest: int) -> None:
 def check_whole(argument: str, value: object) -> None:
     """``value`` must be an int; a bool is none."""
     check(isinstance(value, int) and not isinstance(value, bool), argument, "must be an int", value, TypeError)
+
+
+def check_weights(
+    of: str, missing: Iterable[str] = (), unexpected: Iterable[str] = (), wrong: Iterable[str] = ()
+) -> None:
+    """Raise a ValueError that counts and names the keys unless there are none."""
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
+    faults = []
+    for fault, keys in found.items():
+        names = sorted(keys)
+        if names:
+            more = ", ..." if len(names) > _NAMED else ""
+            faults.append(f"{len(names)} {fault} ({', '.join(names[:_NAMED])}{more})")
+    if faults:
+        raise ValueError(f"weights must be exactly those of {of}, got {'; '.join(faults)}")

@@ -15,12 +15,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mova_kernels.ops import feature_resample
 
-from .._checks import check
+from .._checks import check, check_weights
 from ..experts import VisionExpert, builder
 
 _FILE = "model.safetensors"
 _NOT_SIZES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-_NAMED = 5
 
 
 class VisionEncoder(nn.Module):
@@ -175,7 +174,7 @@ class VisionEncoder(nn.Module):
             state = load_file(directory / _FILE) if directory is not None else state or {}
             own = encoder.backbone.state_dict()
             wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-            _check_keys(expert, sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()), sorted(wrong))
+            check_weights(f"{expert.name} at its sizes", own.keys() - state.keys(), state.keys() - own.keys(), wrong)
             encoder.backbone.load_state_dict(state, assign=True)
         return encoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
@@ -201,20 +200,9 @@ def _from_pretrained(
         local_files_only=True,
         **options,
     )
-    wrong = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
-    _check_keys(expert, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), sorted(wrong))
+    wrong = [f"{key} {tuple(found)} instead of {tuple(own)}" for key, found, own in info["mismatched_keys"]]
+    check_weights(f"{expert.name} at its sizes", info["missing_keys"], info["unexpected_keys"], wrong)
     return model
-
-
-def _check_keys(expert: VisionExpert, missing: list[str], unexpected: list[str], wrong: list[str]) -> None:
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
-    faults = [
-        f"{len(keys)} {fault} ({', '.join(keys[:_NAMED])}{', ...' if len(keys) > _NAMED else ''})"
-        for fault, keys in found.items()
-        if keys
-    ]
-    if faults:
-        raise ValueError(f"weights must be exactly those of {expert.name} at its sizes, got {'; '.join(faults)}")
 
 
 def _check_config(expert: VisionExpert, config: PreTrainedConfig, directory: Path) -> None:

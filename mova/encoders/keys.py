@@ -231,7 +231,7 @@ def _resized(positions: Tensor, side: int) -> Tensor:
 
 
 def _rope_tables(dtype: torch.dtype, **sizes: Any) -> dict[str, Tensor]:
-    """Co-DETR's rotary tables under the official names: the model's two, and in each block the one it uses."""
+    """Co-DETR's rotary tables under the official names: the model's two, and in each block its own copy of one."""
     config = config_of("codetr", **sizes)
     sides = {"rope_win": config.window_size, "rope_glb": config.image_size // config.patch_size}
     tables = {
@@ -245,7 +245,7 @@ def _rope_tables(dtype: torch.dtype, **sizes: Any) -> dict[str, Tensor]:
     for i in range(config.num_hidden_layers):
         owners[f"blocks.{i}.attn.rope"] = "rope_glb" if i in config.global_attn_indexes else "rope_win"
     return {
-        f"{name}.freqs_{function}": table
+        f"{name}.freqs_{function}": table.clone()
         for name, owner in owners.items()
         for function, table in zip(("cos", "sin"), tables[owner], strict=True)
     }
