@@ -197,6 +197,7 @@ def demo(output: Path = Path("mova-demo.png")) -> int:
         output: The picture (PNG, SVG or PDF).
     """
     _check_figure("output", output)
+    torch.set_num_threads(1)  # small matrices: where the cores are busy, a second thread makes it slower
     run_demo(output)
     return DONE
 
@@ -411,7 +412,7 @@ def _on_disk(root: Path, part: str = "") -> str:
 
 
 def _print_experts(rows: Sequence[tuple[known.VisionExpert, str]]) -> None:
-    """A table; the second of a row is where its weights are, in no row or in all."""
+    """A table; a row has an encoder and where its weights are, which no row may have."""
     column = max(len(weights) for _, weights in rows)
     heading = f"{'weights'[:column]:{column}}"
     print(f"{'encoder':12} {'image':>5} {'seen':>5} {'grid':>8} {'width':>6}  {heading}  what it is for")

@@ -180,7 +180,7 @@ def learn(pipeline: MoVAPipeline, shown: Sequence[Picture], answers: Sequence[st
         loss = torch.stack([model(**inputs, image_features=tokens).loss for inputs, tokens in batches]).sum()
         loss.backward()
         optimizer.step()
-        if loss < 0.01:
+        if loss < 0.05:
             break
     return loss.item()
 
