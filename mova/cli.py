@@ -1,117 +1,150 @@
 """The command line: ``mova answer``, ``route``, ``convert``, ``info`` and ``demo``."""
 
-# No "from __future__ import annotations": tyro reads the annotations at run time. Imports stay in the commands, so that
-# --help is quick.
+# No "from __future__ import annotations": tyro reads the annotations at run time.
 import json
+import os
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 import tyro
+from PIL.Image import Image
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import TextStreamer
+from transformers.utils import logging
 
-from ._checks import check
+from . import experts as known
+from ._checks import check, check_int
+from .configuration import MoVAConfig
+from .convert import convert
+from .demo import run as run_demo
+from .images import open_image
+from .modeling import ROUTING_LORA
+from .pipeline import MoVAPipeline
+from .routing import selection
+from .visualize import routing_figure
+
+DONE, SOME_FAILED, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141  # the exit codes
+_FIGURES = (".png", ".svg", ".pdf")
+_BAD_INPUT = (ValueError, OSError, SafetensorError)
 
 Repeated = tyro.conf.UseAppendAction
+File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 def answer(
     model: str,
     image: Annotated[tuple[Path, ...], Repeated] = (),
     question: Annotated[tuple[str, ...], Repeated] = (),
-    jsonl: Path | None = None,
-    output: Path | None = None,
+    jsonl: File = None,
+    output: File = None,
     experts: tuple[str, ...] = (),
     suffix: str = "",
     batch_size: int = 8,
     max_new_tokens: int = 128,
     num_beams: int = 1,
-    device: str = "cpu",
-    dtype: str = "auto",
+    device: Annotated[str | None, tyro.conf.arg(metavar="STR")] = None,
+    dtype: Dtype = "auto",
     stream: bool = False,
 ) -> int:
     """Answer questions about images, one JSON line for each.
 
+    A line has "answer", "experts" (which were used) and "router" (its words), or "error"; and what came in.
+
     Args:
-        model: Directory or hub repository of a model.
+        model: Directory or hub repository (owner/name) of a model.
         image: An image; several times for several.
-        question: The question about the image in the same place, or one for all images.
-        jsonl: Lines with "image" and "question" (or "text"), optionally "experts"; "-" is standard input. Other
-            fields come back.
+        question: About the image in the same place; one is asked about all images, and one image all questions.
+        jsonl: Lines with "image", "question" (or "text") and, if wanted, "experts"; "-" is standard input.
         output: Where the lines go; default standard output.
-        experts: Use these instead of asking the router; "all" or "none" alone.
+        experts: Use these instead of asking the router; or "all" or "none" alone.
         suffix: Appended to every question, such as "Answer with one word."
         batch_size: How many are answered together.
         max_new_tokens: Length of an answer.
         num_beams: Beams of the search.
-        device: Where the model computes.
-        dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
-        stream: Show each answer as it is written (on standard error), one question at a time.
+        device: Where the model computes; default the GPU, if there is one.
+        dtype: Of the weights; "auto" is as stored.
+        stream: Show each answer on standard error as it is written, one question at a time.
     """
+    for name, value in (("batch-size", batch_size), ("max-new-tokens", max_new_tokens), ("num-beams", num_beams)):
+        check_int(name, value, 1)
+    check(num_beams == 1 or not stream, "stream", "must be without num-beams", num_beams)
+    _check_target("output", output)
+    wanted: Any = experts[0] if experts in (("all",), ("none",)) else list(experts) or None
+    items = _items(image, question, jsonl, wanted)
     pipeline = _pipeline(model, device, dtype)
+    pool = _pool(pipeline)
+    selection(wanted or "none", pool)  # what all items have is wrong once, not in every line
 
-    def run(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def run(batch: Sequence[_Item]) -> list[dict[str, Any]]:
         generate: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
         if stream:
-            from transformers import TextStreamer
-
-            generate["streamer"] = TextStreamer(
-                pipeline.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
-            )
+            generate["streamer"] = _Streamer(pipeline.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         answers = pipeline.answer(
-            [item["image"] for item in batch],
-            [item["question"] for item in batch],
-            experts=[item.get("experts") for item in batch],
+            [item.image for item in batch],
+            [item.fields["question"] for item in batch],
+            experts=[item.fields.get("experts") for item in batch],
             suffix=suffix,
             **generate,
         )
         return [{"answer": a.text, "experts": list(a.route.experts), "router": a.route.answer} for a in answers]
 
-    items = _items(image, question, jsonl, experts)
-    return _each(items, 1 if stream else batch_size, run, output)
+    return _each(items, 1 if stream else batch_size, run, pool, output, progress=not stream)
 
 
 def route(
     model: str,
     image: Annotated[tuple[Path, ...], Repeated] = (),
     question: Annotated[tuple[str, ...], Repeated] = (),
-    jsonl: Path | None = None,
-    output: Path | None = None,
+    jsonl: File = None,
+    output: File = None,
     batch_size: int = 8,
-    device: str = "cpu",
-    dtype: str = "auto",
-    figure: Path | None = None,
+    device: Annotated[str | None, tyro.conf.arg(metavar="STR")] = None,
+    dtype: Dtype = "auto",
+    figure: File = None,
 ) -> int:
     """Say which experts the router picks and how the adapter weighs them, one JSON line for each image and question.
 
     A line has "router" (its words), "letters" (what it was offered), "experts" (what it picked) and "gates" (expert to
-    its weight in each block).
+    its weight in each block), or "error"; and what came in.
 
     Args:
-        model: Directory or hub repository of a model.
+        model: Directory or hub repository (owner/name) of a model.
         image: An image; several times for several.
-        question: The question about the image in the same place, or one for all images.
+        question: About the image in the same place; one is asked about all images, and one image all questions.
         jsonl: Lines with "image" and "question" (or "text"); "-" is standard input.
         output: Where the lines go; default standard output.
         batch_size: How many are routed together.
-        device: Where the model computes.
-        dtype: "auto" (as stored), "bfloat16", "float16" or "float32".
-        figure: Also draw them into this file (PNG, SVG or PDF; all in one picture).
+        device: Where the model computes; default the GPU, if there is one.
+        dtype: Of the weights; "auto" is as stored.
+        figure: Also draw all of them into this file (PNG, SVG or PDF).
     """
+    check_int("batch-size", batch_size, 1)
+    _check_target("output", output)
+    _check_figure("figure", figure)
+    items = _items(image, question, jsonl, None)
     pipeline = _pipeline(model, device, dtype)
-    pool = [expert.name for expert in pipeline.model.config.pool]
+    pool = _pool(pipeline)
     drawn: list[tuple[Any, ...]] = []
 
-    def run(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        from .images import open_image
-
-        images = [open_image(item["image"]) for item in batch]
-        questions = [item["question"] for item in batch]
+    def run(batch: Sequence[_Item]) -> list[dict[str, Any]]:
+        images, questions = [item.image for item in batch], [item.fields["question"] for item in batch]
         routes = pipeline.route(images, questions)
         fusion = pipeline.fuse(images, questions, [r.experts for r in routes])
         if figure is not None:
-            drawn.extend(zip(images, questions, routes, fusion.gates, fusion.tokens, strict=True))
+            chosen = [r.experts for r in routes]
+            drawn.extend(zip(images, questions, chosen, fusion.gates, fusion.tokens, strict=True))
         return [
             {
                 "router": r.answer,
@@ -122,57 +155,39 @@ def route(
             for r, gates in zip(routes, fusion.gates, strict=True)
         ]
 
-    code = _each(_items(image, question, jsonl, ()), batch_size, run, output)
+    code = _each(items, batch_size, run, pool, output)
     if figure is not None and drawn:
-        import torch
-
-        from .visualize import routing_figure
-
-        images, questions, routes, gates, tokens = zip(*drawn, strict=True)
-        picture = routing_figure(
-            images, questions, [r.experts for r in routes], torch.stack(gates), pool, torch.stack(tokens)
-        )
-        picture.savefig(figure)
+        images, questions, chosen, gates, tokens = zip(*drawn, strict=True)
+        routing_figure(images, questions, chosen, torch.stack(gates), pool, torch.stack(tokens)).savefig(figure)
     return code
 
 
-def info(model: str | None = None) -> int:
-    """Show versions and what runs where; and, of a model, its parts and experts.
+def info(model: Annotated[str | None, tyro.conf.arg(metavar="STR")] = None) -> int:
+    """Show versions and the known experts; or, of a model, its parts, its experts and what of them is on disk.
 
     Args:
-        model: Directory or hub repository of a model.
+        model: Directory or hub repository (owner/name) of a model.
     """
-    from importlib.metadata import PackageNotFoundError, version
-
+    config = None if model is None else _config(model)
     for package in ("mova-kernels", "torch", "transformers", "peft", "triton"):
         try:
             print(f"{package:14} {version(package)}")
         except PackageNotFoundError:
             print(f"{package:14} not installed")
     print("which kernels run here and why: python -m mova_kernels\n")
-    from . import experts
-
-    shown: Sequence[experts.VisionExpert] = [experts.BASE, *map(experts.get, experts.names())]
-    if model is not None:
-        from transformers import AutoConfig
-
-        from .configuration import MoVAConfig
-
-        config = AutoConfig.from_pretrained(model)
-        check(isinstance(config, MoVAConfig), "model", "must be a model of this library", config.model_type)
-        shown = [config.base_expert, *config.pool]
-        adapter = config.adapter_config
-        text = config.text_config
-        print(f"language model {text.model_type}, {text.num_hidden_layers} layers, width {text.hidden_size}")
-        print(f"adapter        {adapter.num_layers} blocks, width {adapter.in_channels}, top {adapter.topk}, ", end="")
-        print(f"{config.num_image_tokens} image tokens, {config.num_routing_tokens} for the router")
-        print(f"experts        {config.expert_path or 'with the model'}\n")
-    print(f"{'encoder':12} {'image':>5} {'seen':>5} {'grid':>8} {'width':>6}  what it is for")
-    for expert in shown:
-        grid = "{} x {}".format(*expert.grid)
-        sizes = f"{expert.image_size:>5} {expert.input_size:>5} {grid:>8} {expert.channels:>6}"
-        print(f"{expert.name:12} {sizes}  {expert.description}")
-    return 0
+    if model is None or config is None:
+        _print_experts([(expert, "") for expert in (known.BASE, *map(known.get, known.names()))])
+        return DONE
+    adapter, text, source = config.adapter_config, config.text_config, Path(config.expert_path or model)
+    print(f"model          {model}: {_on_disk(Path(model))}")
+    print(f"language model {text.model_type}, {text.num_hidden_layers} layers, width {text.hidden_size}")
+    print(f"adapter        {adapter.num_layers} blocks, width {adapter.in_channels}, top {adapter.topk}, ", end="")
+    print(f"{config.num_image_tokens} image tokens, {config.num_routing_tokens} for the router")
+    print(f"routing LoRA   {'yes' if (Path(model) / ROUTING_LORA).is_dir() else 'no'}")
+    print(f"experts        in {source / 'experts'}\n")
+    weights = [(expert, _on_disk(source, f"experts/{expert.name}")) for expert in config.pool]
+    _print_experts([(config.base_expert, "in model"), *weights])
+    return DONE
 
 
 def demo(output: Path = Path("mova-demo.png")) -> int:
@@ -181,15 +196,20 @@ def demo(output: Path = Path("mova-demo.png")) -> int:
     Args:
         output: The picture (PNG, SVG or PDF).
     """
-    from .demo import run
+    _check_figure("output", output)
+    torch.set_num_threads(1)  # small matrices: where the cores are busy, a second thread makes it slower
+    run_demo(output)
+    return DONE
 
-    return run(output)
 
+def main(args: Sequence[str] | None = None) -> None:
+    """The entry point of ``mova``; ends the process.
 
-def main() -> None:
-    """The entry point of ``mova``."""
-    from .convert import convert
+    The exit code is 0; 1 if some lines have an error; 2 if nothing could be done; 130 if it was interrupted.
 
+    Args:
+        args: Those of the command line; default the process's own.
+    """
     commands: dict[str, Callable[..., int]] = {
         "answer": answer,
         "route": route,
@@ -197,94 +217,206 @@ def main() -> None:
         "info": info,
         "demo": demo,
     }
+    about = "Ask a MoVA model about images, and see which of its vision experts it uses."
+    if isinstance(sys.stdout, TextIOWrapper):
+        # JSON lines are UTF-8; half a surrogate pair, which has none, stays the escape that it came as.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        code = tyro.extras.subcommand_cli_from_dict(commands, prog="mova", description=__doc__)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+        with _quiet():
+            code = tyro.extras.subcommand_cli_from_dict(commands, prog="mova", description=about, args=args)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:  # as in "mova answer ... | head -1"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
+        code = NO_READER
+    except (*_BAD_INPUT, ImportError) as error:
         print(f"mova: {error}", file=sys.stderr)
-        code = 1
+        code = FAILED
     sys.exit(code)
 
 
-def _pipeline(model: str, device: str, dtype: str) -> Any:
-    import torch
+@dataclass
+class _Item:
+    """A line of the input: its ``fields``, which come back, and the ``image``, once it is opened; or an ``error``."""
 
-    from .pipeline import MoVAPipeline
+    fields: dict[str, Any]
+    error: str | None = None
+    image: Image | None = None
 
-    known = ("auto", "bfloat16", "float16", "float32")
-    check(dtype in known, "dtype", f"must be one of {', '.join(known)}", dtype)
-    loaded = MoVAPipeline.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    loaded.model.to(device)
-    return loaded
+    def open(self, pool: Sequence[str]) -> None:
+        """Open the image and check the rest; experts must be in ``pool``."""
+        if self.error is not None:
+            return
+        try:
+            for name in ("image", "question"):
+                value = self.fields.get(name)
+                check(isinstance(value, str) and value.strip(), name, "must be a string that is not empty", value)
+                value.encode()  # type: ignore[union-attr]  # half a surrogate pair, which JSON can hold, is an error
+            experts = self.fields.get("experts")
+            selection("none" if experts is None else experts, pool)
+            self.image = open_image(self.fields["image"])
+        except (ValueError, TypeError, OSError) as error:
+            self.error = str(error)
 
 
-def _items(
-    images: Sequence[Path], questions: Sequence[str], jsonl: Path | None, experts: Sequence[str]
-) -> list[dict[str, Any]]:
-    """What to do; an item that cannot be read has an "error"."""
-    check((jsonl is None) != (not images), "image", "or jsonl must be given", list(map(str, images)))
-    if jsonl is None:
-        asked = list(questions) * (len(images) if len(questions) == 1 else 1)
-        check(len(asked) == len(images), "question", f"must be 1 or {len(images)}, one for each image", len(questions))
-        items: list[dict[str, Any]] = [{"image": str(i), "question": q} for i, q in zip(images, asked, strict=True)]
+class _Streamer(TextStreamer):
+    """Writes to standard error: standard output has the lines."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, end="\n" if stream_end else "", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Of transformers only errors and no progress bars; warnings as one line, without the line of the source."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        tqdm.write(f"mova: {message}", file=sys.stderr)
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _config(model: str) -> MoVAConfig:
+    is_name = Path(model).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", model)
+    check(is_name, "model", "must be a directory that exists or a hub repository (owner/name)", model)
+    kind = MoVAConfig.get_config_dict(model)[0].get("model_type")
+    check(kind == MoVAConfig.model_type, "model", f"must be of the type {MoVAConfig.model_type}", kind)
+    return MoVAConfig.from_pretrained(model)
+
+
+def _pipeline(model: str, device: str | None, dtype: Dtype) -> MoVAPipeline:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one of this machine, got {device!r} ({error})") from error
+    _config(model)
+    has_processor = not Path(model).is_dir() or (Path(model) / "processor_config.json").is_file()
+    check(has_processor, "model", "must have its processor beside it (processor.save_pretrained)", model)
+    try:
+        pipeline = MoVAPipeline.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    except (RuntimeError, *_BAD_INPUT) as error:
+        raise ValueError(f"the model in {model} cannot be loaded: {error}") from error
+    pipeline.model.to(device)
+    return pipeline
+
+
+def _pool(pipeline: MoVAPipeline) -> list[str]:
+    return [expert.name for expert in pipeline.processor.pool]
+
+
+def _items(images: Sequence[Path], questions: Sequence[str], jsonl: Path | None, experts: Any) -> list[_Item]:
+    """What to do, where ``experts`` is the value of lines that have none."""
+    if jsonl is not None:
+        check(not images and not questions, "jsonl", "must be without image and question", str(jsonl))
+        lines = (sys.stdin.buffer.read() if str(jsonl) == "-" else jsonl.read_bytes()).splitlines()
+        items = [_item(line, number) for number, line in enumerate(lines, 1) if line.strip()]
     else:
-        text = sys.stdin.read() if str(jsonl) == "-" else jsonl.read_text(encoding="utf-8")
-        items = [_item(line) for line in text.splitlines() if line.strip()]
-    if experts:
-        wanted: Any = experts[0] if list(experts) in (["all"], ["none"]) else list(experts)
-        items = [{"experts": wanted, **item} for item in items]
+        check(images, "image", "or jsonl must be given", list(images))
+        check(questions, "question", "must be given", list(questions))
+        count = max(len(images), len(questions))
+        fits = len(images) in (1, count) and len(questions) in (1, count)
+        check(fits, "question", f"must be 1 or {len(images)}, one for each image", len(questions))
+        pairs = zip([*images] * (count // len(images)), [*questions] * (count // len(questions)), strict=True)
+        items = [_Item({"image": str(image), "question": question}) for image, question in pairs]
+    if experts is not None:
+        for item in items:
+            item.fields.setdefault("experts", experts)
     return items
 
 
-def _item(line: str) -> dict[str, Any]:
+def _item(line: bytes, number: int) -> _Item:
     try:
-        item = json.loads(line)
-        check(isinstance(item, dict), "line", "must be a JSON object", line)
-        if "question" not in item and "text" in item:
-            item["question"] = item["text"]
-        for key in ("image", "question"):
-            check(isinstance(item.get(key), str), "line", f"must have a string {key!r}", line)
-        return item
+        fields = json.loads(line)
+        check(isinstance(fields, dict), "a line", "must be a JSON object", fields)
     except ValueError as error:  # json's own included
-        return {"error": str(error)}
+        return _Item({"line": number}, f"line {number} cannot be read: {error}")
+    fields.pop("error", None)  # of an earlier run, whose lines are tried again
+    if "question" not in fields and "text" in fields:
+        fields["question"] = fields["text"]
+    return _Item(fields)
 
 
 def _each(
-    items: Sequence[dict[str, Any]],
+    items: Sequence[_Item],
     batch_size: int,
-    run: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    run: Callable[[Sequence[_Item]], list[dict[str, Any]]],
+    pool: Sequence[str],
     output: Path | None,
+    progress: bool = True,
 ) -> int:
-    """Write a line for each item, in order; 1 if any of them has an error."""
-    from tqdm import tqdm
-
-    check(batch_size >= 1, "batch-size", "must be at least 1", batch_size)
+    """Write a line for each item, in order, as soon as its batch is done."""
     failed = 0
     with ExitStack() as stack:
-        out = sys.stdout if output is None else stack.enter_context(output.open("w", encoding="utf-8"))
-        bar = stack.enter_context(tqdm(total=len(items), unit="image", disable=None))
+        out = sys.stdout
+        if output is not None:
+            out = stack.enter_context(output.open("w", encoding="utf-8", errors="backslashreplace"))
+        bar = stack.enter_context(tqdm(total=len(items), unit="image", disable=None if progress else True))
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
-            for item, result in zip(batch, _results(batch, run), strict=True):
+            for item in batch:
+                item.open(pool)
+            results = iter(_results([item for item in batch if item.error is None], run))
+            for item in batch:
+                result = next(results) if item.error is None else {"error": item.error}
+                item.image = None
                 failed += "error" in result
-                print(json.dumps({**item, **result}, ensure_ascii=False), file=out, flush=True)
+                with bar.external_write_mode(out):
+                    print(json.dumps({**item.fields, **result}, ensure_ascii=False), file=out, flush=True)
                 bar.update()
     if failed:
-        print(f"mova: {failed} of {len(items)} failed; their lines have an error", file=sys.stderr)
-    return int(failed > 0)
+        print(f'mova: {failed} of {len(items)} failed, see "error" in their lines', file=sys.stderr)
+    return SOME_FAILED if failed else DONE
 
 
-def _results(
-    batch: Sequence[dict[str, Any]], run: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
-) -> Iterator[dict[str, Any]]:
+def _results(batch: Sequence[_Item], run: Callable[[Sequence[_Item]], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The results of a batch; if it fails, of each item by itself, so that a bad one takes no other with it."""
-    good = [item for item in batch if "error" not in item]
     try:
-        results = iter(run(good) if good else [])
-    except (ValueError, TypeError, OSError) as error:
-        if len(good) > 1:
-            for item in batch:
-                yield from _results([item], run)
-            return
-        results = iter([{"error": str(error)}])
-    for item in batch:
-        yield {"error": item["error"]} if "error" in item else next(results)
+        return run(batch) if batch else []
+    except _BAD_INPUT as error:
+        if len(batch) == 1:
+            return [{"error": str(error)}]
+        return [result for item in batch for result in _results([item], run)]
+
+
+def _check_target(argument: str, path: Path | None) -> None:
+    """A file that cannot be written is found before the work, not after it."""
+    if path is not None:
+        is_free = path.parent.is_dir() and not path.is_dir()
+        check(is_free, argument, "must be a file in a directory that exists", str(path))
+
+
+def _check_figure(argument: str, path: Path | None) -> None:
+    _check_target(argument, path)
+    if path is not None:
+        check(path.suffix.lower() in _FIGURES, argument, f"must end in one of {', '.join(_FIGURES)}", str(path))
+        if find_spec("matplotlib") is None:
+            raise ImportError('figures need matplotlib: pip install "mova-kernels[demo]"')
+
+
+def _on_disk(root: Path, part: str = "") -> str:
+    if not root.is_dir():
+        return "not on disk"
+    files = list((root / part).glob("*.safetensors"))
+    return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB" if files else "missing"
+
+
+def _print_experts(rows: Sequence[tuple[known.VisionExpert, str]]) -> None:
+    """A table; a row has an encoder and where its weights are, which no row may have."""
+    column = max(len(weights) for _, weights in rows)
+    heading = f"{'weights'[:column]:{column}}"
+    print(f"{'encoder':12} {'image':>5} {'seen':>5} {'grid':>8} {'width':>6}  {heading}  what it is for")
+    for expert, weights in rows:
+        grid = "{} x {}".format(*expert.grid)
+        sizes = f"{expert.image_size:>5} {expert.input_size:>5} {grid:>8} {expert.channels:>6}"
+        print(f"{expert.name:12} {sizes}  {weights:{column}}  {expert.description}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import trange
 from transformers import BertConfig, BertTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from .configuration import MoVAConfig
@@ -19,6 +20,7 @@ from .pictures import Picture, pictures
 from .pipeline import MoVAPipeline
 from .processing import IMAGE_TOKEN, MoVAProcessor
 from .routing import prompts
+from .visualize import routing_figure
 
 ANSWERS = {
     "chart": "In 2022.",
@@ -135,41 +137,31 @@ def small_model(texts: Sequence[str] = (), *, text_config: Any = None, seed: int
     return MoVAPipeline(model, MoVAProcessor.for_config(config, tokenizer, _question_tokenizer()))
 
 
-def run(output: Path) -> int:
-    """Answer the five drawn pictures in one batch, and draw what happened into ``output``."""
-    from .visualize import routing_figure
-
+def run(output: Path) -> None:
+    """Answer the five drawn pictures in one batch, say what happened, and draw it into ``output``."""
     started = time.perf_counter()
     shown = pictures()
     images, questions = [p.image for p in shown], [p.question for p in shown]
-    asked = [prompts(p.question, OFFICIAL) for p in shown]
-    pipeline = small_model([p.router.text for p in asked] + questions + list(ANSWERS.values()))
-    print("A small model of random weights; its language model now learns these five questions by heart ...")
+    texts = [prompts(p.question, OFFICIAL).router.text for p in shown]
+    pipeline = small_model([*texts, *questions, *ANSWERS.values()])
+    pool = [expert.name for expert in pipeline.processor.pool]
+    print(f"A small model with random weights: {BASE.name}, {len(pool)} experts, adapter, language model.")
+    print("Its language model learns the routes and the answers of five drawn pictures by heart ...", flush=True)
     loss = learn(pipeline, shown, [ANSWERS[p.name] for p in shown])
-    print(f"... loss {loss:.3f} after {time.perf_counter() - started:.0f} s\n")
+    print(f"... loss {loss:.3f} after {time.perf_counter() - started:.0f} s. All five in one batch:\n")
 
     answers = pipeline.answer(images, questions, max_new_tokens=24)
     for picture, answer in zip(shown, answers, strict=True):
-        route = answer.route
-        print(
-            f"{picture.name:7} router {route.answer!r:10} -> {', '.join(route.experts) or 'no expert':24} {answer.text}"
-        )
-    figure = routing_figure(
-        images,
-        questions,
-        [a.route.experts for a in answers],
-        torch.stack([a.gates for a in answers]),
-        [e.name for e in pipeline.processor.pool],
-        torch.stack([a.tokens for a in answers]),
-        [a.text for a in answers],
-    )
-    figure.savefig(output)
-    print(f"\n{output} in {time.perf_counter() - started:.0f} s")
-    return 0
+        used = ", ".join(answer.route.experts) or "no expert"
+        print(f"{picture.name:7} {picture.question}\n        router: {answer.route.answer} -> {used}: {answer.text}")
+    gates, tokens = torch.stack([a.gates for a in answers]), torch.stack([a.tokens for a in answers])
+    chosen, said = [a.route.experts for a in answers], [a.text for a in answers]
+    routing_figure(images, questions, chosen, gates, pool, tokens, said).savefig(output)
+    print(f"\n{output} shows what each block of the adapter made of them ({time.perf_counter() - started:.0f} s).")
 
 
 def learn(pipeline: MoVAPipeline, shown: Sequence[Picture], answers: Sequence[str], steps: int = 150) -> float:
-    """Train the language model alone on routing and answering these pictures; returns the last loss."""
+    """Train the language model alone to route and answer these pictures, until it does; returns the last loss."""
     model, processor = pipeline.model, pipeline.processor
     asked = [prompts(p.question, processor.pool) for p in shown]
     images, questions = [p.image for p in shown], [p.question for p in shown]
@@ -183,13 +175,14 @@ def learn(pipeline: MoVAPipeline, shown: Sequence[Picture], answers: Sequence[st
     ]
     optimizer = torch.optim.AdamW(model.language_model.parameters(), lr=3e-3)
     loss = torch.zeros(())
-    for _ in range(steps):
+    for _ in trange(steps, unit="step", leave=False, disable=None):
         optimizer.zero_grad()
-        for inputs, tokens in batches:
-            loss = model(**inputs, image_features=tokens).loss
-            loss.backward()
+        loss = torch.stack([model(**inputs, image_features=tokens).loss for inputs, tokens in batches]).sum()
+        loss.backward()
         optimizer.step()
-    return float(loss.detach())
+        if loss < 0.05:
+            break
+    return loss.item()
 
 
 def _labelled(
