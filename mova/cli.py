@@ -36,7 +36,7 @@ from .visualize import routing_figure
 
 DONE, SOME_FAILED, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141  # the exit codes
 _FIGURES = (".png", ".svg", ".pdf")
-_BAD_INPUT = (ValueError, OSError, SafetensorError)
+_BAD_INPUT = (ValueError, OSError)
 
 Repeated = tyro.conf.UseAppendAction
 File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
@@ -305,7 +305,7 @@ def _pipeline(model: str, device: str | None, dtype: Dtype) -> MoVAPipeline:
     check(has_processor, "model", "must have its processor beside it (processor.save_pretrained)", model)
     try:
         pipeline = MoVAPipeline.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    except (RuntimeError, *_BAD_INPUT) as error:
+    except (SafetensorError, *_BAD_INPUT) as error:
         raise ValueError(f"the model in {model} cannot be loaded: {error}") from error
     pipeline.model.to(device)
     return pipeline

@@ -30,6 +30,7 @@ class MoVAConfig(PretrainedConfig):
         freeze_text_encoder: no gradient for the text encoder and no dropout in it. (The official default trains it.)
         image_token_id: the placeholder of an image token in ``input_ids``, below the vocabulary's size; default its
             last.
+        experts_in_use: names; the router offers no other, and others need no weights. None: all.
         routing_lora: whether the model has a LoRA for the routing pass, in its folder ``routing``.
         expert_path: a directory or a hub repository that has ``experts/<name>``; None: they lie with the model.
 
@@ -53,6 +54,7 @@ class MoVAConfig(PretrainedConfig):
         num_routing_tokens: int = 144,
         freeze_text_encoder: bool = True,
         image_token_id: int | None = None,
+        experts_in_use: Iterable[str] | None = None,
         routing_lora: bool = False,
         expert_path: str | None = None,
         **kwargs: Any,
@@ -67,6 +69,7 @@ class MoVAConfig(PretrainedConfig):
         self.freeze_text_encoder = freeze_text_encoder
         vocabulary = self.text_config.vocab_size
         self.image_token_id = vocabulary - 1 if image_token_id is None else image_token_id
+        self.experts_in_use = None if experts_in_use is None else list(experts_in_use)
         self.routing_lora, self.expert_path = routing_lora, expert_path
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)

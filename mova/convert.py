@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertTokenizer, GenerationConfig, PreTrainedConfig
@@ -26,6 +27,8 @@ from .experts import BASE, OFFICIAL, VisionExpert
 from .modeling import ROUTING_LORA, MoVAForConditionalGeneration
 from .official import official_system_prompt, official_template
 from .processing import IMAGE_TOKEN, MoVAProcessor
+
+Directory = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 
 TOWERS = (BASE, *OFFICIAL)  # in the official order
 # Where a part's weights are in an official checkpoint; the first match counts.
@@ -51,12 +54,12 @@ _BOS, _END_OF_TURN = "<|begin_of_text|>", "<|eot_id|>"
 
 def convert(
     output: Path,
-    official: Path | None = None,
+    official: Directory = None,
     expert: tuple[str, ...] = (),
-    code: Path | None = None,
-    text_encoder: str | None = None,
+    code: Directory = None,
+    text_encoder: Annotated[str | None, tyro.conf.arg(metavar="STR")] = None,
     skip: tuple[str, ...] = (),
-    back: Path | None = None,
+    back: Directory = None,
 ) -> int:
     """Convert the official checkpoint, or single experts' own ones, into this library's layout; or back.
 
@@ -68,7 +71,7 @@ def convert(
         code: Your copy of the official code: its routing prompt and system prompt go into the model.
         text_encoder: Directory or hub name of the BERT whose tokenizer the official model uses; default what its
             config says.
-        skip: Experts to leave out; the model can then not use them.
+        skip: Experts to leave out; the model does not use them until they are added by expert.
         back: A model of this library that was made from an official checkpoint, to write as one again.
     """
     of_official = code is not None or text_encoder is not None or skip
@@ -88,6 +91,9 @@ def convert(
     for name, path in own.items():
         check(name in pool, "expert", f"must be one of the model's ({', '.join(pool)})", name)
         convert_expert(pool[name], path, output / "experts" / name, config.encoder_sizes.get(name))
+    if config.experts_in_use is not None:
+        config.experts_in_use = [name for name in pool if name in config.experts_in_use or name in own]
+        config.save_pretrained(output)
     return 0
 
 
@@ -189,6 +195,8 @@ def from_official_checkpoint(
     processor.save_pretrained(target)
     _generation_config(config, tokenizer).save_pretrained(target)
     _copy_small_files(source, target / _KEPT)
+    if skipped := {*skip} - {*own}:
+        config.experts_in_use = [name for name in names[1:] if name not in skipped]
     config.save_pretrained(target)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ from ._checks import check
 from .experts import VisionExpert
 
 
-def open_image(source: Image.Image | str | os.PathLike[str] | bytes) -> Image.Image:
+def open_image(image: Image.Image | str | os.PathLike[str] | bytes) -> Image.Image:
     """The image as RGB, decoded in full and turned upright; of an animation the first frame, as it is opened.
 
     Other modes become RGB as ``convert("RGB")`` of PIL has it, so transparency and colour profiles are ignored, as in
@@ -27,7 +27,7 @@ def open_image(source: Image.Image | str | os.PathLike[str] | bytes) -> Image.Im
     carries the tag).
 
     Args:
-        source: a PIL image, which is not changed, the path of a file, or its content.
+        image: a PIL image, which is not changed, the path of a file, or its content.
 
     Raises:
         TypeError: another type.
@@ -35,28 +35,29 @@ def open_image(source: Image.Image | str | os.PathLike[str] | bytes) -> Image.Im
         ValueError: what was read is no image, or a broken, truncated or empty one, or above PIL's limit for
             decompression bombs, or holds values outside 0 to 255 in a 32-bit mode, whose white is unknown.
     """
-    known = isinstance(source, Image.Image | str | os.PathLike | bytes)
-    check(known, "source", "must be a PIL image, a path or bytes", type(source), TypeError)
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else repr(source)
-    if isinstance(source, str | os.PathLike):
+    known = isinstance(image, Image.Image | str | os.PathLike | bytes)
+    check(known, "image", "must be a PIL image, a path or bytes", type(image), TypeError)
+    name = f"{len(image)} bytes" if isinstance(image, bytes) else repr(image)
+    if isinstance(image, str | os.PathLike):
         try:
-            source = Path(source).read_bytes()
+            image = Path(image).read_bytes()
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"source must be a file that exists, got {name}") from error
+            raise FileNotFoundError(f"image must be a file that exists, got {name}") from error
     try:
-        image = Image.open(BytesIO(source)) if isinstance(source, bytes) else source
+        image = Image.open(BytesIO(image)) if isinstance(image, bytes) else image
         image.load()
         image = ImageOps.exif_transpose(image)
     # Decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and what else a broken file leads to.
     except Exception as error:
-        raise ValueError(f"source must be an image that can be decoded in full, got {name} ({error})") from error
-    check(min(image.size) > 0, "source", "must have pixels", image.size)
+        reason = "not a known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"image must be one that can be decoded in full, got {name} ({reason})") from error
+    check(min(image.size) > 0, "image", "must have pixels", image.size)
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
-        check(low >= 0 and high <= 255, "source", f"must be from 0 to 255 in mode {image.mode}", (low, high))
+        check(low >= 0 and high <= 255, "image", f"must be from 0 to 255 in mode {image.mode}", (low, high))
     return image.convert("RGB")
 
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mova_kernels import MoVAdapter
 
-from ._checks import check
+from ._checks import check, check_weights
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
 from .pool import ExpertPool, folder
@@ -52,7 +52,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.base = VisionEncoder(base, config.encoder_sizes.get(base.name))
         self.text_encoder = AutoModel.from_config(config.text_encoder_config, add_pooling_layer=False)
         self.adapter = MoVAdapter(config.adapter_config)
-        self.experts = ExpertPool(config.pool, config.encoder_sizes)
+        self.experts = ExpertPool(config.pool, config.encoder_sizes, config.experts_in_use)
         self.base.requires_grad_(True)
         self._freeze()
         self.post_init()
@@ -322,16 +322,15 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """transformers' ``from_pretrained``; missing and unexpected keys are errors, experts load when first asked.
 
         Raises:
-            RuntimeError: the checkpoint lacks keys, or has some that the model does not know.
+            ValueError: the checkpoint lacks weights, or has some that the model does not know.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            keys = sorted(map(str, info.get(kind) or ()))
-            if keys:
-                shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
-                raise RuntimeError(f"{pretrained_model_name_or_path}: {len(keys)} {kind.replace('_', ' ')}: {shown}")
+        wrong = [str(key) for key in info["mismatched_keys"]]
+        check_weights(
+            f"the model {pretrained_model_name_or_path}", info["missing_keys"], info["unexpected_keys"], wrong
+        )
         model._freeze()
         model.adapter.to(model.adapter.pos_embed.device)  # its tables are in no file: computed when it moves
         source = model.config.expert_path or pretrained_model_name_or_path

@@ -36,6 +36,7 @@ class ExpertPool:
     Args:
         experts: in the order of the adapter's columns.
         sizes: name to what differs from the encoder's released sizes.
+        names: those in use, see :meth:`only`; None: all.
 
     Attributes:
         source: a directory or hub repository with ``experts/<name>``; None: an expert starts with random weights, the
@@ -43,7 +44,12 @@ class ExpertPool:
         hub_arguments: passed to ``huggingface_hub.snapshot_download`` (``revision``, ``token``, ...).
     """
 
-    def __init__(self, experts: Iterable[VisionExpert], sizes: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        experts: Iterable[VisionExpert],
+        sizes: Mapping[str, Mapping[str, Any]],
+        names: Iterable[str] | None = None,
+    ) -> None:
         self.experts = {expert.name: expert for expert in experts}
         self.source: str | None = None
         self.hub_arguments: dict[str, Any] = {}
@@ -51,6 +57,8 @@ class ExpertPool:
         self._loaded: dict[str, VisionEncoder] = {}
         self._placements: dict[str, Placement] = {}
         self._allowed = tuple(self.experts)
+        if names is not None:
+            self.only(names)
 
     @property
     def allowed(self) -> tuple[str, ...]:
@@ -136,7 +144,10 @@ class ExpertPool:
 
     def _directory(self, name: str) -> Path:
         assert self.source is not None
-        return folder(self.source, f"experts/{name}", self.hub_arguments)
+        try:
+            return folder(self.source, f"experts/{name}", self.hub_arguments)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"no weights of the expert {name!r}: {error}") from error
 
 
 def folder(source: str, name: str, hub_arguments: Mapping[str, Any]) -> Path:

@@ -99,6 +99,7 @@ class MoVAProcessor(ProcessorMixin):
 
     def conversation(self, question: str, *, images: int = 1) -> str:
         """A user's turn with its images first, as the language model wants it, up to where the answer begins."""
+        check(IMAGE_TOKEN not in question, "question", f"must not contain {IMAGE_TOKEN}", question)
         return self.apply_chat_template([{"role": "user", "content": f"{IMAGE_TOKEN}\n" * images + question}])
 
     def apply_chat_template(

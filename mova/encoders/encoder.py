@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mova_kernels.ops import feature_resample
 
 from .._checks import check, check_weights
+from ..checkpoint import read_state
 from ..experts import VisionExpert, builder
 
 _FILE = "model.safetensors"
@@ -130,7 +131,8 @@ class VisionEncoder(nn.Module):
 
         Raises:
             OSError: the files are not there.
-            ValueError: weights are missing, unknown or of another shape, or ``sizes`` are not those of the file.
+            ValueError: weights are missing, unknown or of another shape, ``sizes`` are not those of the file, or it is
+                damaged.
         """
         return cls._filled(expert, sizes, Path(directory), None, dtype, device)
 
@@ -163,15 +165,16 @@ class VisionEncoder(nn.Module):
         dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> VisionEncoder:
+        if state is None:
+            state = read_state(directory)  # type: ignore[arg-type]
         with torch.device("meta"):
             encoder = cls(expert, sizes)
         if isinstance(encoder.backbone, PreTrainedModel):
             if directory is not None:
                 _check_config(expert, encoder.backbone.config, directory)
-            encoder.backbone = _from_pretrained(expert, encoder.backbone, directory, state, dtype)
+            encoder.backbone = _from_pretrained(expert, encoder.backbone, state, dtype)
         else:
             encoder = cls(expert, sizes)  # on the meta device its buffers would have no values
-            state = load_file(directory / _FILE) if directory is not None else state or {}
             own = encoder.backbone.state_dict()
             wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
             check_weights(f"{expert.name} at its sizes", own.keys() - state.keys(), state.keys() - own.keys(), wrong)
@@ -182,8 +185,7 @@ class VisionEncoder(nn.Module):
 def _from_pretrained(
     expert: VisionExpert,
     skeleton: PreTrainedModel,
-    directory: Path | None,
-    state: Mapping[str, Tensor] | None,
+    state: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> PreTrainedModel:
     """The model of ``skeleton``'s class and config, filled by transformers, which knows the layouts of all versions."""
@@ -191,13 +193,12 @@ def _from_pretrained(
     if "add_pooling_layer" in inspect.signature(type(skeleton).__init__).parameters:
         options["add_pooling_layer"] = skeleton.pooler is not None
     model, info = type(skeleton).from_pretrained(
-        directory,
+        None,
         config=skeleton.config,
-        state_dict=None if state is None else dict(state),
+        state_dict=dict(state),
         dtype=dtype or "auto",
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        local_files_only=True,
         **options,
     )
     wrong = [f"{key} {tuple(found)} instead of {tuple(own)}" for key, found, own in info["mismatched_keys"]]

@@ -170,7 +170,7 @@ def test_route_draws_a_figure(mova, saved_model, tmp_path, suffix, start):
         (asked(image="absent.png"), "must be a file that exists"),
         (asked(question=" "), "question must be a string that is not empty"),
         (asked(question=None), "question must be a string that is not empty"),
-        (asked(question="<image>"), "placeholder"),
+        (asked(question="<image>"), "question must not contain <image>"),
         ({"question": "What?"}, "image must be a string that is not empty"),
         (asked(experts=["eagle"]), "experts must be in the pool"),
         (asked(experts="sam"), "experts must be 'all', 'none' or a sequence"),
@@ -273,7 +273,7 @@ def _of_another_type(model):
     ("damage", "message"),
     [
         (_truncate, "cannot be loaded"),
-        (_drop_a_key, "1 missing keys: adapter.pos_embed"),
+        (_drop_a_key, "1 missing (adapter.pos_embed)"),
         (_drop_the_processor, "must have its processor"),
         (_of_another_type, "must be of the type mova, got 'llama'"),
         (shutil.rmtree, "must be a directory that exists"),

@@ -495,6 +495,7 @@ def test_missing_towers_can_be_skipped_or_given(changed, state, bert, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(output)
     there = model.experts["sam"].backbone.state_dict()
     assert {digest(value) for value in there.values()} == {digest(value) for value in encoder.values()}
+    assert model.experts.allowed == tuple(name for name in EXPERTS if name not in ("biomedclip", "vary"))
     with pytest.raises(FileNotFoundError, match="no weights of the expert 'vary'"):
         model.experts["vary"]
 
@@ -616,7 +617,7 @@ def test_the_command(official, converted, bert, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(converter, "from_official_checkpoint", tiny_checkpoint)
     arguments = ("--output", output, "--official", official, "--text-encoder", bert)
     assert run(*arguments, "--skip", *EXPERTS) == 0
-    assert run(*arguments) == 1
+    assert run(*arguments) == 2
     assert f"mova: output must not hold a model yet, got '{output}'" in capsys.readouterr().err
     files = []
     for name in ("sam", "vary"):
@@ -624,6 +625,7 @@ def test_the_command(official, converted, bert, tmp_path, monkeypatch, capsys):
         files.append(f"{name}={tmp_path / name}.safetensors")
     assert run("--output", output, "--expert", *files) == 0
     model = MoVAPipeline.from_pretrained(str(output)).model
+    assert model.experts.allowed == ("vary", "sam")
     assert all(model.experts[name].expert.name == name for name in ("sam", "vary"))
 
     assert by_itself.wait() == 0

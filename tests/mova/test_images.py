@@ -127,7 +127,7 @@ def test_truncated(form, tmp_path):
     assert open_image(whole).size == (40, 40)
     file = tmp_path / "half"
     file.write_bytes(whole[: len(whole) // 2])
-    message = f"source must be an image that can be decoded in full, got {str(file)!r} ("
+    message = f"image must be one that can be decoded in full, got {str(file)!r} ("
     with pytest.raises(ValueError, match=re.escape(message)):
         open_image(str(file))
 
@@ -136,11 +136,9 @@ def test_ones_own_image_is_decoded_here(tmp_path):
     file = tmp_path / "half.png"
     file.write_bytes(encoded(noise(40, 40))[:2000])
     with Image.open(file) as image:
-        with pytest.raises(
-            ValueError, match=re.escape("source must be an image that can be decoded in full, got <PIL.")
-        ):
+        with pytest.raises(ValueError, match=re.escape("image must be one that can be decoded in full, got <PIL.")):
             open_image(image)
-    with pytest.raises(ValueError, match=re.escape("source must be an image that can be decoded in full, got <PIL.")):
+    with pytest.raises(ValueError, match=re.escape("image must be one that can be decoded in full, got <PIL.")):
         open_image(image)  # closed, and never decoded
 
 
@@ -158,22 +156,26 @@ def test_damaged_bytes_are_an_image_or_a_value_error(form):
             try:
                 assert open_image(bytes(damaged)).mode == "RGB"
             except ValueError as error:
-                assert str(error).startswith("source must ")
+                assert str(error).startswith("image must ")
                 failed += 1
     assert failed
 
 
 SOURCES = {
-    "empty": (b"", ValueError, "source must be an image that can be decoded in full, got 0 bytes (cannot identify"),
-    "text": (b"an image", ValueError, "source must be an image that can be decoded in full, got 8 bytes (cannot"),
-    "missing": (Path("nowhere.png"), FileNotFoundError, "source must be a file that exists, got PosixPath('nowhere."),
+    "empty": (b"", ValueError, "image must be one that can be decoded in full, got 0 bytes (not a known format)"),
+    "text": (
+        b"an image",
+        ValueError,
+        "image must be one that can be decoded in full, got 8 bytes (not a",
+    ),
+    "missing": (Path("nowhere.png"), FileNotFoundError, "image must be a file that exists, got PosixPath('nowhere."),
     "folder": (".", OSError, ""),
-    "no pixels": (Image.new("L", (0, 5)), ValueError, "source must have pixels, got (0, 5)"),
-    "array": (np.zeros((2, 2, 3)), TypeError, "source must be a PIL image, a path or bytes, got <class 'numpy.nd"),
-    "None": (None, TypeError, "source must be a PIL image, a path or bytes, got <class 'NoneType'>"),
-    "32 bits": (Image.new("I", (2, 2), 256), ValueError, "source must be from 0 to 255 in mode I, got (256.0, 256.0)"),
-    "negative": (Image.new("F", (2, 2), -1), ValueError, "source must be from 0 to 255 in mode F, got (-1.0, -1.0)"),
-    "nan": (Image.new("F", (2, 2), float("nan")), ValueError, "source must be from 0 to 255 in mode F, got (nan"),
+    "no pixels": (Image.new("L", (0, 5)), ValueError, "image must have pixels, got (0, 5)"),
+    "array": (np.zeros((2, 2, 3)), TypeError, "image must be a PIL image, a path or bytes, got <class 'numpy.nd"),
+    "None": (None, TypeError, "image must be a PIL image, a path or bytes, got <class 'NoneType'>"),
+    "32 bits": (Image.new("I", (2, 2), 256), ValueError, "image must be from 0 to 255 in mode I, got (256.0, 256.0)"),
+    "negative": (Image.new("F", (2, 2), -1), ValueError, "image must be from 0 to 255 in mode F, got (-1.0, -1.0)"),
+    "nan": (Image.new("F", (2, 2), float("nan")), ValueError, "image must be from 0 to 255 in mode F, got (nan"),
 }
 
 
@@ -186,9 +188,7 @@ def test_bad_source(name):
 
 def test_decompression_bomb(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(
-        ValueError, match=r"source must be an image that can be decoded in full, got .* bytes \(Image s"
-    ):
+    with pytest.raises(ValueError, match=r"image must be one that can be decoded in full, got .* bytes \(Image s"):
         open_image(encoded(noise(11, 10)))
     assert square(noise(10, 1), (0, 0, 0)).size == (10, 10)
     with pytest.raises(ValueError, match=r"image must have at most 100 pixels when padded to a square, got \(11, 1\)"):

@@ -102,7 +102,7 @@ def test_a_checkpoint_with_other_keys_is_an_error_that_names_them(copy, key, fau
     else:
         state[other] = torch.zeros(1)
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=f"1 {fault} keys: {other}"):
+    with pytest.raises(ValueError, match=rf"1 {fault} \({other}\)"):
         MoVAForConditionalGeneration.from_pretrained(copy)
 
 
@@ -110,7 +110,7 @@ def test_an_expert_without_weights_is_an_error_only_when_it_is_asked(copy):
     shutil.rmtree(copy / "experts" / "sam")
     model = MoVAForConditionalGeneration.from_pretrained(copy)
     assert model.experts["vary"] is not None
-    with pytest.raises(FileNotFoundError, match="has no folder experts/sam"):
+    with pytest.raises(FileNotFoundError, match="no weights of the expert 'sam'"):
         model.experts["sam"]
 
 
@@ -285,6 +285,7 @@ def test_the_text_encoder_trains_if_it_is_not_frozen():
     assert any(name.startswith("text_encoder.") for name in reached)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # by 5.23; 5.17 knows no other
 def test_checkpointed_gradients_are_the_same():
     pipeline = small_model()
     inputs = inputs_for(pipeline)
