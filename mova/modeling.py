@@ -38,7 +38,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["AdapterBlock", "CLIPEncoderLayer", "BertLayer"]  # noqa: RUF012  # as in transformers
+    _no_split_modules = ["MoVAdapter", "VisionEncoder"]  # noqa: RUF012  # as in transformers; children add theirs
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -67,13 +67,6 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.config.freeze_text_encoder:
             self.text_encoder.eval()
         return self
-
-    @torch.no_grad()
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        if isinstance(module, MoVAdapter):
-            module.reset_parameters()  # which also marks it: zeros at the end of each branch must stay zeros
-        else:
-            super()._init_weights(module)
 
     # What transformers asks of a model with a language model inside.
 
@@ -332,7 +325,8 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             f"the model {pretrained_model_name_or_path}", info["missing_keys"], info["unexpected_keys"], wrong
         )
         model._freeze()
-        model.adapter.to(model.adapter.pos_embed.device)  # its tables are in no file: computed when it moves
+        rope = model.adapter.rope  # its tables are in no file, and are computed when it moves
+        rope.to(rope.cos.device)
         source = model.config.expert_path or pretrained_model_name_or_path
         model.experts.source = None if source is None else str(source)
         hub = ("revision", "token", "cache_dir", "local_files_only")

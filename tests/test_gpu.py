@@ -380,7 +380,7 @@ def test_adapter_training_step_in_a_graph_serves_every_routing():
         torch.testing.assert_close(actual.detach() - value, change, rtol=0, atol=atol)
 
 
-def test_mova_pipeline_as_on_the_host():
+def test_adapter_in_the_whole_model_as_on_the_host():
     """The whole model in fp32: images, questions and routing arrive from the host, the experts follow the model."""
     pytest.importorskip("transformers")
     from mova.demo import small_model

@@ -332,6 +332,8 @@ def endless(saved_model, folder):
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell's background job ignores the interrupt, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         yield process
         process.kill()
@@ -340,11 +342,11 @@ def endless(saved_model, folder):
 def test_an_interrupt_ends_it_quietly(endless):
     assert json.loads(endless.stdout.readline())["question"] == "Où?"
     endless.send_signal(signal.SIGINT)
-    _, err = endless.communicate()
+    _, err = endless.communicate(timeout=120)
     assert endless.returncode == cli.INTERRUPTED and err == b""
 
 
 def test_a_reader_that_leaves_ends_it_quietly(endless):
     assert "Où?".encode() in endless.stdout.readline()
     endless.stdout.close()
-    assert endless.wait() == cli.NO_READER and endless.stderr.read() == b""
+    assert endless.wait(timeout=120) == cli.NO_READER and endless.stderr.read() == b""

@@ -33,18 +33,10 @@ def pipeline():
     return small_model()
 
 
-@pytest.fixture(scope="module")
-def directory(pipeline, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    pipeline.model.save_pretrained(path)
-    pipeline.processor.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def copy(directory, tmp_path):
+def copy(saved_model, tmp_path):
     """A directory that a test may spoil."""
-    return shutil.copytree(directory, tmp_path / "copy")
+    return shutil.copytree(saved_model, tmp_path / "copy")
 
 
 def inputs_for(pipeline, rows=slice(None)):
@@ -62,9 +54,9 @@ def new_tokens(model, inputs, **generate):
     return result[:, inputs["input_ids"].shape[1] :]
 
 
-def test_what_is_saved_comes_back_through_the_auto_classes(pipeline, directory):
-    model = AutoModelForImageTextToText.from_pretrained(directory)
-    processor = AutoProcessor.from_pretrained(directory)
+def test_what_is_saved_comes_back_through_the_auto_classes(pipeline, saved_model):
+    model = AutoModelForImageTextToText.from_pretrained(saved_model)
+    processor = AutoProcessor.from_pretrained(saved_model)
     assert type(model) is MoVAForConditionalGeneration and type(processor) is mova.MoVAProcessor
     assert model.experts.loaded() == ()
     inputs = inputs_for(MoVAPipeline(model, processor))
@@ -75,17 +67,17 @@ def test_what_is_saved_comes_back_through_the_auto_classes(pipeline, directory):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_saving_a_loaded_model_copies_the_experts_that_it_never_loaded(directory, tmp_path):
-    model = MoVAForConditionalGeneration.from_pretrained(directory)
+def test_saving_a_loaded_model_copies_the_experts_that_it_never_loaded(saved_model, tmp_path):
+    model = MoVAForConditionalGeneration.from_pretrained(saved_model)
     model.save_pretrained(tmp_path)
     for name in model.experts.experts:
         file = f"experts/{name}/model.safetensors"
-        assert (tmp_path / file).read_bytes() == (directory / file).read_bytes()
+        assert (tmp_path / file).read_bytes() == (saved_model / file).read_bytes()
 
 
-def test_experts_that_lie_elsewhere_are_referred_to_and_not_written(directory, tmp_path):
-    model = MoVAForConditionalGeneration.from_pretrained(directory)
-    model.config.expert_path = str(directory)
+def test_experts_that_lie_elsewhere_are_referred_to_and_not_written(saved_model, tmp_path):
+    model = MoVAForConditionalGeneration.from_pretrained(saved_model)
+    model.config.expert_path = str(saved_model)
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "experts").exists()
     assert MoVAForConditionalGeneration.from_pretrained(tmp_path).experts["vary"] is not None
@@ -196,8 +188,8 @@ def test_other_language_models(text_config, tmp_path):
     assert torch.equal(new_tokens(loaded, inputs), new_tokens(pipeline.model, inputs))
 
 
-def test_attention_implementation_and_dtype(directory, pipeline):
-    eager = MoVAForConditionalGeneration.from_pretrained(directory, attn_implementation="eager", dtype=torch.bfloat16)
+def test_attention_implementation_and_dtype(saved_model, pipeline):
+    eager = MoVAForConditionalGeneration.from_pretrained(saved_model, attn_implementation="eager", dtype=torch.bfloat16)
     assert eager.language_model.config._attn_implementation == "eager"
     assert {p.dtype for p in eager.parameters()} == {torch.bfloat16}
     inputs = inputs_for(pipeline)
@@ -207,8 +199,8 @@ def test_attention_implementation_and_dtype(directory, pipeline):
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
-def test_device_map(directory, pipeline):
-    model = MoVAForConditionalGeneration.from_pretrained(directory, device_map="auto")
+def test_device_map(saved_model, pipeline):
+    model = MoVAForConditionalGeneration.from_pretrained(saved_model, device_map="auto")
     inputs = inputs_for(pipeline)
     assert torch.equal(new_tokens(model, inputs), new_tokens(pipeline.model, inputs))
 
@@ -304,8 +296,8 @@ def test_a_new_model_has_the_adapters_official_initial_state():
     assert zeros and {name for name, p in model.adapter.named_parameters() if not p.any()} == zeros
 
 
-def test_experts_go_where_they_are_placed(directory, pipeline):
-    model = MoVAForConditionalGeneration.from_pretrained(directory)
+def test_experts_go_where_they_are_placed(saved_model, pipeline):
+    model = MoVAForConditionalGeneration.from_pretrained(saved_model)
     model.experts.place("sam", dtype=torch.bfloat16)
     inputs = inputs_for(pipeline)
     base = model.base_features(inputs["pixel_values"])
@@ -317,8 +309,8 @@ def test_experts_go_where_they_are_placed(directory, pipeline):
     assert 0 < (tokens - exact).norm() < 0.1 * exact.norm()
 
 
-def test_an_offloaded_expert_returns_to_the_host(directory, pipeline, monkeypatch):
-    model = MoVAForConditionalGeneration.from_pretrained(directory)
+def test_an_offloaded_expert_returns_to_the_host(saved_model, pipeline, monkeypatch):
+    model = MoVAForConditionalGeneration.from_pretrained(saved_model)
     model.experts.place(offload=True)
     moves = []
     monkeypatch.setattr(model.experts["sam"], "to", lambda *where: moves.append(where[0]) or model.experts["sam"])
@@ -327,8 +319,8 @@ def test_an_offloaded_expert_returns_to_the_host(directory, pipeline, monkeypatc
     assert moves == [torch.device("cpu"), "cpu"]
 
 
-def test_an_unloaded_expert_gives_its_memory_back_and_loads_again(directory):
-    pool = MoVAForConditionalGeneration.from_pretrained(directory).experts
+def test_an_unloaded_expert_gives_its_memory_back_and_loads_again(saved_model):
+    pool = MoVAForConditionalGeneration.from_pretrained(saved_model).experts
     assert pool["vary"] is pool["vary"] and pool.loaded() == ("vary",)
     pool.unload("vary")
     assert pool.loaded() == ()
