@@ -1,7 +1,7 @@
 """mova: the MoVA model around mova_kernels, as a citizen of transformers; importing it registers the Auto classes."""
 
 try:
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 except ImportError as error:
     raise ImportError(f'mova needs transformers: pip install "mova-kernels[mova]" ({error})') from error
 
@@ -27,6 +27,7 @@ from .routing import (
 )
 
 AutoConfig.register(MoVAConfig.model_type, MoVAConfig)
+AutoModel.register(MoVAConfig, MoVAForConditionalGeneration)
 AutoModelForImageTextToText.register(MoVAConfig, MoVAForConditionalGeneration)
 AutoProcessor.register(MoVAConfig, MoVAProcessor)
 

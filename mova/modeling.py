@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mova_kernels import MoVAdapter
 
 from ._checks import check, check_weights
+from .checkpoint import read_state
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
 from .pool import ExpertPool, folder
@@ -189,7 +191,6 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -215,7 +216,10 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 image_features = self.get_image_features(
                     pixel_values, routing, expert_pixel_values, question_ids, question_mask
                 )
-            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            cache = kwargs.get(
+                "cache", kwargs.get("past_key_values")
+            )  # by the name that the version of transformers has
+            if cache is not None and cache.get_seq_length() > 0:
                 inputs_embeds = self.get_input_embeddings()(input_ids)  # images stand in the prompt alone
             else:
                 inputs_embeds = self.embed(input_ids, image_features)  # type: ignore[arg-type]
@@ -223,7 +227,6 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
@@ -261,7 +264,8 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    # The routing LoRA changes the language model in the routing pass alone.
+    # The routing LoRA changes the language model in the routing pass alone. It is peft's own work: transformers' mixin
+    # around it wants, at the time of writing, a peft that is not released yet.
 
     def add_routing_lora(self, config: Any) -> None:
         """Give the language model a LoRA for the routing pass.
@@ -269,15 +273,41 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             config: a ``peft.LoraConfig`` for the language model.
         """
-        self.language_model.add_adapter(config, adapter_name=ROUTING_LORA)
-        self.language_model.disable_adapters()
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, self.language_model, adapter_name=ROUTING_LORA)
+        self._switch_lora(False)
         self.config.routing_lora = True
 
     def load_routing_lora(self, directory: str | Path) -> None:
-        """Load one that :meth:`save_pretrained` or peft wrote."""
-        self.language_model.load_adapter(str(directory), adapter_name=ROUTING_LORA)
-        self.language_model.disable_adapters()
-        self.config.routing_lora = True
+        """Load one that :meth:`save_pretrained`, or peft for the language model, wrote.
+
+        Raises:
+            ValueError: weights are missing or unknown.
+        """
+        from peft import PeftConfig, set_peft_model_state_dict
+
+        state = read_state(Path(directory))
+        state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+        self.add_routing_lora(PeftConfig.from_pretrained(str(directory)))
+        wrong: Any = set_peft_model_state_dict(self.language_model, state, adapter_name=ROUTING_LORA)
+        missing = [key for key in wrong.missing_keys if f".{ROUTING_LORA}." in key]
+        check_weights("the routing LoRA", missing, wrong.unexpected_keys)
+
+    def _save_routing_lora(self, directory: Path) -> None:
+        from peft import get_peft_model_state_dict
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self.language_model.peft_config[ROUTING_LORA].save_pretrained(str(directory))
+        state = get_peft_model_state_dict(self.language_model, adapter_name=ROUTING_LORA)
+        save_file({key: value.contiguous() for key, value in state.items()}, directory / "adapter_model.safetensors")
+
+    def _switch_lora(self, on: bool) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in self.language_model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(on)
 
     @contextmanager
     def routing_pass(self) -> Iterator[None]:
@@ -285,11 +315,11 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not self.config.routing_lora:
             yield
             return
-        self.language_model.enable_adapters()
+        self._switch_lora(True)
         try:
             yield
         finally:
-            self.language_model.disable_adapters()
+            self._switch_lora(False)
 
     # Saving and loading: the experts have folders of their own beside the model.
 
@@ -304,9 +334,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             state = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
         super().save_pretrained(directory, *args, state_dict=state, **kwargs)
         if self.config.routing_lora and kwargs.get("is_main_process", True):
-            self.language_model.set_adapter(ROUTING_LORA)
-            self.language_model.save_pretrained(directory / ROUTING_LORA)
-            self.language_model.disable_adapters()
+            self._save_routing_lora(directory / ROUTING_LORA)
         if self.config.expert_path is None and kwargs.get("is_main_process", True):
             self.experts.save(directory)
 
