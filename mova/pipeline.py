@@ -186,7 +186,8 @@ class MoVAPipeline:
             lambda rows: self.model.routing_tokens(base[rows]),
         )
         with self.model.routing_pass():
-            answers = self._generate([p.router.text for p in asked], tokens, max_new_tokens=ROUTER_TOKENS)
+            texts = [p.router.text for p in asked]
+            answers = self._generate(texts, tokens, max_new_tokens=ROUTER_TOKENS, do_sample=False)
         topk = self.processor.topk
         return [
             Route(parse_routing(answer, p.router.pool, topk=topk), answer, p.router.letters)

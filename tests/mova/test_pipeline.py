@@ -240,6 +240,21 @@ def test_the_suffix_goes_where_it_is_wanted(pipeline, images, questions, monkeyp
     assert answer.endswith("In one word.") and "In one word." not in router
 
 
+def test_the_router_is_greedy_whatever_the_answer_is(pipeline, images, questions, monkeypatch):
+    sampled = []
+    generate = type(pipeline.model).generate
+
+    def record(model, *args, **kwargs):
+        sampled.append(kwargs.get("do_sample"))
+        return generate(model, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipeline.model), "generate", record)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the random router names nothing
+        pipeline.answer(images[:1], questions[:1], max_new_tokens=1, do_sample=True)
+    assert sampled == [False, True]
+
+
 def test_streaming_and_beams(pipeline, images, questions):
     class Streamer:
         pieces = 0
