@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertTokenizer, GenerationConfig, PreTrainedConfig
 
@@ -22,7 +23,7 @@ from ._checks import check, check_weights
 from .checkpoint import read_state
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
-from .encoders.keys import from_official, from_public, to_official
+from .encoders.keys import from_official, from_public, to_official, to_public
 from .experts import BASE, OFFICIAL, VisionExpert
 from .modeling import ROUTING_LORA, MoVAForConditionalGeneration
 from .official import official_system_prompt, official_template
@@ -67,17 +68,21 @@ def convert(
         output: The new model's directory; with expert alone, a model's directory too, or one for the experts.
         official: The official checkpoint's directory.
         expert: name=path of an expert's own checkpoint (a file, or a directory of them), in the place of what the
-            official one holds, or to add it to the model in output.
+            official one holds, or to add it to the model in output; with back its name, to write it alone.
         code: Your copy of the official code: its routing prompt and system prompt go into the model.
         text_encoder: Directory or hub name of the BERT whose tokenizer the official model uses; default what its
             config says.
         skip: Experts to leave out; the model does not use them until they are added by expert.
-        back: A model of this library that was made from an official checkpoint, to write as one again.
+        back: A model of this library, to write as the official checkpoint that it was made from; or experts of it, to
+            write under the names of their authors' files, as name.safetensors.
     """
     of_official = code is not None or text_encoder is not None or skip
     if back is not None:
-        check(not (official or expert or of_official), "back", "must be alone with output", str(back))
-        to_official_checkpoint(back, output)
+        check(not (official or of_official), "back", "must be alone with output and expert", str(back))
+        if not expert:
+            to_official_checkpoint(back, output)
+        for name in expert:
+            to_public_checkpoint(back, name, output / f"{name}.safetensors")
         return 0
     check(official or expert, "official", "or expert or back must be given", None)
     check(official or not of_official, "code", "text_encoder and skip must be given with official only", None)
@@ -249,6 +254,22 @@ def to_official_checkpoint(source: Path, target: Path) -> None:
         state = {_PREFIXES[part] + key: value for part, tensors in parts.items() for key, value in tensors.items()}
         save_torch_state_dict(state, target)
     _copy_small_files(kept, target)
+
+
+def to_public_checkpoint(source: Path, name: str, target: Path) -> None:
+    """Write one expert of the model in ``source`` to the file ``target``, under the names of its authors' own file.
+
+    Raises:
+        FileNotFoundError: the model has no weights of it.
+        ValueError: it has no such expert; ``target`` is there already.
+    """
+    config = MoVAConfig.from_pretrained(source)
+    names = [expert.name for expert in config.pool]
+    check(name in names, "expert", f"must be one of the model's ({', '.join(names)})", name)
+    check(not target.exists(), "output", "must not hold it yet", str(target))
+    state = read_state(Path(config.expert_path or source) / "experts" / name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in to_public(name, state).items()}, target)
 
 
 def _check_new(target: Path) -> None:

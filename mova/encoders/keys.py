@@ -188,6 +188,19 @@ def from_public(name: str, state: Mapping[str, Tensor], sizes: Mapping[str, Any]
     return found
 
 
+def to_public(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under the names of the file that expert ``name``'s authors published: the encoder alone.
+
+    What :func:`from_public` leaves out is not there, and CLIP's positions keep their grid.
+
+    Raises:
+        ValueError: as :func:`to_official`.
+    """
+    official = to_official(name, state) if name != "codetr" else state  # whose tables no reader needs
+    prefix = AROUND.get(name, (("",),))[0][0]
+    return {prefix + key: value for key, value in official.items()}
+
+
 def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(re.match(pattern, key) for pattern in patterns)
 

@@ -628,5 +628,12 @@ def test_the_command(official, converted, bert, tmp_path, monkeypatch, capsys):
     assert model.experts.allowed == ("vary", "sam")
     assert all(model.experts[name].expert.name == name for name in ("sam", "vary"))
 
+    assert run("--back", output, "--expert", "sam", "--output", tmp_path / "files") == 0
+    official_sam = tiny_experts.official_state("sam")
+    found = read_state(tmp_path / "files" / "sam.safetensors")
+    assert found.keys() == {f"image_encoder.{key}" for key in official_sam}
+    assert all(torch.equal(found[f"image_encoder.{key}"], value) for key, value in official_sam.items())
+    assert run("--back", output, "--expert", "bert", "--output", tmp_path / "files") == 2
+
     assert by_itself.wait() == 0
     assert read_state(back).keys() == read_state(official).keys()

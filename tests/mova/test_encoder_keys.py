@@ -10,7 +10,7 @@ from tiny_experts import OFFICIAL, official_state, pixels, tiny
 from torch.nn.functional import interpolate
 
 from mova.encoders import VisionEncoder
-from mova.encoders.keys import from_official, from_public, to_official
+from mova.encoders.keys import from_official, from_public, to_official, to_public
 
 each_expert = pytest.mark.parametrize("name", OFFICIAL)
 
@@ -99,6 +99,20 @@ def test_public_form(form):
     same(from_public(name, public, tiny(name)[1]), from_official(name, official))
     unknown = from_public(name, {**public, "surprise.weight": torch.zeros(1)}, tiny(name)[1])
     assert "surprise.weight" in unknown
+
+
+@each_expert
+def test_public_round_trip_is_exact(name):
+    ours = from_official(name, official_state(name))
+    same(from_public(name, to_public(name, ours), tiny(name)[1]), ours)
+
+
+def test_public_names_are_those_of_the_authors():
+    ours = {name: from_official(name, official_state(name)) for name in ("sam", "biomedclip", "pix2struct", "codetr")}
+    assert "image_encoder.blocks.0.attn.qkv.weight" in to_public("sam", ours["sam"])
+    assert "visual.trunk.blocks.0.attn.qkv.weight" in to_public("biomedclip", ours["biomedclip"])
+    assert "encoder.encoder.layer.0.attention.query.weight" in to_public("pix2struct", ours["pix2struct"])
+    assert "backbone.blocks.0.attn.q_proj.weight" in to_public("codetr", ours["codetr"])
 
 
 def test_clip_positions_are_resized_without_the_cls_token():
