@@ -200,7 +200,9 @@ def test_a_session_that_is_stopped_keeps_what_it_measured(tmp_path) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "interrupting", "--benchmark-only", "--device=cpu"]
     command += ["-k", "expert_gate and fp32-forward- and (official or triton)", f"--benchmark-json={results}"]
     paths = os.pathsep.join((str(tmp_path), str(ROOT)))
-    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    # The session is not a worker of pytest-xdist, even if this test runs in one.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    ran = subprocess.run(command, cwd=ROOT, env=environment | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert ran.returncode == pytest.ExitCode.INTERRUPTED, ran.stdout
     found = json.loads(results.read_text())
     (entry,) = found["benchmarks"]
