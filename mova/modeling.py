@@ -41,7 +41,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoVAdapter", "VisionEncoder"]  # noqa: RUF012  # as in transformers; children add theirs
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -216,9 +216,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 image_features = self.get_image_features(
                     pixel_values, routing, expert_pixel_values, question_ids, question_mask
                 )
-            cache = kwargs.get(
-                "cache", kwargs.get("past_key_values")
-            )  # by the name that the version of transformers has
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the second is its name before 5.24
             if cache is not None and cache.get_seq_length() > 0:
                 inputs_embeds = self.get_input_embeddings()(input_ids)  # images stand in the prompt alone
             else:

@@ -130,12 +130,23 @@ class ExpertPool:
         return tokens
 
     def save(self, directory: str | Path) -> None:
-        """Write every expert to ``directory/experts/<name>``: as it is in memory, else a copy of its files."""
+        """Write every expert to ``directory/experts/<name>``: as it is in memory, else a copy of its files.
+
+        Raises:
+            FileNotFoundError: an expert in use has none.
+        """
         for name in self.experts:
             target = Path(directory) / "experts" / name
             if name in self._loaded or self.source is None:
                 self[name].save(target)
-            elif (source := self._directory(name)).resolve() != target.resolve():
+                continue
+            try:
+                source = self._directory(name)
+            except FileNotFoundError:
+                if name in self._allowed:
+                    raise
+                continue
+            if source.resolve() != target.resolve():
                 shutil.copytree(source, target, dirs_exist_ok=True)
 
     def _known(self, name: str) -> str:

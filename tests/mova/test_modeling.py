@@ -75,6 +75,17 @@ def test_saving_a_loaded_model_copies_the_experts_that_it_never_loaded(saved_mod
         assert (tmp_path / file).read_bytes() == (saved_model / file).read_bytes()
 
 
+def test_an_expert_that_is_not_in_use_needs_no_weights_to_save_the_model(copy, tmp_path):
+    shutil.rmtree(copy / "experts" / "sam")
+    model = MoVAForConditionalGeneration.from_pretrained(copy)
+    with pytest.raises(FileNotFoundError, match="no weights of the expert 'sam'"):
+        model.save_pretrained(tmp_path / "with")
+    model.experts.only(["vary"])
+    model.save_pretrained(tmp_path / "without")
+    assert not (tmp_path / "without" / "experts" / "sam").exists()
+    assert (tmp_path / "without" / "experts" / "dinov2" / "model.safetensors").is_file()
+
+
 def test_experts_that_lie_elsewhere_are_referred_to_and_not_written(saved_model, tmp_path):
     model = MoVAForConditionalGeneration.from_pretrained(saved_model)
     model.config.expert_path = str(saved_model)
