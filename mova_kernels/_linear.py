@@ -1,10 +1,13 @@
 """Matrix products on CPUs: the one place that chooses between torch's and csrc/common/matmul.h.
 
-In fp32 torch's product is MKL's, which leaves up to half of an AMD processor idle; ours takes its place
-(benchmarks/bench_linear.py). In bf16 torch has oneDNN's, which is hard to beat.
+In fp32 torch's product is MKL's, which leaves up to half of an AMD processor idle. In bf16 it is oneDNN's, which is as
+fast as ours where the processor has AVX-512 with bf16, but copies a bias into the result beforehand; where it has not,
+ours widens to fp32 and is several times as fast (benchmarks/bench_linear.py). Where there is AMX, oneDNN uses it.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +16,14 @@ from torch import Tensor, nn
 from . import _native
 from ._library import functorch_active
 
-# a, b, bias, added, c; M, N, K, six strides
-_matmul = _native.function("mk_matmul", "5Q9q")
+# a, b, bias, added, c; M, N, K, six strides, dtype
+_matmul = _native.function("mk_matmul", "5Q10q")
 
 
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """x W^T + bias + added, not differentiable; narrower dtypes than fp32 round bias + added, then the sum.
+    """x W^T + bias + added, not differentiable. Where torch computes it, bf16 and fp16 also round bias + added.
 
     Args:
         x: (..., C), at least two dimensions, any strides, like all others.
@@ -41,7 +44,7 @@ def product(
         added = None if added is None else _native.adjacent_channels(added)
         pointers = (0 if t is None else t.data_ptr() for t in (rows, weight, bias, added, result))
         strides = (*rows.stride(), *weight.t().stride(), 0 if added is None else added.stride(0), result.stride(0))
-        _matmul(*pointers, *result.shape, x.shape[-1], *strides)
+        _matmul(*pointers, *result.shape, x.shape[-1], *strides, _native.DTYPES[x.dtype])
     elif bias is None and added is None:
         torch.mm(rows, weight.t(), out=result)
     else:
@@ -53,8 +56,8 @@ def product(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``, differentiable any number of times, with the products of forward and backward by :func:`product`.
 
-    It is F.linear itself wherever something else than plain eager PyTorch on fp32 CPU tensors goes on: a compiler, an
-    exporter, torch.func, forward-mode AD, autocast, a dispatch mode or a tensor subclass.
+    It is F.linear itself wherever something else than plain eager PyTorch on fp32 or bf16 CPU tensors goes on: a
+    compiler, an exporter, torch.func, forward-mode AD, autocast, a dispatch mode or a tensor subclass.
     """
     operands = (x, weight) if bias is None else (x, weight, bias)
     if not (_is_eager() and x.dim() > 1 and all(map(_is_plain, operands)) and _is_ours(*operands)):
@@ -82,9 +85,18 @@ class _Linear(torch.autograd.Function):
 
 def _is_ours(*operands: Tensor) -> bool:
     """Whether C++ takes the product. Without vector instructions beyond SSE2, torch's is faster."""
-    if any(t.dtype != torch.float32 or not t.is_cpu for t in operands):
+    dtype = operands[0].dtype
+    if any(t.dtype != dtype or not t.is_cpu for t in operands):
         return False
-    return _native.cpu_reason() is None and _native.cpu_isa() != "base"
+    if _native.cpu_reason() is not None or _native.cpu_isa() == "base":
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and not _has_amx())
+
+
+@functools.cache
+def _has_amx() -> bool:
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private, and younger than the oldest torch
+    return supported is not None and supported()
 
 
 def _is_eager() -> bool:

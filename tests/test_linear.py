@@ -43,22 +43,32 @@ def calls(monkeypatch) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(("shape", "outputs"), SHAPES.values(), ids=SHAPES)
-def test_error_budget(shape, outputs, bias) -> None:
+def test_error_budget(shape, outputs, bias, dtype) -> None:
     def draw() -> list[Tensor]:
         sizes = [shape, (outputs, shape[-1]), *([(outputs,)] if bias else [])]
         return [torch.randn(size) for size in sizes]
 
-    assert_within_budget(F.linear, linear, F.linear, draw, torch.float32, draws=5, times=1.5)
+    assert_within_budget(F.linear, linear, F.linear, draw, dtype, draws=5, times=1.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_other_dtypes_are_torchs(dtype, calls) -> None:
     x, w, b = (torch.randn(size).to(dtype) for size in ((2, 5, 8), (3, 8), (3,)))
     torch.testing.assert_close(linear(x, w, b), F.linear(x, w, b))
     torch.testing.assert_close(product(x, w, b), F.linear(x, w, b))
     assert not calls
+
+
+@ours
+@pytest.mark.parametrize("amx", [False, True])
+def test_bf16_is_torchs_where_it_has_amx(amx, calls, monkeypatch) -> None:
+    monkeypatch.setattr(_linear, "_has_amx", lambda: amx)
+    x, w = torch.randn(5, 8).bfloat16(), torch.randn(3, 8).bfloat16()
+    torch.testing.assert_close(linear(x, w), F.linear(x, w))
+    assert calls == ([] if amx else [8])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

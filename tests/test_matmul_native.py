@@ -1,4 +1,4 @@
-"""The fp32 matrix product in C++, on every instruction set of this processor."""
+"""The matrix product in C++, on every instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from mova_kernels import _native
 from mova_kernels._linear import _matmul
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "isa")
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 # rows, depth, columns
 SHAPES = {
     "one of each": (1, 1, 1),
     "less than a tile": (5, 3, 7),
     "more than a panel of rows": (98, 20, 70),
+    "odd depth": (9, 65, 66),
     "sums of two pieces": (13, 97, 20),
-    "sums of many pieces, two groups of columns": (20, 700, 300),
+    "sums of many pieces, two groups of columns": (20, 1701, 300),
     "no depth": (3, 0, 5),
     "no row": (0, 4, 5),
 }
@@ -30,16 +32,20 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None, added: Tensor | N
     c = wide[:-1, 1:-2]
     pointers = (0 if t is None else t.data_ptr() for t in (a, b, bias, added, c))
     added_stride = 0 if added is None else added.stride(0)
-    _matmul(*pointers, *c.shape, a.shape[1], *a.stride(), *b.stride(), added_stride, c.stride(0))
+    _matmul(
+        *pointers, *c.shape, a.shape[1], *a.stride(), *b.stride(), added_stride, c.stride(0), _native.DTYPES[a.dtype]
+    )
     assert wide[-1].isnan().all() and wide[:, :1].isnan().all() and wide[:, -2:].isnan().all()  # not ours
     return c
 
 
+@dtypes
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("transposed", ["neither", "a", "b", "both"])
-def test_error_budget(name, transposed):
+def test_error_budget(name, transposed, dtype):
     rows, depth, columns = SHAPES[name]
-    a, b, bias, added = (torch.randn(size) for size in ((rows, depth), (depth, columns), columns, (rows, columns)))
+    sizes = ((rows, depth), (depth, columns), columns, (rows, columns))
+    a, b, bias, added = (torch.randn(size).to(dtype) for size in sizes)
     if transposed in ("a", "both"):
         a = a.t().contiguous().t()
     if transposed in ("b", "both"):
@@ -54,20 +60,31 @@ def test_long_sums_are_no_less_exact_than_mkls():
     check_budget("product", multiply(a, b), a.double() @ b.double(), a @ b, norms=(2,), times=1.5)
 
 
-def test_threads_do_not_change_results():
-    a, b = torch.randn(300, 200), torch.randn(200, 600)
+@dtypes
+def test_strides(dtype):
+    """Neither the rows nor the columns of an operand are next to each other."""
+    a, b = torch.randn(11, 3 * 67).to(dtype)[:, ::3], torch.randn(67, 5 * 70).to(dtype)[:, ::5]
+    check_budget("product", multiply(a, b), a.double() @ b.double(), a @ b, norms=(2,), times=1.5)
+
+
+@dtypes
+def test_threads_do_not_change_results(dtype):
+    a, b = torch.randn(300, 200).to(dtype), torch.randn(200, 600).to(dtype)
     assert_threads_do_not_matter(lambda: [multiply(a, b)])
 
 
-def test_infinities_and_nan_stay_where_they_are():
-    a, b = torch.randn(20, 30), torch.randn(30, 70)
+@dtypes
+def test_infinities_and_nan_stay_where_they_are(dtype):
+    a, b = torch.randn(20, 30).to(dtype), torch.randn(30, 70).to(dtype)
     a[3, 4], b[5, 6] = torch.nan, torch.inf
     c = multiply(a, b)
     assert torch.equal(c.isfinite(), (a @ b).isfinite()) and not c[3].isfinite().any() and not c[:, 6].isfinite().any()
 
 
 def test_bad_block():
-    with pytest.raises(ValueError, match="mk_matmul: the argument block must have 112 bytes, got 8"):
+    with pytest.raises(ValueError, match="mk_matmul: the argument block must have 120 bytes, got 8"):
         _native.function("mk_matmul", "q")(0)
     with pytest.raises(ValueError, match=r"mk_matmul: K must be in \[0, .*\], got -1"):
-        _matmul(0, 0, 0, 0, 0, 1, 1, -1, *[0] * 6)
+        _matmul(0, 0, 0, 0, 0, 1, 1, -1, *[0] * 7)
+    with pytest.raises(ValueError, match=r"mk_matmul: dtype must be in \[0, 1\], got 2"):
+        _matmul(0, 0, 0, 0, 0, 1, 1, 1, *[0] * 6, 2)

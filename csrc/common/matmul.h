@@ -1,6 +1,6 @@
-// The matrix product of fp32 matrices on a CPU, where BLAS leaves the processor idle: c = a b + bias + added. Sums of
-// more than `chain` (common/tile.h) products consist of shorter sums; c is rounded once more for bias and once for
-// added.
+// The matrix product of fp32 or bf16 matrices on a CPU: c = a b + bias + added, with sums in fp32. fp32 sums of more
+// than `chain` (common/tile.h) products consist of shorter ones. c is rounded once more for bias and once for added in
+// fp32, once in all in bf16. bf16 is multiplied as such where the processor can do it and widened where it cannot.
 #pragma once
 
 #include "common/mova_kernels.h"
@@ -14,6 +14,7 @@ struct mk_matmul_args {
   uint64_t c;      // (M, N), written
   int64_t M, N, K;
   int64_t a_stride_row, a_stride_column, b_stride_row, b_stride_column, added_stride_row, c_stride_row;
+  int64_t dtype;  // MK_F32 or MK_BF16, of all matrices
 };
 
 // Returns an mk_status; `nbytes` is the size of the block above. The result does not depend on the number of threads.

@@ -7,76 +7,139 @@ namespace {
 
 static_assert(mk::matmul_rows % tile_rows == 0 && mk::matmul_columns % tile_columns == 0, "blocks consist of tiles");
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// K in units.
+template <class Product>
+inline int64_t units(int64_t K) {
+  return (K + Product::depth - 1) / Product::depth;
+}
 
-// a is packed in pieces of `chain` columns, (matmul_rows, chain) each; b in tiles of columns, (K, tile_columns) each.
-int64_t left_bytes(int64_t K) { return round_up(K, chain) * mk::matmul_rows * (int64_t)sizeof(float); }
-int64_t right_bytes(int64_t K, int64_t N) { return K * round_up(N, tile_columns) * (int64_t)sizeof(float); }
+// a is packed in pieces of `Product::chain` units along its rows, (matmul_rows, Product::chain) each; b in tiles of
+// columns, (units, tile_columns) each. Zeros fill up what is not whole.
+template <class Product>
+int64_t left_bytes(int64_t K) {
+  return round_up(units<Product>(K), Product::chain) * mk::matmul_rows * (int64_t)sizeof(unit);
+}
+template <class Product>
+int64_t right_bytes(int64_t K, int64_t N) {
+  return units<Product>(K) * round_up(N, tile_columns) * (int64_t)sizeof(unit);
+}
 
+template <class Format>
+inline vfloat gather(const typename Format::type* p, int64_t stride, int count) {
+  if (stride == 1) return load<Format>(p, count);
+  typename Format::type elements[lanes] = {};
+  for (int i = 0; i < count; ++i) elements[i] = p[i * stride];
+  return load<Format>(elements, lanes);
+}
+
+// `count` neighbours of the k-th row of a matrix with K rows, joined with those of the next row if a unit has both.
+template <class Format, class Product>
+MK_INLINE void join(const typename Format::type* p, int64_t stride, int64_t k, int64_t K, int count, unit* dst) {
+  const bool both = Product::depth == 2 && k + 1 < K;
+  Product::store_units(dst, load<Format>(p, count), both ? load<Format>(p + stride, count) : vfloat{});
+}
+
+constexpr int64_t staged = 64;  // elements of a column of b
+
+template <class Format, class Product>
 void pack_right(const mk_matmul_args& m, int64_t begin, int64_t end, void* right) {
-  const float* const b = (const float*)m.b;
+  typedef typename Format::type type;
   for (int64_t n = begin; n < end; n += tile_columns) {
-    float* const dst = (float*)right + n * m.K;
+    unit* const dst = (unit*)right + n * units<Product>(m.K);
+    const type* const b = (const type*)m.b + n * m.b_stride_column;
     const int64_t columns = least(end - n, tile_columns);
-    if (columns < tile_columns) memset(dst, 0, m.K * tile_columns * sizeof *dst);
+    if (columns < tile_columns) memset(dst, 0, units<Product>(m.K) * tile_columns * sizeof *dst);
     if (m.b_stride_column == 1) {
-      for (int64_t k = 0; k < m.K; ++k) {
-        memcpy(dst + k * tile_columns, b + k * m.b_stride_row + n, columns * sizeof *dst);
+      for (int64_t k = 0; k < m.K; k += Product::depth) {
+        for_lanes(columns, [&](int64_t j, int count) __attribute__((always_inline)) {
+          join<Format, Product>(b + k * m.b_stride_row + j, m.b_stride_row, k, m.K, count,
+                                dst + k / Product::depth * tile_columns + j);
+        });
       }
-    } else {
+      continue;
+    }
+    for (int64_t k = 0; k < m.K; k += staged) {
+      alignas(64) typename Product::element rows[tile_columns * staged];
+      const int64_t length = least(m.K - k, staged);
       for (int64_t j = 0; j < columns; ++j) {
-        const float* const column = b + (n + j) * m.b_stride_column;
-        for (int64_t k = 0; k < m.K; ++k) dst[k * tile_columns + j] = column[k * m.b_stride_row];
+        const type* const column = b + j * m.b_stride_column + k * m.b_stride_row;
+        for_lanes(length, [&](int64_t i, int count) __attribute__((always_inline)) {
+          Product::store(rows + j * staged + i, gather<Format>(column + i * m.b_stride_row, m.b_stride_row, count));
+        });
+      }
+      const unit* const src = (const unit*)rows;
+      unit* const piece = dst + k / Product::depth * tile_columns;
+      for (int64_t u = 0; u < units<Product>(length); ++u) {
+        for (int64_t j = 0; j < columns; ++j) piece[u * tile_columns + j] = src[j * (staged / Product::depth) + u];
       }
     }
   }
 }
 
+template <class Format, class Product>
 void pack_left(const mk_matmul_args& m, int64_t row, void* left) {
-  const int64_t rows = least(m.M - row, mk::matmul_rows);
-  for (int64_t k = 0; k < m.K; k += chain) {
-    const float* const a = (const float*)m.a + row * m.a_stride_row + k * m.a_stride_column;
-    float* const dst = (float*)left + k * mk::matmul_rows;
-    const int64_t depth = least(m.K - k, chain);
-    if (rows < mk::matmul_rows) memset(dst, 0, mk::matmul_rows * chain * sizeof *dst);
-    if (m.a_stride_column == 1) {
-      for (int64_t i = 0; i < rows; ++i) memcpy(dst + i * chain, a + i * m.a_stride_row, depth * sizeof *dst);
-    } else {
-      for (int64_t j = 0; j < depth; ++j) {
-        for (int64_t i = 0; i < rows; ++i) dst[i * chain + j] = a[i * m.a_stride_row + j * m.a_stride_column];
+  typedef typename Format::type type;
+  const int64_t rows = least(m.M - row, mk::matmul_rows), length = Product::chain * Product::depth;
+  for (int64_t k = 0; k < m.K; k += length) {
+    const type* const a = (const type*)m.a + row * m.a_stride_row + k * m.a_stride_column;
+    unit* const dst = (unit*)left + k / Product::depth * mk::matmul_rows;
+    const int64_t columns = least(m.K - k, length);
+    if (rows < mk::matmul_rows) memset(dst, 0, mk::matmul_rows * Product::chain * sizeof *dst);
+    if (m.a_stride_row == 1) {
+      for (int64_t j = 0; j < columns; j += Product::depth) {
+        for_lanes(rows, [&](int64_t i, int count) __attribute__((always_inline)) {
+          alignas(64) unit joined[lanes];
+          join<Format, Product>(a + j * m.a_stride_column + i, m.a_stride_column, j, columns, count, joined);
+          for (int l = 0; l < count; ++l) dst[(i + l) * Product::chain + j / Product::depth] = joined[l];
+        });
       }
+      continue;
     }
-  }
-}
-
-void block(const mk_matmul_args& m, const void* left, const void* right, int64_t row, int64_t column) {
-  alignas(64) float sums[mk::matmul_rows * tile_columns];
-  const int64_t rows = least(m.M - row, mk::matmul_rows), end = least(m.N, column + mk::matmul_columns);
-  for (; column < end; column += tile_columns) {
-    memset(sums, 0, sizeof sums);
-    for (int64_t k = 0; k < m.K; k += chain) {
-      const int64_t depth = least(m.K - k, chain);
-      const unit* const a = (const unit*)left + k * mk::matmul_rows;
-      const unit* const b = (const unit*)right + column * m.K + k * tile_columns;
-      for (int64_t i = 0; i < rows; i += tile_rows) {
-        multiply<F32Product, true>(a + i * chain, chain, b, depth, sums + i * tile_columns, tile_columns);
-      }
-    }
-    const float* const bias = m.bias ? (const float*)m.bias + column : nullptr;
     for (int64_t i = 0; i < rows; ++i) {
-      const float* const added = m.added ? (const float*)m.added + (row + i) * m.added_stride_row + column : nullptr;
-      float* const c = (float*)m.c + (row + i) * m.c_stride_row + column;
-      for_lanes(least(end - column, tile_columns), [&](int64_t j, int count) __attribute__((always_inline)) {
-        vfloat v = load(sums + i * tile_columns + j);
-        if (bias) v += load<F32>(bias + j, count);
-        if (added) v += load<F32>(added + j, count);
-        store<F32>(c + j, count, v);
+      typename Product::element* const to = (typename Product::element*)(dst + i * Product::chain);
+      for_lanes(columns, [&](int64_t j, int count) __attribute__((always_inline)) {
+        Product::store(to + j,
+                       gather<Format>(a + i * m.a_stride_row + j * m.a_stride_column, m.a_stride_column, count));
       });
     }
   }
 }
 
+template <class Format, class Product>
+void block(const mk_matmul_args& m, const void* left, const void* right, int64_t row, int64_t column) {
+  typedef typename Format::type type;
+  alignas(64) float sums[mk::matmul_rows * tile_columns];
+  const int64_t rows = least(m.M - row, mk::matmul_rows), end = least(m.N, column + mk::matmul_columns);
+  const int64_t K = units<Product>(m.K);
+  for (; column < end; column += tile_columns) {
+    memset(sums, 0, sizeof sums);
+    for (int64_t k = 0; k < K; k += Product::chain) {
+      const int64_t depth = least(K - k, Product::chain);
+      const unit* const a = (const unit*)left + k * mk::matmul_rows;
+      const unit* const b = (const unit*)right + column * K + k * tile_columns;
+      for (int64_t i = 0; i < rows; i += tile_rows) {
+        multiply<Product, true>(a + i * Product::chain, Product::chain, b, depth, sums + i * tile_columns,
+                                tile_columns);
+      }
+    }
+    const type* const bias = m.bias ? (const type*)m.bias + column : nullptr;
+    for (int64_t i = 0; i < rows; ++i) {
+      const type* const added = m.added ? (const type*)m.added + (row + i) * m.added_stride_row + column : nullptr;
+      type* const c = (type*)m.c + (row + i) * m.c_stride_row + column;
+      for_lanes(least(end - column, tile_columns), [&](int64_t j, int count) __attribute__((always_inline)) {
+        vfloat v = load(sums + i * tile_columns + j);
+        if (bias) v += load<Format>(bias + j, count);
+        if (added) v += load<Format>(added + j, count);
+        store<Format>(c + j, count, v);
+      });
+    }
+  }
+}
+
+template <class Format, class Product>
+constexpr mk::MatmulOf loops = {left_bytes<Product>, right_bytes<Product>, pack_right<Format, Product>,
+                                pack_left<Format, Product>, block<Format, Product>};
+
 }  // namespace
 
-extern const mk::MatmulLoops MK_ISA_NAME(matmul_loops) = {left_bytes, right_bytes, pack_right, pack_left, block};
+extern const mk::MatmulLoops MK_ISA_NAME(matmul_loops) = {loops<F32, F32Product>, loops<BF16InOrder, NarrowProduct>};

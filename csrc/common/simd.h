@@ -77,17 +77,22 @@ inline vfloat split(vfloat& x) {
 inline vfloat scale(vfloat y, vfloat whole) { return y * (vfloat)(((vuint)whole << 23) + 0x3f800000u); }
 #endif
 
-// 2^x to 0.7 units in the last place; at most denormal below 2^-126.5, infinity from 2^128 on at the latest, NaN for
-// NaN. Several vectors at a time, step by step: the steps of one wait for each other longer than a processor looks
-// ahead.
-template <int n>
+// 2^x to 0.7 units in the last place, or coarsely to a relative error of 7.5e-5; at most denormal below 2^-126.5,
+// infinity from 2^128 on at the latest, NaN for NaN. Several vectors at a time, step by step: the steps of one wait for
+// each other longer than a processor looks ahead.
+template <bool coarse = false, int n>
 inline void exp2(vfloat (&x)[n]) {
-  constexpr float coefficients[] = {0.00133999309f, 0.00961848907f, 0.0555032864f, 0.240226462f, 0.693147182f, 1.0f};
+  // Minimax in relative error on [-1/2, 1/2].
+  constexpr float fine_polynomial[] = {
+      0.000153458124f, 0.00133999309f, 0.00961848907f, 0.0555032864f, 0.240226462f, 0.693147182f, 1.0f};
+  constexpr float coarse_polynomial[] = {0.0551716685f, 0.242611125f, 0.693260968f, 0.999928057f};
+  constexpr int degree = coarse ? 3 : 6;
+  const float* const polynomial = coarse ? coarse_polynomial : fine_polynomial;
   vfloat whole[n], y[n];
   MK_UNROLL for (int i = 0; i < n; ++i) whole[i] = split(x[i]);
-  MK_UNROLL for (int i = 0; i < n; ++i) y[i] = vfloat{} + 0.000153458124f;  // minimax in relative error on [-1/2, 1/2]
-  MK_UNROLL for (float coefficient : coefficients) {
-    MK_UNROLL for (int i = 0; i < n; ++i) y[i] = y[i] * x[i] + coefficient;
+  MK_UNROLL for (int i = 0; i < n; ++i) y[i] = vfloat{} + polynomial[0];
+  MK_UNROLL for (int term = 1; term <= degree; ++term) {
+    MK_UNROLL for (int i = 0; i < n; ++i) y[i] = y[i] * x[i] + polynomial[term];
   }
   MK_UNROLL for (int i = 0; i < n; ++i) x[i] = scale(y[i], whole[i]);
 }

@@ -20,11 +20,18 @@ constexpr int tile_rows = 6, tile_columns = tile_vectors * lanes;
 typedef vfloat Tile[tile_rows][tile_vectors];
 typedef uint32_t unit __attribute__((may_alias));
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 // How elements are multiplied: units of `depth` elements, which follow each other in memory in the left operand; what
-// store_units writes into the right one are units of the next `depth` rows.
+// store_units writes into the right one are units of the next `depth` rows. The error of a sum grows with its length:
+// a sum of more than `chain` units consists of shorter ones. Of bf16 that is not for the error, which is small beside
+// theirs, but for the caches, by measurement. `coarse` says what exp2 is good enough for elements.
 struct F32Product {
   typedef float element;
   static constexpr int depth = 1;
+  static constexpr int64_t chain = 96;
+  static constexpr bool coarse = false;
 
   static inline vfloat add(vuint a, vuint b, vfloat c) { return (vfloat)a * (vfloat)b + c; }
   static inline void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
@@ -35,6 +42,8 @@ struct F32Product {
 struct BF16Product {
   typedef uint16_t element;
   static constexpr int depth = 2;
+  static constexpr int64_t chain = 768;
+  static constexpr bool coarse = true;
 
   static inline vfloat add(vuint a, vuint b, vfloat c) {
     return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
@@ -78,17 +87,14 @@ inline void add_product(const unit* a, int64_t a_stride, const unit* b, int64_t 
   }
 }
 
-// The error of a sum grows with its length: sums of more products than this consist of shorter ones.
-constexpr int64_t chain = 96;
-
 // A tile c, whose rows are `c_stride` apart, becomes a * b, or grows by it. Not inlined: among other code the compiler
 // would not keep the sums in registers.
 template <class Product, bool grows>
 __attribute__((noinline)) void multiply(const unit* a, int64_t a_stride, const unit* b, int64_t depth, float* c,
                                         int64_t c_stride) {
-  for (int64_t k = 0; k < depth; k += chain) {
+  for (int64_t k = 0; k < depth; k += Product::chain) {
     Tile sum = {};
-    add_product<Product>(a + k, a_stride, b + k * tile_columns, depth - k < chain ? depth - k : chain, sum);
+    add_product<Product>(a + k, a_stride, b + k * tile_columns, least(depth - k, Product::chain), sum);
     MK_UNROLL for (int m = 0; m < tile_rows; ++m) {
       MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
         float* const p = c + m * c_stride + n * lanes;

@@ -98,7 +98,7 @@ inline void soften(const float* scores, const float* products, const float* lse,
       MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
         v[n] = load(scores + row + n * lanes) * scale - load(lse + n * lanes);
       }
-      exp2(v);
+      exp2<Product::coarse>(v);
       MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
         if (m + i >= real) v[n] = vfloat{};
         gradient[i][n] = v[n] * (load(products + row + n * lanes) - load(delta + n * lanes));

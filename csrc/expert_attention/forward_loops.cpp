@@ -5,20 +5,20 @@
 
 namespace {
 
-// A block of keys and its values stay in the L2 cache while all panels of a group of queries look at it; so do the
-// scores of a panel. By measurement; 2304 tokens are 6 blocks and 12 groups.
+// A block of keys and its values stay in the L2 cache while all panels of a group of queries look at it. By
+// measurement; 2304 tokens are 6 blocks and 12 groups.
 constexpr int panel_rows = 4 * tile_rows, key_block = 384;
 static_assert(key_block % tile_columns == 0, "blocks of keys consist of whole tiles");
 constexpr float log2e = 1.44269504f;
 
-// The running softmax of one query: the largest score so far, and sums relative to it.
-struct Running {
-  float most;
-  vfloat sum;
-};
+// A query's scores become powers of 2 relative to `shift`, which need not be its largest score: that would cost a pass
+// over the scores. A score is at most |q| |k| for the longest key, a bound from which `headroom` is taken off so that
+// powers far below it stay normal numbers, and the largest is below the range of fp32 by more than any value is above
+// it. Only queries whose sum of powers is smaller than `smallest` take their largest score after all.
+constexpr float headroom = 32, smallest = 0x1p-64f;
 
-// Where things lie in the workspace: keys and values, and of a group of queries themselves and what they have summed
-// up.
+// Where things lie in the workspace: keys, values, the length of the longest key; of a group of queries themselves,
+// their shifts, sums of powers (a vector each) and sums of values.
 template <class Product>
 struct Layout {
   int64_t keys, units, row_units, columns;  // L in whole tiles; D in units, also of a staged row; D in whole tiles
@@ -31,15 +31,49 @@ struct Layout {
 
   int64_t value_step() const { return keys / Product::depth * tile_columns; }  // from column tile to column tile
   int64_t values() const { return keys * units; }
-  int64_t queries() const { return values() + columns / tile_columns * value_step(); }
-  int64_t out() const { return queries() + round_up(mk::query_group, tile_rows) * row_units; }
-  int64_t running() const { return out() + round_up(mk::query_group, tile_rows) * columns; }
-  int64_t bytes() const { return running() * (int64_t)sizeof(unit) + mk::query_group * (int64_t)sizeof(Running); }
+  int64_t longest() const { return values() + columns / tile_columns * value_step(); }
+  int64_t queries() const { return longest() + lanes; }
+  int64_t shifts() const { return queries() + group * row_units; }
+  int64_t sums() const { return shifts() + round_up(group, lanes); }
+  int64_t out() const { return sums() + group * lanes; }
+  int64_t bytes() const { return (out() + group * columns) * (int64_t)sizeof(unit); }
+
+  static constexpr int64_t group = round_up(mk::query_group, tile_rows);
 };
 
 template <class Product>
 int64_t workspace_bytes(int64_t L, int64_t D) {
   return Layout<Product>(L, D).bytes();
+}
+
+inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+
+// The largest of all lanes of all vectors.
+template <int n>
+inline float largest(const vfloat (&v)[n]) {
+  vfloat all = v[0];
+  MK_UNROLL for (int i = 1; i < n; ++i) all = larger(v[i], all);
+  float most = all[0];
+  for (int i = 1; i < lanes; ++i) most = all[i] > most ? all[i] : most;
+  return most;
+}
+
+// The length of the longest of the keys, whose number is a multiple of tile_columns.
+template <class Product>
+float longest_key(const unit* keys, int64_t count, int64_t units) {
+  vfloat most[tile_vectors] = {};
+  for (int64_t j = 0; j < count; j += tile_columns) {
+    vfloat squares[tile_vectors] = {};
+    for (int64_t k = 0; k < units; ++k, keys += tile_columns) {
+      MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
+        vuint v;
+        memcpy(&v, keys + n * lanes, sizeof v);
+        squares[n] = Product::add(v, v, squares[n]);
+      }
+    }
+    MK_UNROLL for (int n = 0; n < tile_vectors; ++n) most[n] = larger(squares[n], most[n]);
+  }
+  return __builtin_sqrtf(largest(most));
 }
 
 template <class Format, class Product>
@@ -50,48 +84,34 @@ void pack(const mk::AttentionHead& h, void* workspace) {
   pack_columns<Format, Product>({(const type*)h.k, h.k_stride, h.cos, h.sin}, h.L, layout.keys, h.D, memory);
   pack_depth<Format, Product>({(const type*)h.v, h.v_stride, nullptr, nullptr}, h.L, layout.keys, h.D,
                               memory + layout.values());
+  *(float*)(memory + layout.longest()) = longest_key<Product>(memory, layout.keys, layout.units);
 }
 
-inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
-
-// The largest of n numbers, a multiple of `lanes`.
-inline float largest(const float* p, int n) {
-  vfloat even = load(p), odd = even;
-  int j = lanes;
-  for (; j + lanes < n; j += 2 * lanes) {
-    even = larger(load(p + j), even);
-    odd = larger(load(p + j + lanes), odd);
-  }
-  if (j < n) even = larger(load(p + j), even);
-  even = larger(odd, even);
-  typedef float four __attribute__((vector_size(16)));
-  four quarter[lanes / 4];
-  memcpy(quarter, &even, sizeof quarter);
-  MK_UNROLL for (int i = 1; i < lanes / 4; ++i) quarter[0] = quarter[i] > quarter[0] ? quarter[i] : quarter[0];
-  const float a = quarter[0][0] > quarter[0][1] ? quarter[0][0] : quarter[0][1];
-  const float b = quarter[0][2] > quarter[0][3] ? quarter[0][2] : quarter[0][3];
-  return a > b ? a : b;
-}
-
-// Scores to probabilities, relative to the largest score so far; rescales what was summed relative to a smaller one.
+// The powers of a tile of scores, and for each of its queries their sum over the first `valid` keys. Not inlined:
+// among other code the compiler would not keep the scores in registers.
 template <class Product>
-inline void soften(float* scores, int n, float scale, Running& r, float* out, int64_t columns,
-                   typename Product::element* probabilities) {
-  const float most = largest(scores, n);
-  if (most > r.most) {
-    const vfloat factor = exp2(vfloat{} + (r.most - most) * scale);
-    r.sum *= factor;
-    for (int64_t c = 0; c < columns; c += lanes) store(out + c, load(out + c) * factor);
-    r.most = most;
-  }
-  const vfloat shift = vfloat{} - r.most * scale;
-  for (int j = 0; j < n; j += tile_columns) {
-    vfloat v[tile_vectors];
-    MK_UNROLL for (int i = 0; i < tile_vectors; ++i) v[i] = load(scores + j + i * lanes) * scale + shift;
-    exp2(v);
-    MK_UNROLL for (int i = 0; i < tile_vectors; ++i) {
-      r.sum += v[i];
-      Product::store(probabilities + j + i * lanes, v[i]);
+__attribute__((noinline)) void weigh(const unit* queries, int64_t query_stride, const unit* keys, int64_t units,
+                                     float scale, const float* shifts, int64_t valid, typename Product::element* powers,
+                                     vfloat* sums) {
+  alignas(64) constexpr uint32_t lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vuint lane;
+  memcpy(&lane, lane_numbers, sizeof lane);
+  Tile scores = {};
+  add_product<Product>(queries, query_stride, keys, units, scores);
+  MK_UNROLL for (int m = 0; m < tile_rows; ++m) {
+    const vfloat shift = vfloat{} + shifts[m];
+    MK_UNROLL for (int n = 0; n < tile_vectors; ++n) scores[m][n] = scores[m][n] * scale - shift;
+    exp2<Product::coarse>(scores[m]);
+    if (valid < tile_columns) {
+      MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
+        scores[m][n] = lane + (uint32_t)(n * lanes) < vuint{} + (uint32_t)valid ? scores[m][n] : vfloat{};
+      }
+    }
+    vfloat sum = scores[m][0];
+    MK_UNROLL for (int n = 1; n < tile_vectors; ++n) sum += scores[m][n];
+    sums[m] += sum;
+    MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
+      Product::store(powers + m * key_block + n * lanes, scores[m][n]);
     }
   }
 }
@@ -99,28 +119,57 @@ inline void soften(float* scores, int n, float scale, Running& r, float* out, in
 // What `rows` queries, at most panel_rows, take from a block of keys.
 template <class Product>
 void attend(const mk::AttentionHead& h, const Layout<Product>& layout, const unit* keys, int64_t key,
-            const unit* queries, int64_t rows, float* out, Running* running) {
-  alignas(64) typename Product::element probabilities[panel_rows * key_block];
-  alignas(64) float scores[panel_rows * key_block];
+            const unit* queries, int64_t rows, const float* shifts, vfloat* sums, float* out) {
+  alignas(64) typename Product::element powers[panel_rows * key_block];
   const float scale = log2e / __builtin_sqrtf((float)h.D);
-  const int n = (int)(layout.keys - key < key_block ? layout.keys - key : key_block);
-  for (int j = 0; j < n; j += tile_columns) {
+  const int64_t n = least(layout.keys - key, key_block);
+  for (int64_t j = 0; j < n; j += tile_columns) {
     for (int64_t i = 0; i < rows; i += tile_rows) {
-      multiply<Product, false>(queries + i * layout.row_units, layout.row_units, keys + (key + j) * layout.units,
-                               layout.units, scores + i * key_block + j, key_block);
+      weigh<Product>(queries + i * layout.row_units, layout.row_units, keys + (key + j) * layout.units, layout.units,
+                     scale, shifts + i, h.L - key - j, powers + i * key_block + j, sums + i);
     }
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    float* const row = scores + i * key_block;
-    for (int64_t j = h.L - key; j < n; ++j) row[j] = -__builtin_inff();
-    soften<Product>(row, n, scale, running[i], out + i * layout.columns, layout.columns, probabilities + i * key_block);
   }
   const unit* const values = keys + layout.values() + key / Product::depth * tile_columns;
   for (int64_t c = 0; c < layout.columns; c += tile_columns) {
     for (int64_t i = 0; i < rows; i += tile_rows) {
-      multiply<Product, true>((const unit*)(probabilities + i * key_block), key_block / Product::depth,
+      multiply<Product, true>((const unit*)(powers + i * key_block), key_block / Product::depth,
                               values + c / tile_columns * layout.value_step(), n / Product::depth,
                               out + i * layout.columns + c, layout.columns);
+    }
+  }
+}
+
+// What `count` queries take from all keys.
+template <class Product>
+void attend_all(const mk::AttentionHead& h, const Layout<Product>& layout, unit* memory, int64_t count) {
+  const int64_t whole = round_up(count, tile_rows);
+  const unit* const queries = memory + layout.queries();
+  const float* const shifts = (const float*)(memory + layout.shifts());
+  vfloat* const sums = (vfloat*)(memory + layout.sums());
+  float* const out = (float*)(memory + layout.out());
+  memset(sums, 0, whole * sizeof *sums);
+  memset(out, 0, whole * layout.columns * sizeof *out);
+  for (int64_t key = 0; key < h.L; key += key_block) {
+    for (int64_t i = 0; i < count; i += panel_rows) {
+      attend<Product>(h, layout, memory, key, queries + i * layout.row_units, least(count - i, panel_rows), shifts + i,
+                      sums + i, out + i * layout.columns);
+    }
+  }
+}
+
+// The largest scores of `tile_rows` queries.
+template <class Product>
+void largest_scores(const mk::AttentionHead& h, const Layout<Product>& layout, const unit* keys, const unit* queries,
+                    float* most) {
+  for (int m = 0; m < tile_rows; ++m) most[m] = -__builtin_inff();
+  for (int64_t key = 0; key < h.L; key += tile_columns) {
+    alignas(64) float scores[tile_rows * tile_columns];
+    multiply<Product, false>(queries, layout.row_units, keys + key * layout.units, layout.units, scores, tile_columns);
+    for (int m = 0; m < tile_rows; ++m) {
+      for (int64_t j = 0; j < least(h.L - key, tile_columns); ++j) {
+        const float score = scores[m * tile_columns + j];
+        most[m] = score > most[m] ? score : most[m];
+      }
     }
   }
 }
@@ -128,32 +177,45 @@ void attend(const mk::AttentionHead& h, const Layout<Product>& layout, const uni
 template <class Format, class Product>
 void rows(const mk::AttentionHead& h, void* workspace, int64_t first, int64_t end) {
   typedef typename Format::type type;
+  typedef typename Product::element element;
   const Layout<Product> layout(h.L, h.D);
-  const unit* const keys = (const unit*)workspace;
-  unit* const queries = (unit*)workspace + layout.queries();
-  float* const out = (float*)((unit*)workspace + layout.out());
-  Running* const running = (Running*)((unit*)workspace + layout.running());
+  unit* const memory = (unit*)workspace;
+  unit* const queries = memory + layout.queries();
+  float* const shifts = (float*)(memory + layout.shifts());
+  const vfloat* const sums = (const vfloat*)(memory + layout.sums());
+  const float* const out = (const float*)(memory + layout.out());
+  const float longest = *(const float*)(memory + layout.longest()), scale = log2e / __builtin_sqrtf((float)h.D);
   const int64_t count = end - first, whole = round_up(count, tile_rows);
 
-  stage<Format, Product>({(const type*)h.q, h.q_stride, h.cos, h.sin}, first, whole, end, h.D,
-                         (typename Product::element*)queries);
-  memset(out, 0, whole * layout.columns * sizeof *out);
-  for (int64_t i = 0; i < count; ++i) running[i] = {-__builtin_inff(), vfloat{}};
-  for (int64_t key = 0; key < h.L; key += key_block) {
-    for (int64_t i = 0; i < count; i += panel_rows) {
-      attend<Product>(h, layout, keys, key, queries + i * layout.row_units,
-                      count - i < panel_rows ? count - i : panel_rows, out + i * layout.columns, running + i);
+  stage<Format, Product>({(const type*)h.q, h.q_stride, h.cos, h.sin}, first, whole, end, h.D, (element*)queries);
+  for (int64_t i = 0; i < whole; ++i) {
+    vfloat squares[1] = {};
+    for_lanes(layout.row_units, [&](int64_t k, int count) __attribute__((always_inline)) {
+      vuint v = {};
+      memcpy(&v, queries + i * layout.row_units + k, count * sizeof *queries);
+      squares[0] = Product::add(v, v, squares[0]);
+    });
+    const float bound = __builtin_sqrtf(total(squares)) * longest * scale - headroom;
+    shifts[i] = bound > 0 ? bound : 0;
+  }
+  attend_all(h, layout, memory, count);
+  bool lost = false;
+  for (int64_t i = 0; i < count; ++i) lost |= total({sums[i]}) < smallest;
+  if (lost) {
+    for (int64_t i = 0; i < whole; i += tile_rows) {
+      largest_scores(h, layout, memory, queries + i * layout.row_units, shifts + i);
     }
+    for (int64_t i = 0; i < whole; ++i) shifts[i] *= scale;
+    attend_all(h, layout, memory, count);
   }
 
-  const float scale = log2e / __builtin_sqrtf((float)h.D);
   for (int64_t i = 0; i < count; ++i) {
-    const float sum = total({running[i].sum});
+    const float sum = total({sums[i]});
     type* const dst = (type*)h.out + (first + i) * h.out_stride;
     for_lanes(h.D, [&](int64_t d, int count) __attribute__((always_inline)) {
       store<Format>(dst + d, count, load(out + i * layout.columns + d) / sum);
     });
-    h.lse[first + i] = running[i].most * scale + __builtin_log2f(sum);
+    h.lse[first + i] = shifts[i] + __builtin_log2f(sum);
   }
 }
 

@@ -7,8 +7,6 @@
 
 namespace {
 
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 // One row of D elements, rotated if there are tables, padded with zeros to a multiple of `lanes` elements.
 template <class Format, class Product>
 inline void stage_row(const typename Format::type* src, int64_t D, const float* cos, const float* sin,
