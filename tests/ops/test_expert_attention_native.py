@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import assert_threads_do_not_matter, check_budget
@@ -117,6 +119,22 @@ def test_large_and_missing_scores():
     others = [i for i in range(30) if i != 3]
     assert out[0, 3].isnan().all() and out[0, others].isfinite().all() and grad_q[0, others].isfinite().all()
     assert grad_k.isnan().all() and grad_v.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [300.0, 1e21])
+def test_scores_far_below_the_product_of_lengths(length, dtype):
+    """The kernel takes that product for the largest score, which here it is not; 1e42 is not even a number of fp32."""
+    inputs, _ = problem(1, 70, 1, 8, dtype)
+    q, k, v, _ = inputs
+    q[0, ::2, 0], k[..., 1], k[..., 0] = length, length, 0  # every other query is long; long channels do not meet
+    q[..., 1] = 0
+    tables = [torch.ones(70, 8), torch.zeros(70, 8)]
+    out, lse = forward(q, k, v, *tables, 1, None)
+    check_budget("out", out, truth(tables, 1)(*(t.double() for t in (q, k, v))), plain(tables, 1)(q, k, v), times=1.5)
+    scores = q[0].double() @ k[0].double().T / 8**0.5
+    # The coarse exp2 errs by 7.5e-5, which is 1.1e-4 in log2.
+    torch.testing.assert_close(lse[0, 0].double(), scores.logsumexp(1) / math.log(2), rtol=1e-5, atol=2e-4)
 
 
 def test_very_negative_scores():
