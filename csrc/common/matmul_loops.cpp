@@ -67,11 +67,8 @@ void pack_right(const mk_matmul_args& m, int64_t begin, int64_t end, void* right
           Product::store(rows + j * staged + i, gather<Format>(column + i * m.b_stride_row, m.b_stride_row, count));
         });
       }
-      const unit* const src = (const unit*)rows;
-      unit* const piece = dst + k / Product::depth * tile_columns;
-      for (int64_t u = 0; u < units<Product>(length); ++u) {
-        for (int64_t j = 0; j < columns; ++j) piece[u * tile_columns + j] = src[j * (staged / Product::depth) + u];
-      }
+      to_columns((const unit*)rows, staged / Product::depth, units<Product>(length),
+                 dst + k / Product::depth * tile_columns);
     }
   }
 }

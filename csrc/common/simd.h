@@ -41,6 +41,17 @@ inline vfloat load(const float* p) {
 }
 inline void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
 
+// Lane i of the result is lane from[i] of a, or from[i] - lanes of b. `from` is known to the compiler.
+inline vuint shuffle(vuint a, vuint b, vuint from) {
+#if defined(__clang__)
+  vuint r;
+  MK_UNROLL for (int i = 0; i < lanes; ++i) r[i] = from[i] < lanes ? a[from[i]] : b[from[i] - lanes];
+  return r;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // The sum of all lanes of all vectors.
 template <int n>
 inline float total(const vfloat (&v)[n]) {

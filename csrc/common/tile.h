@@ -87,6 +87,38 @@ inline void add_product(const unit* a, int64_t a_stride, const unit* b, int64_t 
   }
 }
 
+// Rows become columns: in turn, each bit of the number of a row is exchanged for that of the number of a lane.
+inline void transpose(vuint (&rows)[lanes]) {
+  MK_UNROLL for (int bit = 1; bit < lanes; bit *= 2) {
+    vuint first, second;
+    MK_UNROLL for (int l = 0; l < lanes; ++l) {
+      first[l] = l & bit ? lanes + l - bit : l;
+      second[l] = l & bit ? lanes + l : l + bit;
+    }
+    MK_UNROLL for (int i = 0; i < lanes; ++i) {
+      if (i & bit) continue;
+      const vuint a = rows[i], b = rows[i + bit];
+      rows[i] = shuffle(a, b, first);
+      rows[i + bit] = shuffle(a, b, second);
+    }
+  }
+}
+
+// The first `count` units of tile_columns rows, which are `stride` units apart, to rows of the right operand. Reads
+// whole vectors.
+inline void to_columns(const unit* rows, int64_t stride, int64_t count, unit* right) {
+  for (int64_t k = 0; k < count; k += lanes) {
+    for (int64_t j = 0; j < tile_columns; j += lanes) {
+      vuint block[lanes];
+      MK_UNROLL for (int i = 0; i < lanes; ++i) memcpy(&block[i], rows + (j + i) * stride + k, sizeof block[i]);
+      transpose(block);
+      MK_UNROLL for (int i = 0; i < lanes; ++i) {
+        if (k + i < count) memcpy(right + (k + i) * tile_columns + j, &block[i], sizeof block[i]);
+      }
+    }
+  }
+}
+
 // A tile c, whose rows are `c_stride` apart, becomes a * b, or grows by it. Not inlined: among other code the compiler
 // would not keep the sums in registers.
 template <class Product, bool grows>

@@ -53,12 +53,10 @@ template <class Format, class Product>
 void pack_columns(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, unit* dst) {
   alignas(64) typename Product::element rows[tile_columns * mk::max_head_width];
   const int64_t units = round_up(D, lanes) / Product::depth, used = (D + Product::depth - 1) / Product::depth;
-  const unit* const src = (const unit*)rows;
   for (int64_t t = 0; t < padded; t += tile_columns) {
     stage<Format, Product>(x, t, tile_columns, L, D, rows);
-    for (int64_t k = 0; k < used; ++k, dst += tile_columns) {
-      for (int j = 0; j < tile_columns; ++j) dst[j] = src[j * units + k];
-    }
+    to_columns((const unit*)rows, units, used, dst);
+    dst += used * tile_columns;
   }
 }
 
