@@ -17,7 +17,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 SHAPES = {
     "one of each": (1, 1, 1),
     "less than a tile": (5, 3, 7),
-    "more than a panel of rows": (98, 20, 70),
+    "panels of 66, 72 and 62 rows": (200, 20, 70),
     "odd depth": (9, 65, 66),
     "sums of two pieces": (13, 97, 20),
     "sums of many pieces, two groups of columns": (20, 1701, 300),

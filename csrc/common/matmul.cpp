@@ -30,14 +30,19 @@ MK_API int mk_matmul(const void* block, uint64_t nbytes) {
       });
   if (status) return status;
 
+  // Panels are equally high, whole steps but for the last one: a short one would leave threads idle.
+  const auto first_row = [&](int64_t panel) {
+    const int64_t step = mk::matmul_row_step, row = (a.M * panel / panels + step - 1) / step * step;
+    return row < a.M ? row : a.M;
+  };
   std::atomic<bool> failed{false};
   status = mk::parallel_for(panels * groups, grain, [&](int64_t begin, int64_t end) {
     void* const left = mk::workspace(left_bytes);
     if (!left) failed = true;
     for (int64_t i = begin; left && i < end; ++i) {
-      const int64_t row = i / groups * mk::matmul_rows, group = i % groups;
-      if (i == begin || group == 0) loops.pack_left(a, row, left);
-      loops.block(a, left, right, row, group * mk::matmul_columns);
+      const int64_t group = i % groups, row = first_row(i / groups), rows = first_row(i / groups + 1) - row;
+      if (i == begin || group == 0) loops.pack_left(a, row, rows, left);
+      loops.block(a, left, right, row, rows, group * mk::matmul_columns);
     }
   });
   return failed ? mk::no_memory(function) : status;

@@ -5,7 +5,9 @@
 
 namespace {
 
-static_assert(mk::matmul_rows % tile_rows == 0 && mk::matmul_columns % tile_columns == 0, "blocks consist of tiles");
+static_assert(mk::matmul_row_step % tile_rows == 0 && mk::matmul_rows % mk::matmul_row_step == 0 &&
+                  mk::matmul_columns % tile_columns == 0,
+              "blocks consist of tiles");
 
 // K in units.
 template <class Product>
@@ -74,9 +76,9 @@ void pack_right(const mk_matmul_args& m, int64_t begin, int64_t end, void* right
 }
 
 template <class Format, class Product>
-void pack_left(const mk_matmul_args& m, int64_t row, void* left) {
+void pack_left(const mk_matmul_args& m, int64_t row, int64_t rows, void* left) {
   typedef typename Format::type type;
-  const int64_t rows = least(m.M - row, mk::matmul_rows), length = Product::chain * Product::depth;
+  const int64_t length = Product::chain * Product::depth;
   for (int64_t k = 0; k < m.K; k += length) {
     const type* const a = (const type*)m.a + row * m.a_stride_row + k * m.a_stride_column;
     unit* const dst = (unit*)left + k / Product::depth * mk::matmul_rows;
@@ -103,10 +105,10 @@ void pack_left(const mk_matmul_args& m, int64_t row, void* left) {
 }
 
 template <class Format, class Product>
-void block(const mk_matmul_args& m, const void* left, const void* right, int64_t row, int64_t column) {
+void block(const mk_matmul_args& m, const void* left, const void* right, int64_t row, int64_t rows, int64_t column) {
   typedef typename Format::type type;
   alignas(64) float sums[mk::matmul_rows * tile_columns];
-  const int64_t rows = least(m.M - row, mk::matmul_rows), end = least(m.N, column + mk::matmul_columns);
+  const int64_t end = least(m.N, column + mk::matmul_columns);
   const int64_t K = units<Product>(m.K);
   for (; column < end; column += tile_columns) {
     memset(sums, 0, sizeof sums);
