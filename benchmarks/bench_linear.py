@@ -1,4 +1,4 @@
-"""The dense fp32 product of the adapter's layers on a CPU, against torch's: the feed-forward's first layer."""
+"""The dense product of the adapter's layers on a CPU, against torch's: the feed-forward's first layer."""
 
 from __future__ import annotations
 

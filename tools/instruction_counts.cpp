@@ -94,9 +94,9 @@ void call(const char* name, const char* variant, Function function, const Args& 
 #define CALL(function, variant, args) call(#function, variant, function, args)
 
 void matmul() {
-  if (dtype != MK_F32) return;
   constexpr int64_t M = 100, N = 260, K = 100;  // blocks and a rest of each
-  mk_matmul_args a = {floats(M * K), floats(K * N), floats(N), floats(M * N), floats(M * N), M, N, K, K, 1, 1, K, N, N};
+  mk_matmul_args a = {tensor(M * K), tensor(K * N), tensor(N), tensor(M * N), tensor(M * N), M, N, K, K, 1, 1, K, N, N,
+                      dtype};
   CALL(mk_matmul, "forward", a);
   // The gradient of a weight: the first matrix is transposed, the second is not, and there is nothing to add.
   a.bias = a.added = 0;

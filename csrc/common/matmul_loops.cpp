@@ -83,7 +83,7 @@ void pack_left(const mk_matmul_args& m, int64_t row, int64_t rows, void* left) {
     const type* const a = (const type*)m.a + row * m.a_stride_row + k * m.a_stride_column;
     unit* const dst = (unit*)left + k / Product::depth * mk::matmul_rows;
     const int64_t columns = least(m.K - k, length);
-    if (rows < mk::matmul_rows) memset(dst, 0, mk::matmul_rows * Product::chain * sizeof *dst);
+    memset(dst + rows * Product::chain, 0, (round_up(rows, tile_rows) - rows) * Product::chain * sizeof *dst);
     if (m.a_stride_row == 1) {
       for (int64_t j = 0; j < columns; j += Product::depth) {
         for_lanes(rows, [&](int64_t i, int count) __attribute__((always_inline)) {
@@ -111,7 +111,7 @@ void block(const mk_matmul_args& m, const void* left, const void* right, int64_t
   const int64_t end = least(m.N, column + mk::matmul_columns);
   const int64_t K = units<Product>(m.K);
   for (; column < end; column += tile_columns) {
-    memset(sums, 0, sizeof sums);
+    memset(sums, 0, round_up(rows, tile_rows) * tile_columns * sizeof *sums);
     for (int64_t k = 0; k < K; k += Product::chain) {
       const int64_t depth = least(K - k, Product::chain);
       const unit* const a = (const unit*)left + k * mk::matmul_rows;
