@@ -11,11 +11,11 @@ constexpr int panel_rows = 4 * tile_rows, key_block = 384;
 static_assert(key_block % tile_columns == 0, "blocks of keys consist of whole tiles");
 constexpr float log2e = 1.44269504f;
 
-// A query's scores become powers of 2 relative to `shift`, which need not be its largest score: that would cost a pass
-// over the scores. A score is at most |q| |k| for the longest key, a bound from which `headroom` is taken off so that
-// powers far below it stay normal numbers, and the largest is below the range of fp32 by more than any value is above
-// it. Only queries whose sum of powers is smaller than `smallest` take their largest score after all.
-constexpr float headroom = 32, smallest = 0x1p-64f;
+// A query's scores become powers of 2 relative to a `shift`. If it were the largest score, finding that would cost a
+// pass over all of them; anything near it keeps powers and sums within the range of fp32. No shift is needed where
+// lengths of queries and keys bound the scores by `harmless`. Elsewhere a tile of keys is looked at, and all keys if a
+// sum of powers relative to their largest score is `too_large` after all.
+constexpr float harmless = 48, too_large = 0x1p64f;
 
 // Where things lie in the workspace: keys, values, the length of the longest key; of a group of queries themselves,
 // their shifts, sums of powers (a vector each) and sums of values.
@@ -48,20 +48,16 @@ int64_t workspace_bytes(int64_t L, int64_t D) {
 
 inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 
-// The largest of all lanes of all vectors.
-template <int n>
-inline float largest(const vfloat (&v)[n]) {
-  vfloat all = v[0];
-  MK_UNROLL for (int i = 1; i < n; ++i) all = larger(v[i], all);
-  float most = all[0];
-  for (int i = 1; i < lanes; ++i) most = all[i] > most ? all[i] : most;
+inline float largest(vfloat v) {
+  float most = v[0];
+  for (int i = 1; i < lanes; ++i) most = v[i] > most ? v[i] : most;
   return most;
 }
 
-// The length of the longest of the keys, whose number is a multiple of tile_columns.
+// The square of the length of the longest of the keys, whose number is a multiple of tile_columns.
 template <class Product>
 float longest_key(const unit* keys, int64_t count, int64_t units) {
-  vfloat most[tile_vectors] = {};
+  vfloat most = {};
   for (int64_t j = 0; j < count; j += tile_columns) {
     vfloat squares[tile_vectors] = {};
     for (int64_t k = 0; k < units; ++k, keys += tile_columns) {
@@ -71,9 +67,26 @@ float longest_key(const unit* keys, int64_t count, int64_t units) {
         squares[n] = Product::add(v, v, squares[n]);
       }
     }
-    MK_UNROLL for (int n = 0; n < tile_vectors; ++n) most[n] = larger(squares[n], most[n]);
+    MK_UNROLL for (int n = 0; n < tile_vectors; ++n) most = larger(squares[n], most);
   }
-  return __builtin_sqrtf(largest(most));
+  return largest(most);
+}
+
+// The same of queries.
+template <class Product>
+float longest_query(const unit* queries, int64_t count, int64_t row_units) {
+  float most = 0;
+  for (int64_t i = 0; i < count; ++i, queries += row_units) {
+    vfloat squares[1] = {};
+    for_lanes(row_units, [&](int64_t k, int count) __attribute__((always_inline)) {
+      vuint v = {};
+      memcpy(&v, queries + k, count * sizeof *queries);
+      squares[0] = Product::add(v, v, squares[0]);
+    });
+    const float square = total(squares);
+    most = square > most ? square : most;
+  }
+  return most;
 }
 
 template <class Format, class Product>
@@ -157,21 +170,22 @@ void attend_all(const mk::AttentionHead& h, const Layout<Product>& layout, unit*
   }
 }
 
-// The largest scores of `tile_rows` queries.
+// The largest score of each of `tile_rows` queries among the first `count` keys.
 template <class Product>
-void largest_scores(const mk::AttentionHead& h, const Layout<Product>& layout, const unit* keys, const unit* queries,
+void largest_scores(const Layout<Product>& layout, const unit* keys, int64_t count, const unit* queries, float scale,
                     float* most) {
-  for (int m = 0; m < tile_rows; ++m) most[m] = -__builtin_inff();
-  for (int64_t key = 0; key < h.L; key += tile_columns) {
+  vfloat largest_of[tile_rows];
+  for (int m = 0; m < tile_rows; ++m) largest_of[m] = vfloat{} - __builtin_inff();
+  for (int64_t key = 0; key < count; key += tile_columns) {
     alignas(64) float scores[tile_rows * tile_columns];
     multiply<Product, false>(queries, layout.row_units, keys + key * layout.units, layout.units, scores, tile_columns);
     for (int m = 0; m < tile_rows; ++m) {
-      for (int64_t j = 0; j < least(h.L - key, tile_columns); ++j) {
-        const float score = scores[m * tile_columns + j];
-        most[m] = score > most[m] ? score : most[m];
-      }
+      float* const row = scores + m * tile_columns;
+      for (int64_t j = count - key; j < tile_columns; ++j) row[j] = row[0];  // keys that do not count
+      for (int n = 0; n < tile_columns; n += lanes) largest_of[m] = larger(load(row + n), largest_of[m]);
     }
   }
+  for (int m = 0; m < tile_rows; ++m) most[m] = largest(largest_of[m]) * scale;
 }
 
 template <class Format, class Product>
@@ -188,25 +202,17 @@ void rows(const mk::AttentionHead& h, void* workspace, int64_t first, int64_t en
   const int64_t count = end - first, whole = round_up(count, tile_rows);
 
   stage<Format, Product>({(const type*)h.q, h.q_stride, h.cos, h.sin}, first, whole, end, h.D, (element*)queries);
-  for (int64_t i = 0; i < whole; ++i) {
-    vfloat squares[1] = {};
-    for_lanes(layout.row_units, [&](int64_t k, int count) __attribute__((always_inline)) {
-      vuint v = {};
-      memcpy(&v, queries + i * layout.row_units + k, count * sizeof *queries);
-      squares[0] = Product::add(v, v, squares[0]);
-    });
-    const float bound = __builtin_sqrtf(total(squares)) * longest * scale - headroom;
-    shifts[i] = bound > 0 ? bound : 0;
-  }
-  attend_all(h, layout, memory, count);
-  bool lost = false;
-  for (int64_t i = 0; i < count; ++i) lost |= total({sums[i]}) < smallest;
-  if (lost) {
-    for (int64_t i = 0; i < whole; i += tile_rows) {
-      largest_scores(h, layout, memory, queries + i * layout.row_units, shifts + i);
+  const float squares = longest_query<Product>(queries, count, layout.row_units) * longest;
+  const bool is_harmless = squares * scale * scale <= harmless * harmless;
+  bool done = false;
+  for (int64_t seen = is_harmless ? 0 : least(tile_columns, h.L); !done; seen = h.L) {
+    memset(shifts, 0, whole * sizeof *shifts);
+    for (int64_t i = 0; seen > 0 && i < whole; i += tile_rows) {
+      largest_scores(layout, memory, seen, queries + i * layout.row_units, scale, shifts + i);
     }
-    for (int64_t i = 0; i < whole; ++i) shifts[i] *= scale;
     attend_all(h, layout, memory, count);
+    done = true;
+    for (int64_t i = 0; seen < h.L && i < count; ++i) done &= !(total({sums[i]}) > too_large);
   }
 
   for (int64_t i = 0; i < count; ++i) {

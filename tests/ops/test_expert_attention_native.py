@@ -122,13 +122,15 @@ def test_large_and_missing_scores():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [300.0, 1e21])
-def test_scores_far_below_the_product_of_lengths(length, dtype):
-    """The kernel takes that product for the largest score, which here it is not; 1e42 is not even a number of fp32."""
-    inputs, _ = problem(1, 70, 1, 8, dtype)
-    q, k, v, _ = inputs
-    q[0, ::2, 0], k[..., 1], k[..., 0] = length, length, 0  # every other query is long; long channels do not meet
-    q[..., 1] = 0
+@pytest.mark.parametrize("case", ["long but orthogonal", "too long to be squared", "the last key only"])
+def test_scores_beyond_what_powers_can_hold(case, dtype):
+    """Which keys' scores the kernel looks at beforehand depends on lengths, and on whether that turns out to do."""
+    (q, k, v, _), _ = problem(1, 70, 1, 8, dtype)
+    length = 1e21 if case == "too long to be squared" else 300
+    q[0, ::2, 0] = length
+    q[..., 1], k[..., 0], k[..., 1] = 0, 0, length
+    if case == "the last key only":
+        k[..., -1, 0] = length
     tables = [torch.ones(70, 8), torch.zeros(70, 8)]
     out, lse = forward(q, k, v, *tables, 1, None)
     check_budget("out", out, truth(tables, 1)(*(t.double() for t in (q, k, v))), plain(tables, 1)(q, k, v), times=1.5)
