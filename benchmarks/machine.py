@@ -35,7 +35,7 @@ def peaks(device: str) -> dict[str, Any]:
             continue
         a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
         candidates = [lambda a=a, b=b: a @ b]
-        if device == "cpu" and dtype == torch.float32:
+        if device == "cpu":
             candidates.append(lambda a=a, b=b: product(a, b.T))
         flops[name] = 2 * side**3 / min(_seconds(c, device) for c in candidates)
     source = torch.randn(1 << (28 if device == "cuda" else 25), device=device)
@@ -83,9 +83,9 @@ def versions() -> dict[str, str]:
 
 def _seconds(call: Callable[[], object], device: str) -> float:
     """The shortest time of a call."""
-    best, end = float("inf"), time.perf_counter() + SECONDS
     call()
-    while time.perf_counter() < end:
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         if device == "cuda":

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import baselines
+from benchmarks import baselines, machine
 from benchmarks import race as racing
 from benchmarks.cases import BOTH, FORWARD, TINY
 from benchmarks.race import race
@@ -212,3 +212,8 @@ def test_a_session_that_is_stopped_keeps_what_it_measured(tmp_path) -> None:
     assert [(m["variant"], m["outcome"]) for m in found["missing"]] == [("triton", "skipped")]
     assert "cuda tensors" in found["missing"][0]["reason"]
     assert found["machine"]["peaks"]["flops"]["fp32"] > 1e9 and found["versions"]["torch"] == torch.__version__
+
+
+def test_a_limit_is_measured_however_long_a_call_takes(monkeypatch):
+    monkeypatch.setattr(machine, "SECONDS", 0)
+    assert 0 < machine._seconds(lambda: None, "cpu") < 1
