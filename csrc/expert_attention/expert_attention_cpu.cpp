@@ -1,9 +1,6 @@
 #include "expert_attention/expert_attention_cpu.h"
 
-#include <stdlib.h>
-
 #include <atomic>
-#include <memory>
 
 #include "common/cpu.h"
 #include "expert_attention/expert_attention.h"
@@ -15,6 +12,7 @@ namespace {
 
 // Backward: how many tasks are enough for the threads of a large machine, and the fewest keys that a task is worth.
 constexpr int64_t enough_tasks = 64, fewest_keys = 384;
+constexpr int64_t most_scratch = 1 << 26;  // bytes, unless so many tasks need more
 
 template <class Args>
 int check(const char* function, const Args& a) {
@@ -88,11 +86,11 @@ MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
   // Keys of a head are split where there are few heads: by their number alone, so that threads do not change the bits.
   const int64_t wanted = (enough_tasks + heads - 1) / heads, most = (a.L + fewest_keys - 1) / fewest_keys;
   const int64_t parts = wanted < most ? wanted : most, keys = (a.L + parts - 1) / parts;
-  const int64_t part_size = loops.part_size(a.L, a.D);
-  const std::unique_ptr<float, decltype(&free)> partial{
-      (float*)aligned_alloc(64, (size_t)(heads * parts * part_size) * sizeof(float)), &free};
+  const int64_t part_size = loops.part_size(a.L, a.D), head_size = parts * part_size * (int64_t)sizeof(float);
+  // As many heads at a time as keeps the threads busy, and their parts in scratch memory that is worth keeping.
+  const int64_t fitting = most_scratch / head_size, group = fitting < enough_tasks ? enough_tasks : fitting;
+  float* const partial = (float*)mk::workspace((group < heads ? group : heads) * head_size, mk::shared_slot);
   if (!partial) return mk::no_memory(function);
-  mk_advise_huge_pages((uint64_t)partial.get(), (uint64_t)(heads * parts * part_size) * sizeof(float));
 
   const auto gradients = [&](int64_t index) {
     const int64_t pair = index / a.H, offset = itemsize * (index % a.H) * a.D;
@@ -104,17 +102,22 @@ MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
   };
   std::atomic<bool> failed{false};
   const int64_t grain = 1 + (1 << 20) / (a.L * keys * a.D);
-  int status = mk::parallel_for(heads * parts, grain, [&](int64_t begin, int64_t end) {
-    void* const workspace = mk::workspace(bytes);
-    if (!workspace) failed = true;
-    for (int64_t i = begin; workspace && i < end; ++i) {
-      const int64_t first = i % parts * keys, last = first + keys < a.L ? first + keys : a.L;
-      loops.keys(gradients(i / parts), workspace, first, last, partial.get() + i * part_size);
-    }
-  });
-  if (failed) return mk::no_memory(function);
-  if (status) return status;
-  return mk::parallel_for(heads, 1 + (1 << 20) / (part_size * parts), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) loops.queries(gradients(i), partial.get() + i * parts * part_size, parts);
-  });
+  for (int64_t first = 0; first < heads; first += group) {
+    const int64_t count = heads - first < group ? heads - first : group;
+    int status = mk::parallel_for(count * parts, grain, [&](int64_t begin, int64_t end) {
+      void* const workspace = mk::workspace(bytes);
+      if (!workspace) failed = true;
+      for (int64_t i = begin; workspace && i < end; ++i) {
+        const int64_t key = i % parts * keys, last = key + keys < a.L ? key + keys : a.L;
+        loops.keys(gradients(first + i / parts), workspace, key, last, partial + i * part_size);
+      }
+    });
+    if (failed) return mk::no_memory(function);
+    if (status) return status;
+    status = mk::parallel_for(count, 1 + (1 << 20) / (part_size * parts), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) loops.queries(gradients(first + i), partial + i * parts * part_size, parts);
+    });
+    if (status) return status;
+  }
+  return MK_OK;
 }

@@ -90,6 +90,14 @@ def test_padding_is_neither_read_nor_computed(dtype):
         assert torch.equal(a[:2], e) and not a[2].any()
 
 
+def test_more_heads_than_scratch_memory_is_kept_for():
+    """Backward takes them in two goes."""
+    inputs, tables = problem(2740, 64, 16, 2, torch.float32)
+    expected = both(*(t[-10:].clone() for t in inputs), tables, 16)
+    for a, e in zip(both(*inputs, tables, 16), expected, strict=True):
+        assert torch.equal(a[-10:], e)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype):
     """Slices of one projection, pairs that are one and the same, gradients without strides."""
