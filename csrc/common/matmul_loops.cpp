@@ -16,7 +16,8 @@ inline int64_t units(int64_t K) {
 }
 
 // a is packed in pieces of `Product::chain` units along its rows, (matmul_rows, Product::chain) each; b in tiles of
-// columns, (units, tile_columns) each. Zeros fill up what is not whole.
+// columns, (units, tile_columns) each. A unit is filled up with zero; what fills up tiles is anything, since nobody
+// looks at the sums that come of it.
 template <class Product>
 int64_t left_bytes(int64_t K) {
   return round_up(units<Product>(K), Product::chain) * mk::matmul_rows * (int64_t)sizeof(unit);
@@ -50,7 +51,6 @@ void pack_right(const mk_matmul_args& m, int64_t begin, int64_t end, void* right
     unit* const dst = (unit*)right + n * units<Product>(m.K);
     const type* const b = (const type*)m.b + n * m.b_stride_column;
     const int64_t columns = least(end - n, tile_columns);
-    if (columns < tile_columns) memset(dst, 0, units<Product>(m.K) * tile_columns * sizeof *dst);
     if (m.b_stride_column == 1) {
       for (int64_t k = 0; k < m.K; k += Product::depth) {
         for_lanes(columns, [&](int64_t j, int count) __attribute__((always_inline)) {
@@ -83,7 +83,6 @@ void pack_left(const mk_matmul_args& m, int64_t row, int64_t rows, void* left) {
     const type* const a = (const type*)m.a + row * m.a_stride_row + k * m.a_stride_column;
     unit* const dst = (unit*)left + k / Product::depth * mk::matmul_rows;
     const int64_t columns = least(m.K - k, length);
-    memset(dst + rows * Product::chain, 0, (round_up(rows, tile_rows) - rows) * Product::chain * sizeof *dst);
     if (m.a_stride_row == 1) {
       for (int64_t j = 0; j < columns; j += Product::depth) {
         for_lanes(rows, [&](int64_t i, int count) __attribute__((always_inline)) {
