@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # a cached graph would test yesterday's code
 
-import numpy as np
 import pytest
 import torch
 
@@ -50,31 +49,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips a test unless Triton interprets its kernels, and mends the interpreter's bfloat16.
-
-    It truncates where a GPU rounds, and multiplies the bits as integers (Triton 3.6).
-    """
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Skips a test unless Triton interprets its kernels, and makes the interpreter as strict as a GPU."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("TRITON_INTERPRET=1 is not set")
-    tl = pytest.importorskip("triton.language")
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    pytest.importorskip("triton")
+    from interpreter import strict
 
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def nearest(self, source, target):
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, target)
-        narrow = torch.tensor(source.data).bfloat16().view(torch.int16).numpy()
-        return TensorHandle(narrow.view(np.uint16), tl.bfloat16)
-
-    def widened(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", nearest)
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-    )
     monkeypatch.setattr(_triton, "INTERPRETED_DTYPES", _triton.DTYPES)
+    with strict():
+        yield
