@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -95,9 +96,14 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 
 def _clock(device: str) -> float | None:
-    """MHz now."""
+    """MHz now; None where the system does not tell."""
     if device == "cuda":
-        return float(torch.cuda.clock_rate())
+        gpu = f"GPU-{torch.cuda.get_device_properties().uuid}"
+        query = ["nvidia-smi", "-i", gpu, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+        try:
+            return float(subprocess.run(query, capture_output=True, text=True, timeout=20).stdout)
+        except (OSError, subprocess.TimeoutExpired, ValueError):
+            return None
     path = Path("/proc/cpuinfo")
     found = re.findall(r"^cpu MHz\s*: (.*)$", path.read_text(), re.MULTILINE) if path.exists() else []
     return max(map(float, found), default=None)
