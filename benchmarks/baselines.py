@@ -25,8 +25,12 @@ from .suite import Inputs, Variant
 
 Tables = tuple[Tensor, Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (P, H, L, D) each, rotated
-SDPA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-SDPA_NOTE = "SDPA: cuDNN where it can, else flash" if torch.cuda.is_available() else "SDPA: flash"
+SDPA_BACKENDS = [  # the best first
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
+SDPA_NOTE = (
+    "SDPA: cuDNN where it can, else flash, else memory-efficient" if torch.cuda.is_available() else "SDPA: flash"
+)
 
 
 def rotate(x: Tensor, tables: Tables) -> Tensor:
@@ -133,12 +137,12 @@ def grouped(block: Block, layer: str, parts: list[Tensor]) -> Tensor:
     return out + biases.repeat_interleave(counts, 0, output_size=len(x))[:, None]
 
 
-FLEX_BLOCK = 64  # tokens
+FLEX_BLOCK = {"cpu": 64, "cuda": 128}  # tokens: a multiple of the tiles that its kernels take by themselves
 
 
 def pair_mask(pairs: int, tokens: int, device: torch.device) -> BlockMask:
     """Everybody sees their own pair, all of it: no block is cut."""
-    size = FLEX_BLOCK if tokens % FLEX_BLOCK == 0 else tokens
+    size = FLEX_BLOCK[device.type] if tokens % FLEX_BLOCK[device.type] == 0 else tokens
     n, total = tokens // size, pairs * (tokens // size)
     blocks = torch.arange(total, device=device)
     full = (blocks[:, None] // n * n + blocks).int()[None, None] % max(total, 1)  # the first n of a row count
@@ -284,8 +288,9 @@ def flash_varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _flex_declines(case: Case, device: torch.device) -> str | None:
-    if case.side**2 % FLEX_BLOCK:
-        return f"it works in blocks of {FLEX_BLOCK}, of which {case.side**2} tokens are no multiple"
+    block = FLEX_BLOCK[device.type]
+    if case.side**2 % block:
+        return f"it works in blocks of {block}, of which {case.side**2} tokens are no multiple"
     if not case.picks:
         return "there is no pair"
     if device.type == "cpu" and case.direction != FORWARD:

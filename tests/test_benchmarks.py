@@ -54,7 +54,7 @@ def test_baselines_are_right(suite, name) -> None:
 
 def test_flex_attention_visits_the_blocks_of_a_pair_and_no_others() -> None:
     """Compiled, it skips what is not listed and does not ask the mask about the rest; uncompiled it ignores blocks."""
-    found = baselines.pair_mask(3, 2 * baselines.FLEX_BLOCK, CPU).to_dense()[0, 0]
+    found = baselines.pair_mask(3, 2 * baselines.FLEX_BLOCK["cpu"], CPU).to_dense()[0, 0]
     assert torch.equal(found.bool(), torch.block_diag(*[torch.ones(2, 2)] * 3).bool())
 
 
