@@ -263,7 +263,8 @@ def _forward_only(why: str) -> Callable[[Case, torch.device], str | None]:
     return lambda case, device: None if case.direction == FORWARD else why
 
 
-def _on_gpu_forward(case: Case, device: torch.device) -> str | None:
+def graph_declines(case: Case, device: torch.device) -> str | None:
+    """Why :func:`graphed` cannot run a case."""
     if device.type != "cuda":
         return "CUDA graphs need a GPU"
     return _forward_only("the backward pass of a captured graph is not wired up")(case, device)
@@ -306,7 +307,7 @@ LADDER = (
     Variant("official + SDPA, compiled", functools.partial(compute, fuse=fuse_dense), prepare=compiled),
     Variant("ragged + SDPA", ragged, note=SDPA_NOTE),
     Variant("ragged + SDPA, compiled", ragged, prepare=compiled),
-    Variant("ragged + SDPA, CUDA graph", ragged, prepare=graphed, declines=_on_gpu_forward),
+    Variant("ragged + SDPA, CUDA graph", ragged, prepare=graphed, declines=graph_declines),
     Variant(
         "ragged + FlexAttention, compiled",
         functools.partial(compute, fuse=functools.partial(fuse_packed, attention=flex)),

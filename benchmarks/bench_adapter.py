@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mova_kernels import MoVAdapter, MoVAdapterConfig, backends, use_backend
+from mova_kernels import MoVAdapter, MoVAdapterConfig, backends, device_routing, use_backend
 from mova_kernels.dense_reference import rope_tables
 
 from . import baselines, cases
@@ -72,6 +72,12 @@ def truth(t: Inputs) -> Tensor:
 def ours(t: Inputs) -> Tensor:
     """The module."""
     return t.module(t.base, t.packed, t.selected, t.text, grids=t.grids)
+
+
+def ours_on_device(t: Inputs) -> Tensor:
+    """The module as a CUDA graph can hold it: for every routing of these samples."""
+    with device_routing():
+        return t.module(t.base, t.experts, t.mask, t.text, grids=t.grids)
 
 
 def on_backends(run: Callable[[Inputs], Tensor]) -> list[Variant]:
@@ -144,9 +150,13 @@ def _as_if_trained(name: str, shape: torch.Size, draw: Draw) -> Tensor:
     return draw(*shape, scale=0.1)
 
 
+IN_A_GRAPH = Variant(
+    "mova_kernels, CUDA graph", ours_on_device, ours=True,
+    prepare=baselines.graphed, declines=baselines.graph_declines,
+)  # fmt: skip
 SUITE = Suite(
     "adapter", cases.LADDER, inputs, baselines.LADDER, work,
-    ours=on_backends(ours),
+    ours=[*on_backends(ours), IN_A_GRAPH],
     truth=truth, verify=matches_golden_numbers,
 )  # fmt: skip
 test_speed = SUITE.test()

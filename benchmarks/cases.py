@@ -124,6 +124,8 @@ LADDER = [
     *across(replace(SMALL, quick=False), dtype=ON_A_CPU, direction=(BACKWARD, BOTH)),
     Case("bf16", samples=2, quick=False),
     *across(LARGE, direction=(FORWARD, BACKWARD, BOTH)),
+    replace(LARGE, samples=1),
+    replace(LARGE, samples=32, direction=BOTH),
 ]
 # One quantity at a time, everything else as in SMALL.
 SCALING = [

@@ -244,8 +244,8 @@ class Contender:
 
     def _cotangents(self, outputs: list[Tensor]) -> list[Tensor]:
         if not hasattr(self, "cotangents"):
-            dtype, generator = DTYPES[self.case.dtype], torch.Generator().manual_seed(1)
-            drawn = (torch.randn(o.shape, generator=generator).to(dtype) for o in outputs)
+            dtype, generator = DTYPES[self.case.dtype], torch.Generator(self.device).manual_seed(1)
+            drawn = (torch.randn(o.shape, generator=generator, device=self.device).to(dtype) for o in outputs)
             self.cotangents = [c.to(o) for c, o in zip(drawn, outputs, strict=True)]
         return self.cotangents
 

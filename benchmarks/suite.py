@@ -39,11 +39,11 @@ class Draw:
 
     def __init__(self, case: Case, device: torch.device, wide: bool = False) -> None:
         self.dtype, self.device, self.wide = DTYPES[case.dtype], device, wide
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator(device).manual_seed(0)
 
     def __call__(self, *shape: int, scale: float = 1, shift: float = 0) -> Tensor:
         """Normal numbers; in fp64 if ``wide``, without changing their values."""
-        return self.cast(torch.randn(shape, generator=self._generator) * scale + shift)
+        return self.cast(torch.randn(shape, generator=self._generator, device=self.device) * scale + shift)
 
     def cast(self, x: Tensor) -> Tensor:
         x = x.to(self.device, self.dtype)

@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 import gpu_status
 
 ROOT = gpu_status.ROOT
-LIMITS = {"build": 90, "environment": 15, "tests": 190, "demo": 50, "benchmarks": 80}  # seconds
+LIMITS = {"build": 50, "environment": 15, "tests": 185, "demo": 45, "benchmarks": 130}  # seconds
 GRACE = 5  # seconds in which an interrupted part can write what it has, and again in which a killed one ends
 
 
@@ -126,7 +126,8 @@ def benchmarks(report: dict, folder: Path) -> dict:
     if importlib.util.find_spec("pytest_benchmark") is None:
         return {"status": "skipped", "output": "pytest-benchmark is not installed"}
     options = ("--device=cuda", "--full", "--benchmark-only", f"--benchmark-json={folder / 'json'}")
-    cases = "(B4-K3-N7-48x48-bf16 or B8-K3-N7-48x48-bf16-forward) and not compiled and not reference"
+    adapter = "bench_adapter and 48x48-bf16 and (B1- or B8- or B32-)"
+    cases = f"({adapter} or B4-K3-N7-48x48-bf16) and not compiled and not reference"
     outcome = run("benchmarks", folder, "-m", "pytest", "benchmarks", "-k", cases, *options)
     measured = json.loads((folder / "json").read_text())["benchmarks"] if (folder / "json").exists() else []
     for found in measured:
