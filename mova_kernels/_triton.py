@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -29,9 +30,13 @@ def declines(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on cuda tensors, not on {device.type} (TRITON_INTERPRET=1 was not set at triton's import)"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs compute capability 8.0, {device} has {torch.cuda.get_device_capability(device)}"
-    return None
+    capability = _capability(device)
+    return f"it needs compute capability 8.0, {device} has {capability}" if capability < (8, 0) else None
+
+
+@functools.cache  # asking torch takes longer than everything else together
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _interpreted() -> bool:

@@ -310,6 +310,8 @@ class AdapterBlock(nn.Module):
 
     def unusual_modules(self) -> list[str]:
         """The experts' modules whose weights an op must not read behind their back."""
+        if all(map(_are_plain, (self.cross_attn, self.norm1, self.norm2))):
+            return []
         return [name for name, m in self.named_modules() if _is_of_experts(name) and not _is_plain(m)]
 
     def expert_parameters(self, experts: Sequence[int]) -> list[nn.Parameter]:
@@ -447,7 +449,7 @@ class Downsample(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, R*R, C) -> (B, (R // 2)**2, C)."""
-        if all(_is_plain(m) for m in self.modules() if m is not self):
+        if all(map(_are_plain, self.children())):
             first, _, second = cast(list[RegStage], list(self))
             return ops.token_downsample(x, self.resolution, (first.b1.weights(), second.b1.weights()), EPS)
         grid = super().forward(x.unflatten(1, (self.resolution, self.resolution)).permute(0, 3, 1, 2))
@@ -511,19 +513,20 @@ _PLAIN_TENSORS = {nn.Parameter, Tensor, FakeTensor}  # the last one is what torc
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether an op may read the module's weights instead of calling it: nobody has hooked, wrapped or replaced it."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    state = vars(module)
     return (
         type(module) in _PLAIN
-        and getattr(module, "eps", EPS) == EPS
-        and not any(hooks)
-        and "forward" not in vars(module)
-        and all(p is None or type(p) in _PLAIN_TENSORS for p in module._parameters.values())
+        and state.get("eps", EPS) == EPS
+        and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
+        and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
+        and "forward" not in state
+        and all(p is None or type(p) in _PLAIN_TENSORS for p in state["_parameters"].values())
     )
+
+
+def _are_plain(module: nn.Module) -> bool:
+    """Whether the module and all its parts are; without the names that Module.modules() would make up."""
+    return _is_plain(module) and all(map(_are_plain, vars(module)["_modules"].values()))
 
 
 def _normalised(

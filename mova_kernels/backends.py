@@ -92,11 +92,12 @@ def choose(
     name = _requested(op, backend)
     unfit = unfit or {}
     if name == "auto":
-        eligible = (b for b in _TABLE[op].values() if not b.only_when_asked(device) and b.name not in unfit)
-        taken = next(b for b in eligible if not b.declines(device, dtype))
-        if taken.caution and not torch.compiler.is_compiling():
-            _warn(taken.caution)
-        return taken.name
+        for b in _TABLE[op].values():  # the reference, which comes last, is always fit
+            if b.name not in unfit and not b.only_when_asked(device) and not b.declines(device, dtype):
+                break
+        if b.caution and not torch.compiler.is_compiling():
+            _warn(b.caution)
+        return b.name
     candidate = _TABLE[op].get(name)
     if candidate is None:
         reason: str | None = f"it has no such implementation ({_names(op)})"

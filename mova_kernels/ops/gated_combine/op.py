@@ -66,9 +66,11 @@ def gated_combine(
     chosen = _choose(backend, attended)
     if chosen != "reference":
         scale, shift = [n[0] for n in norms], [n[1] for n in norms]
-        parameters = (*scale, *shift, *weights, *biases)
-        function = _GatedCombineFunctorch if functorch_active() else _GatedCombine
-        return function.apply((eps, pairs.bounds, chosen), x, attended, gate.float(), *pairs.tables, *parameters)
+        gate, parameters = gate.float(), (*scale, *shift, *weights, *biases)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, attended, gate, *parameters)):
+            function = _GatedCombineFunctorch if functorch_active() else _GatedCombine
+            return function.apply((eps, pairs.bounds, chosen), x, attended, gate, *pairs.tables, *parameters)
+        return _fwd(x, attended, gate, list(pairs.tables), scale, shift, list(weights), list(biases), eps, chosen)
     normed = F.layer_norm(attended, attended.shape[-1:], eps=eps)
     (projected,) = project([normed], "pair", pairs, norms, [weights], [biases], "reference")
     return reference.gated_combine(x, projected, gate, pairs.sample, pairs.bounds)

@@ -120,8 +120,11 @@ def project(
     sizes = (len(sources), len(scale), len(weight), len(bias))
     sources = [source.to(dtype) for source in sources]
     settings = (rows, dtype, backend, sizes, pairs.bounds, resamplings)
-    function = _RaggedLinearFunctorch if functorch_active() else _RaggedLinear
-    return function.apply(settings, *pairs.tables, *sources, *scale, *shift, *weight, *bias)
+    tensors = (*pairs.tables, *sources, *scale, *shift, *weight, *bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        function = _RaggedLinearFunctorch if functorch_active() else _RaggedLinear
+        return function.apply(settings, *tensors)
+    return _forward(settings, tensors)
 
 
 def _forward_kernel(x, rows, tables, scale, shift, weight, bias, dtype, backend):
