@@ -238,7 +238,7 @@ class MoVAPipeline:
 
         found = self._rows([("text", text) for text in texts], encode)
         text = base.new_zeros(len(asked), found.shape[1])
-        text[torch.tensor(needed, device=base.device)] = found
+        text[[i for i, is_needed in enumerate(needed) if is_needed]] = found
         return text
 
     def _generate(self, texts: Sequence[str], image_tokens: Tensor, **generate: Any) -> list[str]:
