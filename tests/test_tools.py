@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 
 import gpu_check
 import gpu_status
 import instruction_counts
 import pytest
+import torch
 from sass import loop_instructions
 
 
@@ -254,6 +257,15 @@ def test_table_of_gpu_status(given, row):
     assert line.endswith(row)
 
 
+def test_gpu_check_names_missing_packages_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "output_of", lambda *command: "NVIDIA H200")
+    monkeypatch.setattr(gpu_check, "REQUIRED", ("torch", "no_such_package", "nor_this_one"))
+    monkeypatch.setattr(gpu_check.sys, "argv", ["gpu_check.py", str(tmp_path / "results")])
+    with pytest.raises(SystemExit, match="not installed: no_such_package, nor_this_one"):
+        gpu_check.main()
+    assert not (tmp_path / "results").exists()
+
+
 def test_gpu_check_reads_outcomes(tmp_path):
     (tmp_path / "xml").write_text(
         '<testsuites><testsuite><testcase name="test_a" time="1.5"/>'
@@ -302,3 +314,10 @@ def test_all_limits_of_gpu_check_are_under_eight_minutes():
 )
 def test_rates(info, seconds, expected):
     assert gpu_check.rate(info, seconds) == expected
+
+
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch is built with CUDA")
+def test_dry_run_asks_for_a_torch_with_cuda():
+    script = instruction_counts.ROOT / "tools" / "dry_run"
+    found = subprocess.run([sys.executable, script, "-c", "pass"], capture_output=True, text=True)
+    assert found.returncode == 1 and "is built without CUDA" in found.stderr

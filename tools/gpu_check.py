@@ -27,6 +27,7 @@ from xml.etree import ElementTree
 import gpu_status
 
 ROOT = gpu_status.ROOT
+REQUIRED = ("torch", "triton", "huggingface_hub", "safetensors", "numpy", "pytest")  # nothing can be shown without
 LIMITS = {"build": 50, "environment": 15, "tests": 185, "demo": 45, "benchmarks": 130}  # seconds
 GRACE = 5  # seconds in which an interrupted part can write what it has, and again in which a killed one ends
 
@@ -35,6 +36,9 @@ def main() -> int:
     device = output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").split("\n")[0]
     if not device:
         sys.exit("no CUDA device: nvidia-smi names none")
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"not installed: {', '.join(missing)}; docs/gpu-status.md says how to bring packages along")
     device = "-".join(device.replace("/", " ").split())
     file = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "benchmarks" / "results" / device) / "gpu_check.json"
     file.parent.mkdir(parents=True, exist_ok=True)
