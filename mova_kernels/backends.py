@@ -87,17 +87,21 @@ def choose(
 
     Raises:
         ValueError: unknown backend.
-        BackendError: the backend that was asked for cannot run the op here.
+        BackendError: the backend that was asked for cannot run the op here, or none can.
     """
     name = _requested(op, backend)
     unfit = unfit or {}
     if name == "auto":
-        for b in _TABLE[op].values():  # the reference, which comes last, is always fit
+        for b in _TABLE[op].values():
             if b.name not in unfit and not b.only_when_asked(device) and not b.declines(device, dtype):
-                break
-        if b.caution and not torch.compiler.is_compiling():
-            _warn(b.caution)
-        return b.name
+                if b.caution and not torch.compiler.is_compiling():
+                    _warn(b.caution)
+                return b.name
+        reasons = (
+            f"{b.name}: {unfit.get(b.name) or b.only_when_asked(device) or b.declines(device, dtype)}"
+            for b in _TABLE[op].values()
+        )
+        raise BackendError(f"no backend can run {op} on {device.type} {dtype}: {'; '.join(reasons)}")
     candidate = _TABLE[op].get(name)
     if candidate is None:
         reason: str | None = f"it has no such implementation ({_names(op)})"
