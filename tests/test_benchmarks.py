@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,7 +68,8 @@ def test_every_variant_on_a_small_case_in_both_directions(suite) -> None:
         contender.run, contender.inputs = suite.truth, contender._inputs(wide=True)
         expected = contender._values()
         for name, variant in suite.variants.items():
-            if variant.declines(case, CPU) or variant.prepare.__name__ == "compiled":
+            graphed = variant.prepare.__name__ == "graphed"  # captured on a GPU alone, but computed anywhere
+            if (variant.declines(case, CPU) and not graphed) or variant.prepare.__name__ == "compiled":
                 continue
             contender = racing.Contender(suite.inputs.__module__, case, name, CPU)
             contender.run, contender.inputs = variant.run, contender._inputs()
@@ -77,6 +79,23 @@ def test_every_variant_on_a_small_case_in_both_directions(suite) -> None:
                     assert f.shape == e.shape and f.dtype == torch.float32, (name, what)
             assert racing._relative(found["outputs"], expected["outputs"]) < 1e-5, name
             assert (racing._worst(found["gradients"], expected["gradients"]) or 0) < 1e-4, name
+
+
+def test_no_launches_are_reported_where_the_profiler_sees_none() -> None:
+    assert racing._count(lambda: torch.ones(2) + 1) == (None, None)
+
+
+@pytest.mark.parametrize(("said", "clock"), [("1980\n", 1980.0), ("[N/A]\n", None), (None, None)])
+def test_clock_of_a_gpu_is_asked_of_nvidia_smi(monkeypatch, said, clock) -> None:
+    def run(command, **options):
+        if said is None:
+            raise FileNotFoundError(command[0])
+        assert command[:3] == ["nvidia-smi", "-i", "GPU-12ab"]
+        return subprocess.CompletedProcess(command, 0, said, "")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="12ab"))
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    assert machine._clock("cuda") == clock
 
 
 calls = 0
