@@ -2,14 +2,12 @@
 
 # No "from __future__ import annotations": transformers reads the annotation of "config" at run time.
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -17,15 +15,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mova_kernels import MoVAdapter
 
 from ._checks import check, check_weights
-from .checkpoint import read_state
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
 from .pool import ExpertPool, folder
+from .routing_lora import LORA_KEYS, ROUTING_LORA, RoutingLoRA
 
-ROUTING_LORA = "routing"  # the adapter's name in peft, and its folder beside the model
 
-
-class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin):
     """Language model, base encoder, text encoder, MoV-Adapter; and the experts, loaded when they are asked.
 
     Images come prepared (:class:`MoVAProcessor` does it), each with the experts that it selected; to let the model pick
@@ -46,6 +42,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [LORA_KEYS]  # noqa: RUF012  # they are loaded from their own folder
 
     def __init__(self, config: MoVAConfig) -> None:
         super().__init__(config)
@@ -262,63 +259,6 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    # The routing LoRA changes the language model in the routing pass alone. It is peft's own work: transformers' mixin
-    # around it wants, at the time of writing, a peft that is not released yet.
-
-    def add_routing_lora(self, config: Any) -> None:
-        """Give the language model a LoRA for the routing pass.
-
-        Args:
-            config: a ``peft.LoraConfig`` for the language model.
-        """
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(config, self.language_model, adapter_name=ROUTING_LORA)
-        self._switch_lora(False)
-        self.config.routing_lora = True
-
-    def load_routing_lora(self, directory: str | Path) -> None:
-        """Load one that :meth:`save_pretrained`, or peft for the language model, wrote.
-
-        Raises:
-            ValueError: weights are missing or unknown.
-        """
-        from peft import PeftConfig, set_peft_model_state_dict
-
-        state = read_state(Path(directory))
-        state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-        self.add_routing_lora(PeftConfig.from_pretrained(str(directory)))
-        wrong: Any = set_peft_model_state_dict(self.language_model, state, adapter_name=ROUTING_LORA)
-        missing = [key for key in wrong.missing_keys if f".{ROUTING_LORA}." in key]
-        check_weights("the routing LoRA", missing, wrong.unexpected_keys)
-
-    def _save_routing_lora(self, directory: Path) -> None:
-        from peft import get_peft_model_state_dict
-
-        directory.mkdir(parents=True, exist_ok=True)
-        self.language_model.peft_config[ROUTING_LORA].save_pretrained(str(directory))
-        state = get_peft_model_state_dict(self.language_model, adapter_name=ROUTING_LORA)
-        save_file({key: value.contiguous() for key, value in state.items()}, directory / "adapter_model.safetensors")
-
-    def _switch_lora(self, on: bool) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for module in self.language_model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.enable_adapters(on)
-
-    @contextmanager
-    def routing_pass(self) -> Iterator[None]:
-        """Inside, the language model is the router: its routing LoRA is on."""
-        if not self.config.routing_lora:
-            yield
-            return
-        self._switch_lora(True)
-        try:
-            yield
-        finally:
-            self._switch_lora(False)
-
     # Saving and loading: the experts have folders of their own beside the model.
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -328,11 +268,9 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         directory = Path(save_directory)
         state = kwargs.pop("state_dict", None) or self.state_dict()
-        if self.config.routing_lora:
-            state = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
-        super().save_pretrained(directory, *args, state_dict=state, **kwargs)
+        super().save_pretrained(directory, *args, state_dict=self._saved_state(state), **kwargs)
         if self.config.routing_lora and kwargs.get("is_main_process", True):
-            self._save_routing_lora(directory / ROUTING_LORA)
+            self._save_routing_lora(directory / ROUTING_LORA, state)
         if self.config.expert_path is None and kwargs.get("is_main_process", True):
             self.experts.save(directory)
 
