@@ -108,8 +108,8 @@ class RoutingLoRA:
         layers = self._lora_layers()
         if not layers:
             raise RuntimeError(
-                "routing_pass must find the routing LoRA in the language model, but it is gone (merge_and_unload of peft "
-                "removes every adapter): call load_routing_lora, or set model.config.routing_lora to False"
+                "routing_pass must find the routing LoRA in the language model, but it is gone (peft's merge_and_unload "
+                "removes all adapters): call load_routing_lora, or set model.config.routing_lora to False"
             )
         for name, layer in layers.items():
             if layer.merged or layer.disable_adapters:
