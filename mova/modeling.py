@@ -18,6 +18,7 @@ from ._checks import check, check_weights
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
 from .pool import ExpertPool, folder
+from .ranks import has_several_processes, with_zero_times
 from .routing_lora import LORA_KEYS, ROUTING_LORA, RoutingLoRA
 
 
@@ -57,6 +58,8 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
         self.post_init()
 
     def _freeze(self) -> None:
+        for parameter in self.base.unused_parameters():  # trainable, they would wait for gradients that never come
+            parameter.requires_grad_(False)
         if self.config.freeze_text_encoder:
             self.text_encoder.requires_grad_(False)
 
@@ -138,6 +141,9 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
     ) -> Tensor:
         """Encode and fuse: each expert runs once, on exactly the images that selected it.
 
+        Where torch.distributed has several processes, the text encoder runs even if nothing is selected (see
+        :mod:`mova.ranks`).
+
         Args:
             pixel_values: (M, 3, S, S).
             routing: (M, N) bool; None: no experts.
@@ -160,12 +166,16 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
                     name in expert_pixel_values, "expert_pixel_values", f"must have {name!r}, which is selected", None
                 )
                 features[name] = self.experts.encode(name, expert_pixel_values[name], base)
-        text = None
+        text, unused = None, None
         if routing.any():
             given = question_ids is not None and question_mask is not None
             check(given, "question_ids", "must be given, with question_mask, when an image selected an expert", None)
             text = self.text_features(question_ids, question_mask)  # type: ignore[arg-type]
-        return self.fuse(base, features, routing, text)
+        elif has_several_processes():
+            token = torch.zeros(1, 1, dtype=torch.long)
+            unused = self.text_features(token, torch.ones_like(token))
+        tokens = self.fuse(base, features, routing, text)
+        return tokens if unused is None else with_zero_times(tokens, unused)
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
         """(B, T) tokens -> (B, T, hidden_size), image features in the place of placeholders, in their order.
@@ -202,6 +212,9 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
     ) -> CausalLMOutputWithPast:
         """One step of the language model; all arguments that are not of images are those of transformers.
 
+        Where torch.distributed has several processes, a batch of text alone runs the parts for images as well, on a
+        blank one (see :mod:`mova.ranks`).
+
         Args:
             pixel_values, routing, expert_pixel_values, question_ids, question_mask: see :meth:`get_image_features`.
             image_features: (M, num_image_tokens, hidden_size) instead of them.
@@ -218,6 +231,8 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
                 inputs_embeds = self.get_input_embeddings()(input_ids)  # images stand in the prompt alone
             else:
                 inputs_embeds = self.embed(input_ids, image_features)  # type: ignore[arg-type]
+                if image_features is None and has_several_processes():
+                    inputs_embeds = with_zero_times(inputs_embeds, self.get_image_features(self.base.blank()))
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

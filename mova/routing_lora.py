@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ._checks import check, check_weights
@@ -35,7 +35,7 @@ class RoutingLoRA:
     """
 
     config: Any
-    language_model: nn.Module
+    language_model: Any
     _routing_lora_on = False
 
     def add_routing_lora(self, config: Any) -> None:
@@ -108,8 +108,8 @@ class RoutingLoRA:
         layers = self._lora_layers()
         if not layers:
             raise RuntimeError(
-                "routing_pass must find the routing LoRA in the language model, but it is gone (peft's merge_and_unload "
-                "removes all adapters): call load_routing_lora, or set model.config.routing_lora to False"
+                "routing_pass must find the routing LoRA in the language model, but it is gone (merge_and_unload takes "
+                "all adapters away): call load_routing_lora, or set model.config.routing_lora to False"
             )
         for name, layer in layers.items():
             if layer.merged or layer.disable_adapters:
@@ -194,7 +194,7 @@ class RoutingLoRA:
         rule = "must have the weights of the routing LoRA, since model.config.routing_lora is True"
         check(own, "state_dict", rule, "none")
         directory.mkdir(parents=True, exist_ok=True)
-        self.language_model.peft_config[ROUTING_LORA].save_pretrained(str(directory))  # type: ignore[index, union-attr]
+        self.language_model.peft_config[ROUTING_LORA].save_pretrained(str(directory))
         named = {
             re.sub(rf"\.{ROUTING_LORA}(?=\.|$)", "", key.removeprefix("language_model.")): value.contiguous()
             for key, value in own.items()

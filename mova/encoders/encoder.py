@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 
 from mova_kernels.ops import feature_resample
 
@@ -77,6 +78,20 @@ class VisionEncoder(nn.Module):
             pixels = F.interpolate(pixels.float(), size=size, mode=expert.resize).to(pixels.dtype)
         tokens = self._tokens(pixels.to(dtype))
         return feature_resample(tokens, expert.native_grid, expert.grid)
+
+    def blank(self) -> Tensor:
+        """(1, 3, S, S) or (1, T, 2 + 3 p p), a prepared image of zeros."""
+        return torch.zeros(1, *self._pixels_shape())
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """What CLIP has behind the hidden state that is the expert's: it never gets a gradient."""
+        if self.expert.layer is None or not isinstance(self.backbone, CLIPVisionModel):
+            return []
+        names = [name for name, _ in self.backbone.named_modules()]
+        layers = [name for name in names if re.fullmatch(r"(.*\.)?encoder\.layers\.\d+", name)]
+        used = range(len(layers) + 1)[self.expert.layer]
+        behind = [*layers[used:], *(name for name in names if name.split(".")[-1] == "post_layernorm")]
+        return [p for name in behind for p in self.backbone.get_submodule(name).parameters()]
 
     def _pixels_shape(self) -> tuple[int, ...]:
         size, (h, w) = self.expert.image_size, self.expert.grid
