@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 
 from mova_kernels.ops import feature_resample
 
@@ -207,18 +209,30 @@ def _from_pretrained(
     options: dict[str, Any] = {}
     if "add_pooling_layer" in inspect.signature(type(skeleton).__init__).parameters:
         options["add_pooling_layer"] = skeleton.pooler is not None
-    model, info = type(skeleton).from_pretrained(
-        None,
-        config=skeleton.config,
-        state_dict=dict(state),
-        dtype=dtype or "auto",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **options,
-    )
+    with _without_zero3():
+        model, info = type(skeleton).from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=dict(state),
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     wrong = [f"{key} {tuple(found)} instead of {tuple(own)}" for key, found, own in info["mismatched_keys"]]
     check_weights(f"{expert.name} at its sizes", info["missing_keys"], info["unexpected_keys"], wrong)
     return model
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Inside, transformers loads as if DeepSpeed were not there: no engine gathers the weights of an expert."""
+    set_by_user = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = set_by_user
 
 
 def _check_config(expert: VisionExpert, config: PreTrainedConfig, directory: Path) -> None:
