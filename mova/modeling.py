@@ -304,8 +304,6 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
             f"the model {pretrained_model_name_or_path}", info["missing_keys"], info["unexpected_keys"], wrong
         )
         model._freeze()
-        rope = model.adapter.rope  # its tables are in no file, and are computed when it moves
-        rope.to(rope.cos.device)
         source = model.config.expert_path or pretrained_model_name_or_path
         model.experts.source = None if source is None else str(source)
         hub = ("revision", "token", "cache_dir", "local_files_only")
