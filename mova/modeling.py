@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mova_kernels import MoVAdapter
@@ -230,9 +231,12 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
             if cache is not None and cache.get_seq_length() > 0:
                 inputs_embeds = self.get_input_embeddings()(input_ids)  # images stand in the prompt alone
             else:
-                inputs_embeds = self.embed(input_ids, image_features)  # type: ignore[arg-type]
+                unused = None  # computed before the embeddings, as images are: the order is the same for all
                 if image_features is None and has_several_processes():
-                    inputs_embeds = with_zero_times(inputs_embeds, self.get_image_features(self.base.blank()))
+                    unused = self.get_image_features(self.base.blank())
+                inputs_embeds = self.embed(input_ids, image_features)  # type: ignore[arg-type]
+                if unused is not None:
+                    inputs_embeds = with_zero_times(inputs_embeds, unused)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -288,6 +292,13 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
             self._save_routing_lora(directory / ROUTING_LORA, state)
         if self.config.expert_path is None and kwargs.get("is_main_process", True):
             self.experts.save(directory)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        model = super()._from_config(config, **kwargs)
+        if is_deepspeed_zero3_enabled():  # there, transformers keeps modules from initialising themselves
+            model.adapter.reset_parameters()
+        return model
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
