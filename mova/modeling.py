@@ -5,27 +5,29 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mova_kernels import MoVAdapter
 
 from ._checks import check, check_weights
+from ._wrapped import compute_device, compute_dtype
 from .checkpoint import read_state
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
+from .generating import PromptGenerationMixin
 from .pool import ExpertPool, folder
 
 ROUTING_LORA = "routing"  # the adapter's name in peft, and its folder beside the model
 
 
-class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
     """Language model, base encoder, text encoder, MoV-Adapter; and the experts, loaded when they are asked.
 
     Images come prepared (:class:`MoVAProcessor` does it), each with the experts that it selected; to let the model pick
@@ -88,20 +90,39 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def base_features(self, pixel_values: Tensor) -> Tensor:
         """(M, 3, S, S) prepared for the base encoder -> (M, L, C)."""
-        reference = self.adapter.pos_embed
-        return self.base(pixel_values.to(self.base_device, reference.dtype)).to(reference)
+        return self.base(pixel_values.to(self.base_device, self.adapter_dtype)).to(**self._at_adapter())
+
+    # Where the parts compute, and in what: under accelerate's offload the weights themselves are on no device.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model computes."""
+        return compute_device(self.language_model)
 
     @property
     def base_device(self) -> torch.device:
         """Where the base encoder computes."""
-        return next(self.base.parameters()).device
+        return compute_device(self.base)
+
+    @property
+    def adapter_device(self) -> torch.device:
+        """Where the adapter computes."""
+        return compute_device(self.adapter)
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """What the adapter computes in."""
+        return compute_dtype(self.adapter)
+
+    def _at_adapter(self) -> dict[str, Any]:
+        return {"device": self.adapter_device, "dtype": self.adapter_dtype}
 
     def text_features(self, question_ids: Tensor, question_mask: Tensor) -> Tensor:
         """(M, T) tokens of the questions and their mask -> (M, text_channels), the hidden state at [CLS]."""
-        device = next(self.text_encoder.parameters()).device
+        device = compute_device(self.text_encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text_encoder):
             hidden = self.text_encoder(question_ids.to(device), attention_mask=question_mask.to(device))[0]
-        return hidden[:, 0].to(self.adapter.pos_embed)
+        return hidden[:, 0].to(**self._at_adapter())
 
     def fuse(self, base: Tensor, experts: Mapping[str, Tensor], routing: Tensor, text: Tensor | None) -> Tensor:
         """The image tokens for the language model.
@@ -170,21 +191,52 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             text = self.text_features(question_ids, question_mask)  # type: ignore[arg-type]
         return self.fuse(base, features, routing, text)
 
-    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor | None, image_features: Tensor | None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
         """(B, T) tokens -> (B, T, hidden_size), image features in the place of placeholders, in their order.
 
+        Args:
+            input_ids: the tokens; or None, then ``inputs_embeds`` (B, T, hidden_size) are their embeddings.
+            image_features: (M, num_image_tokens, hidden_size); None: no images.
+
         Raises:
-            ValueError: there are more or fewer placeholders than image tokens.
+            ValueError: there are more or fewer placeholders than image tokens, or these are not as wide as embeddings.
         """
-        embedded = self.get_input_embeddings()(input_ids)
-        where = input_ids == self.config.image_token_id
-        given = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
-        if not torch.compiler.is_compiling():
-            found = int(where.sum())
-            check(found == given, "input_ids", f"must have one placeholder for each of {given} image tokens", found)
+        embeddings = self.get_input_embeddings()
+        if input_ids is not None:
+            embedded, where = embeddings(input_ids), input_ids == self.config.image_token_id
+        elif image_features is None:
+            return cast(Tensor, inputs_embeds)
+        else:
+            embedded = cast(Tensor, inputs_embeds)
+            placeholder = embeddings(torch.full((1,), self.config.image_token_id, device=embedded.device))
+            where = (embedded == placeholder.to(embedded)).all(-1)
+        self._check_places(where, image_features, embedded.shape[-1])
         if image_features is None:
             return embedded
         return embedded.masked_scatter(where[..., None].to(embedded.device), image_features.to(embedded))
+
+    def _check_places(self, where: Tensor, image_features: Tensor | None, width: int) -> None:
+        given = 0
+        if image_features is not None:
+            shape = tuple(image_features.shape)
+            check(len(shape) == 3 and shape[2] == width, "image_features", f"must be of shape (M, T, {width})", shape)
+            given = shape[0] * shape[1]
+        rule = f"must have one placeholder for each of {given} image tokens"
+        if torch.compiler.is_compiling():
+            torch._assert_async(where.sum() == given, f"input_ids {rule}")
+        else:
+            found = int(where.sum())
+            check(found == given, "input_ids", rule, found)
+
+    def _image_features(self, image_features: Tensor | None, images: Mapping[str, Any]) -> Tensor | None:
+        """Those that are given, or of the images that are; an argument that would be ignored is an error."""
+        if images["pixel_values"] is not None:
+            check(image_features is None, "image_features", "must be None, or pixel_values must", "both")
+            return self.get_image_features(**images)
+        check(not images["expert_pixel_values"], "pixel_values", "must be given with expert_pixel_values", None)
+        return image_features
 
     def forward(
         self,
@@ -201,26 +253,35 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
         image_features: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One step of the language model; all arguments that are not of images are those of transformers.
+
+        With a cache of keys and values, the images are those whose placeholders are in this step's ``input_ids``.
 
         Args:
             pixel_values, routing, expert_pixel_values, question_ids, question_mask: see :meth:`get_image_features`.
             image_features: (M, num_image_tokens, hidden_size) instead of them.
             labels: (B, T), -100 where there is no loss; images and prompts usually.
+            prompt_embeds: of :meth:`generate`'s steps, (B, n, hidden_size): what the first n tokens are embedded as;
+                the others were generated, and a placeholder among them is a token like any other.
+
+        Raises:
+            ValueError: there are more or fewer placeholders than image tokens, whatever the cache.
         """
         check((input_ids is None) != (inputs_embeds is None), "input_ids", "or inputs_embeds must be given", input_ids)
-        if inputs_embeds is None:
-            if image_features is None and pixel_values is not None:
-                image_features = self.get_image_features(
-                    pixel_values, routing, expert_pixel_values, question_ids, question_mask
-                )
-            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the second is its name before 5.24
-            if cache is not None and cache.get_seq_length() > 0:
-                inputs_embeds = self.get_input_embeddings()(input_ids)  # images stand in the prompt alone
-            else:
-                inputs_embeds = self.embed(input_ids, image_features)  # type: ignore[arg-type]
+        if prompt_embeds is not None:
+            inputs_embeds = self._embed_step(cast(Tensor, input_ids), prompt_embeds)
+        else:
+            images = {
+                "pixel_values": pixel_values,
+                "routing": routing,
+                "expert_pixel_values": expert_pixel_values,
+                "question_ids": question_ids,
+                "question_mask": question_mask,
+            }
+            inputs_embeds = self.embed(input_ids, self._image_features(image_features, images), inputs_embeds)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -234,7 +295,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         routing: Tensor | None = None,
@@ -246,21 +307,30 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Continue ``input_ids`` (left-padded); ``kwargs`` are those of transformers' ``generate``.
 
-        Images are encoded and fused once, whatever the number of beams. Arguments of images: see :meth:`forward`.
+        Images are encoded and fused once, whatever the number of beams. Arguments of images: see :meth:`forward`. With
+        a cache of an earlier part of ``input_ids``, the images are those of all of them, or of the new part.
 
         Returns:
             As in transformers: (B, T + new) tokens, or its output object.
+
+        Raises:
+            ValueError: there are more or fewer placeholders than image tokens; a way of generating cannot have images.
         """
-        if image_features is None and pixel_values is not None:
-            image_features = self.get_image_features(
-                pixel_values, routing, expert_pixel_values, question_ids, question_mask
-            )
-        return super().generate(
-            input_ids=input_ids,
-            inputs_embeds=self.embed(input_ids, image_features),
-            attention_mask=attention_mask,
-            **kwargs,
-        )
+        images = {
+            "pixel_values": pixel_values,
+            "routing": routing,
+            "expert_pixel_values": expert_pixel_values,
+            "question_ids": question_ids,
+            "question_mask": question_mask,
+        }
+        is_mask = attention_mask is None or isinstance(attention_mask, Tensor)
+        check(is_mask, "attention_mask", "must be a tensor", type(attention_mask).__name__, TypeError)
+        image_features = self._image_features(image_features, images)
+        if input_ids is None:
+            input_ids = kwargs.pop("inputs", None)
+        if "prompt_embeds" not in kwargs:
+            kwargs |= self._prompt(input_ids, attention_mask, image_features, kwargs)
+        return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     # The routing LoRA changes the language model in the routing pass alone. It is peft's own work: transformers' mixin
     # around it wants, at the time of writing, a peft that is not released yet.

@@ -246,16 +246,15 @@ class MoVAPipeline:
         tokens = self.processor.tokenize(conversations, image_tokens.shape[1])
         if self.model.generation_config.pad_token_id is None:
             generate.setdefault("pad_token_id", self.processor.tokenizer.pad_token_id)
-        device = self.model.get_input_embeddings().weight.device
-        tokens = {name: value.to(device) for name, value in tokens.items()}
+        tokens = {name: value.to(self.model.device) for name, value in tokens.items()}
         result = self.model.generate(**tokens, image_features=image_tokens, **generate)
         new = result[:, tokens["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def _rows(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -> Tensor:
         """One row for each key; those that are not kept come from one call with the first index of each."""
-        where = self.model.adapter.pos_embed
-        full = [(key, where.dtype, where.device) for key in keys]
+        dtype, device = self.model.adapter_dtype, self.model.adapter_device
+        full = [(key, dtype, device) for key in keys]
         found = {key: self.cache.get(key) for key in dict.fromkeys(full)}
         missing = [full.index(key) for key, row in found.items() if row is None]
         if missing:

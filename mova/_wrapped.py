@@ -1,0 +1,64 @@
+"""What other libraries put around a module, or do to it: its own class inside, and where it computes."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def unwrapped(module: nn.Module, kind: type[Module]) -> Module:
+    """The module of this class whose forward runs when ``module`` is called.
+
+    Looks into torch.compile's OptimizedModule, peft's ModulesToSaveWrapper, checkpoint wrappers, FSDP and DDP.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found: object = module
+    while isinstance(found, nn.Module) and not isinstance(found, kind):
+        found = _inner(found)
+    if not isinstance(found, kind):
+        raise TypeError(f"adapter must be a {kind.__name__}, or one that is wrapped, got {type(module).__name__!r}")
+    return found
+
+
+def _inner(module: nn.Module) -> object:
+    parts = module._modules
+    if "modules_to_save" in parts:  # peft's: a trained copy of the original for each of its adapters
+        copies: object = parts["modules_to_save"]
+        active = getattr(module, "active_adapters", [])
+        trained = not getattr(module, "disable_adapters", False) and bool(active)
+        if trained and isinstance(copies, nn.ModuleDict) and all(name in copies for name in active):
+            return copies[active[0]]
+        return parts["original_module"]
+    names = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+    return next((parts[name] for name in names if name in parts), None)
+
+
+def compute_device(module: nn.Module) -> torch.device:
+    """Where the module computes, which is not where its weights are kept if accelerate offloads them."""
+    device = _hook_device(module)
+    if device is None:
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        hooked = (_hook_device(part) for part in module.modules())
+        device = next((found for found in hooked if found is not None), device)
+    return device
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of the module's first floating-point parameter; accelerate keeps it when it offloads the values."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def _hook_device(module: nn.Module) -> torch.device | None:
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):  # a SequentialHook has several
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None
