@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
+
+from ._checks import check
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -21,9 +24,8 @@ def unwrapped(module: nn.Module, kind: type[Module]) -> Module:
     found: object = module
     while isinstance(found, nn.Module) and not isinstance(found, kind):
         found = _inner(found)
-    if not isinstance(found, kind):
-        raise TypeError(f"adapter must be a {kind.__name__}, or one that is wrapped, got {type(module).__name__!r}")
-    return found
+    check(isinstance(found, kind), "adapter", f"must be a {kind.__name__}", type(module).__name__, TypeError)
+    return cast(Module, found)
 
 
 def _inner(module: nn.Module) -> object:
@@ -37,6 +39,13 @@ def _inner(module: nn.Module) -> object:
         return parts["original_module"]
     names = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
     return next((parts[name] for name in names if name in parts), None)
+
+
+def without_graphs(module: nn.Module) -> AbstractContextManager[object]:
+    """Inside, compiled parts of the module run eagerly: a graph does not call hooks that came after it was made."""
+    parts = module.modules()
+    compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in parts)
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def compute_device(module: nn.Module) -> torch.device:

@@ -2,16 +2,102 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 
-from ._checks import check
+from ._checks import check, check_int
 
 IMAGE_ARGUMENTS = ("pixel_values", "routing", "expert_pixel_values", "question_ids", "question_mask", "image_features")
+
+
+_NO_TEXT = (
+    "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"
+)  # fmt: skip
+
+
+def generate_arguments(generate: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of transformers' ``generate``, checked for a caller who wants one text for each prompt.
+
+    A ``generation_config`` becomes the arguments that it sets; those beside it win.
+
+    Raises:
+        TypeError: ``generate`` has no such argument (a ``custom_generate`` may have any).
+        ValueError: ``num_return_sequences`` above 1, or an output that is no text.
+    """
+    config = generate.get("generation_config")
+    is_config = config is None or isinstance(config, GenerationConfig)
+    check(is_config, "generation_config", "must be a GenerationConfig", config, TypeError)
+    beside = {name: value for name, value in generate.items() if name != "generation_config" and value is not None}
+    arguments = {**({} if config is None else _set_by(config, beside)), **beside}
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")} | {"tokenizer"}
+    known |= set(inspect.signature(GenerationMixin.generate).parameters) | {"assistant_tokenizer", "trust_remote_code"}
+    known -= {"self", "inputs", "kwargs"}
+    for name in generate:
+        ok = name in known or "custom_generate" in generate
+        check(ok, name, "must be an argument of transformers' generate", generate[name], TypeError)
+    several = arguments.pop("num_return_sequences", None)
+    check(several in (None, 1), "num_return_sequences", "must be 1: there is one answer for each image", several)
+    for name in _NO_TEXT:
+        check(not arguments.get(name), name, "must be False: an answer is a text, see model.generate", True)
+    return arguments
+
+
+def _set_by(config: GenerationConfig, beside: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config sets, without its limits of a kind that ``beside`` sets too."""
+    found = {name: value for name, value in config.to_diff_dict().items() if value is not None}
+    found.pop("transformers_version", None)
+    for which in ("max", "min"):
+        pair = {f"{which}_new_tokens", f"{which}_length"}
+        if pair & beside.keys():
+            found = {name: value for name, value in found.items() if name not in pair}
+        elif pair <= found.keys():
+            del found[f"{which}_length"]
+    return found
+
+
+def length_limits(
+    arguments: Mapping[str, Any], config: GenerationConfig, prompt: int, default: int
+) -> dict[str, int | None]:
+    """What an answer's length is, as arguments of ``generate`` that leave it nothing to choose or to warn of.
+
+    ``max_new_tokens`` or ``max_length`` (which counts the batch's padded prompt and its image tokens) of the arguments,
+    else those of the model's generation config, else ``default`` new tokens. The same for the least length, by default
+    0; where it is of the config alone, the longest length cuts it.
+
+    Raises:
+        TypeError, ValueError: a limit is no int, both of a kind are given, or they leave no room.
+    """
+    most = _limit("max", arguments, prompt)
+    if most is None:
+        most = _limit("max", _limits_of(config, "max"), prompt)
+    most = prompt + default if most is None else most
+    check(most > prompt, "max_length", f"must be above the {prompt} tokens of the prompt, images included", most)
+    least = _limit("min", arguments, prompt)
+    if least is None:
+        least = min(_limit("min", _limits_of(config, "min"), prompt) or 0, most)
+    check(least <= most, "min_length", f"must be at most the longest length, {most} with the prompt", least)
+    return {"max_length": most, "max_new_tokens": None, "min_length": least, "min_new_tokens": None}
+
+
+def _limit(which: str, given: Mapping[str, Any], prompt: int) -> int | None:
+    """The limit of the whole sequence that ``given`` sets."""
+    new, whole = given.get(f"{which}_new_tokens"), given.get(f"{which}_length")
+    for name, value in ((f"{which}_new_tokens", new), (f"{which}_length", whole)):
+        if value is not None:
+            check_int(name, value, 1 if which == "max" else 0)
+    check(new is None or whole is None, f"{which}_length", f"must be None with {which}_new_tokens", whole)
+    return whole if new is None else prompt + new
+
+
+def _limits_of(config: GenerationConfig, which: str) -> dict[str, Any]:
+    """Of a config that sets both, new tokens count, as in transformers."""
+    new = getattr(config, f"{which}_new_tokens", None)
+    return {f"{which}_new_tokens": new} if new is not None else {f"{which}_length": getattr(config, f"{which}_length")}
 
 
 class PromptGenerationMixin(GenerationMixin):
@@ -38,6 +124,10 @@ class PromptGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """The arguments by which the steps know the prompt."""
         embeds = kwargs.get("inputs_embeds")
+        if kwargs.get("cache_implementation") == "paged":  # transformers' generate_batch: it takes tokens alone
+            text = input_ids is not None and image_features is None and not self._places(input_ids)
+            check(text, "cache_implementation", "must not be 'paged' with images or inputs_embeds", "paged")
+            return {}
         if embeds is not None:
             embeds = self.embed(None, image_features, embeds)
             if input_ids is None or input_ids.shape != embeds.shape[:2]:
@@ -47,7 +137,7 @@ class PromptGenerationMixin(GenerationMixin):
             check(image_features is None, "input_ids", "or inputs_embeds must be given with images", None)
             return {}
         past, length = _length(kwargs), input_ids.shape[1]
-        if past and attention_mask is not None and attention_mask.shape[1] != length:  # transformers' sign of a new part
+        if past and attention_mask is not None and attention_mask.shape[1] != length:
             return {"prompt_embeds": self.embed(input_ids, image_features), "prompt_start": past}
         check(past < length, "input_ids", f"must be longer than the cache ({past} tokens) that they begin with", length)
         new = input_ids[:, past:]
@@ -119,7 +209,7 @@ class PromptGenerationMixin(GenerationMixin):
 
 def _length(kwargs: Mapping[str, Any]) -> int:
     """How many tokens the cache has; before transformers 5.24 its name is past_key_values."""
-    cache = kwargs.get("cache")
+    cache: Any = kwargs.get("cache")
     cache = kwargs.get("past_key_values") if cache is None else cache
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 

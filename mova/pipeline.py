@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check, check_int
+from ._checks import check
 from .cache import FeatureCache
+from .generating import generate_arguments, length_limits
 from .images import PreparedImage
 from .inspection import attention_maps, recorded
 from .modeling import MoVAForConditionalGeneration
@@ -18,6 +19,7 @@ from .processing import MoVAProcessor, per_image
 from .routing import TEMPLATE, Prompts, parse_routing, prompts, routing_mask
 
 ROUTER_TOKENS = 16  # of the router's answer, as in the official code
+ANSWER_TOKENS = 128  # of an answer, if nobody says how many
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class MoVAPipeline:
         experts: Any = None,
         suffix: str = "",
         suffix_in: Sequence[str] = ("answer",),
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         **generate: Any,
     ) -> list[Answer]:
         """Answer one question about each image.
@@ -144,17 +146,19 @@ class MoVAPipeline:
             experts: None: the router picks. "all", "none" or a list of names: these, for all images; a list of B such
                 entries, None among them: one for each image.
             suffix, suffix_in: see ``mova.prompts``.
-            max_new_tokens: of the answer.
+            max_new_tokens: of the answer. None: ``max_length`` if it is given, else what the model's generation config
+                says, else 128.
             generate: further arguments of transformers' ``generate`` (``num_beams``, ``do_sample``, ``streamer``, ...).
+                There is one answer for each image, whatever ``num_return_sequences`` the generation config has.
 
         Raises:
             TypeError, ValueError: an argument breaks its rule; an image cannot be read.
         """
-        check_int("max_new_tokens", max_new_tokens, 1)
+        generate = generate_arguments({"max_new_tokens": max_new_tokens, **generate})
         samples, asked = self._samples(images, questions, {"suffix": suffix, "suffix_in": suffix_in})
         routes = self._routes(samples, asked, experts)
         fusion = self._fuse(samples, asked, routes)
-        texts = self._generate([p.answer for p in asked], fusion.tokens, max_new_tokens=max_new_tokens, **generate)
+        texts = self._generate([p.answer for p in asked], fusion.tokens, **generate)
         return [Answer(*row) for row in zip(texts, routes, fusion.gates, fusion.tokens, strict=True)]
 
     def _samples(
@@ -187,7 +191,7 @@ class MoVAPipeline:
         )
         with self.model.routing_pass():
             texts = [p.router.text for p in asked]
-            answers = self._generate(texts, tokens, max_new_tokens=ROUTER_TOKENS, do_sample=False)
+            answers = self._generate(texts, tokens, max_new_tokens=ROUTER_TOKENS, min_new_tokens=0, do_sample=False)
         topk = self.processor.topk
         return [
             Route(parse_routing(answer, p.router.pool, topk=topk), answer, p.router.letters)
@@ -247,8 +251,10 @@ class MoVAPipeline:
         if self.model.generation_config.pad_token_id is None:
             generate.setdefault("pad_token_id", self.processor.tokenizer.pad_token_id)
         tokens = {name: value.to(self.model.device) for name, value in tokens.items()}
-        result = self.model.generate(**tokens, image_features=image_tokens, **generate)
-        new = result[:, tokens["input_ids"].shape[1] :]
+        length = tokens["input_ids"].shape[1]
+        generate |= length_limits(generate, self.model.generation_config, length, ANSWER_TOKENS)
+        result = self.model.generate(**tokens, image_features=image_tokens, num_return_sequences=1, **generate)
+        new = getattr(result, "sequences", result)[:, length:]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def _rows(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -> Tensor:
