@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mova_kernels import MoVAdapter
 
 from ._checks import check, check_weights
+from ._lock import Lock, locked, locked_with_lora
 from .checkpoint import read_state
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
@@ -33,6 +34,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     Attributes:
         experts: the :class:`ExpertPool`: ``model.experts.place("sam", device="cpu")``, ``model.experts.only([...])``.
+        lock: held by a thread that generates or routes; re-entrant.
     """
 
     config: MoVAConfig
@@ -55,6 +57,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.text_encoder = AutoModel.from_config(config.text_encoder_config, add_pooling_layer=False)
         self.adapter = MoVAdapter(config.adapter_config)
         self.experts = ExpertPool(config.pool, config.encoder_sizes, config.experts_in_use)
+        self.lock = Lock()
         self.base.requires_grad_(True)
         self._freeze()
         self.post_init()
@@ -186,6 +189,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return embedded
         return embedded.masked_scatter(where[..., None].to(embedded.device), image_features.to(embedded))
 
+    @locked_with_lora
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -231,6 +235,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    @locked
     @torch.no_grad()
     def generate(
         self,
@@ -313,11 +318,12 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not self.config.routing_lora:
             yield
             return
-        self._switch_lora(True)
-        try:
-            yield
-        finally:
-            self._switch_lora(False)
+        with self.lock:
+            self._switch_lora(True)
+            try:
+                yield
+            finally:
+                self._switch_lora(False)
 
     # Saving and loading: the experts have folders of their own beside the model.
 

@@ -1,0 +1,53 @@
+"""One thread at a time: the lock of a model, of its experts, and of its cache."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import wraps
+from types import TracebackType
+from typing import Any
+
+import torch
+
+
+class Lock:
+    """A re-entrant lock that an object can hold and still be copied and pickled: the copy has a free one of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return type(self), ()
+
+
+def locked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that runs while it holds ``self.lock``."""
+
+    @wraps(method)
+    def one_at_a_time(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return one_at_a_time
+
+
+def locked_with_lora(method: Callable[..., Any]) -> Callable[..., Any]:
+    """As :func:`locked` for a model with a routing LoRA, which another thread may have on; a compiled graph has no lock."""
+
+    @wraps(method)
+    def one_at_a_time(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self.config.routing_lora:
+            return method(self, *args, **kwargs)
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return one_at_a_time
