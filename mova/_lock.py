@@ -41,7 +41,7 @@ def locked(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def locked_with_lora(method: Callable[..., Any]) -> Callable[..., Any]:
-    """As :func:`locked` for a model with a routing LoRA, which another thread may have on; a compiled graph has no lock."""
+    """As :func:`locked`, for a model with a routing LoRA, which another thread may have on; not in compiled code."""
 
     @wraps(method)
     def one_at_a_time(self: Any, *args: Any, **kwargs: Any) -> Any:

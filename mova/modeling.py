@@ -18,6 +18,7 @@ from mova_kernels import MoVAdapter
 
 from ._checks import check, check_weights
 from ._lock import Lock, locked, locked_with_lora
+from .chat import RoutingRequest, route_requested
 from .checkpoint import read_state
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
@@ -146,13 +147,15 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             pixel_values: (M, 3, S, S).
-            routing: (M, N) bool; None: no experts.
+            routing: (M, N) bool; None: no experts; or what the processor made of a chat: the router picks them first.
             expert_pixel_values: name to the prepared images that selected this expert, in their order.
             question_ids, question_mask: (M, T), for the text encoder; may be None if nothing is selected.
 
         Returns:
             (M, num_image_tokens, hidden_size).
         """
+        if isinstance(routing, RoutingRequest | list):
+            return self.get_image_features(pixel_values, **route_requested(self, routing))
         base = self.base_features(pixel_values)
         expert_pixel_values = expert_pixel_values or {}
         if routing is None:

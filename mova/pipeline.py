@@ -176,7 +176,8 @@ class MoVAPipeline:
         pool = [self.model.experts.experts[name] for name in self.model.experts.allowed]
         template = self.processor.routing_template or TEMPLATE
         asked = [prompts(q, pool, topk=self.processor.topk, template=template, **wording) for q in questions]
-        return [PreparedImage(image) for image in images], asked
+        opened = [image if isinstance(image, PreparedImage) else PreparedImage(image) for image in images]
+        return opened, asked
 
     def _routes(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], experts: Any) -> list[Route]:
         """Chosen by hand where ``experts`` has an entry for a sample, by the router where that is None."""

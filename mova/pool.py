@@ -32,8 +32,8 @@ class ExpertPool:
     """The frozen encoders of a model's experts, by name.
 
     They are no parameters of the model, for they never train: ``model.to(...)`` does not move them, an expert follows
-    the base tokens to their device and dtype when it is asked, unless :meth:`place` says otherwise. Threads may share it:
-    they are served one after another.
+    the base tokens to their device and dtype when it is asked, unless :meth:`place` says otherwise. Threads may share
+    it: they are served one after another.
 
     Args:
         experts: in the order of the adapter's columns.
