@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable
 from functools import wraps
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Lock:
@@ -29,7 +31,7 @@ class Lock:
         return type(self), ()
 
 
-def locked(method: Callable[..., Any]) -> Callable[..., Any]:
+def locked(method: Method) -> Method:
     """A method that runs while it holds ``self.lock``."""
 
     @wraps(method)
@@ -37,10 +39,10 @@ def locked(method: Callable[..., Any]) -> Callable[..., Any]:
         with self.lock:
             return method(self, *args, **kwargs)
 
-    return one_at_a_time
+    return cast(Method, one_at_a_time)
 
 
-def locked_with_lora(method: Callable[..., Any]) -> Callable[..., Any]:
+def locked_with_lora(method: Method) -> Method:
     """As :func:`locked`, for a model with a routing LoRA, which another thread may have on; not in compiled code."""
 
     @wraps(method)
@@ -50,4 +52,4 @@ def locked_with_lora(method: Callable[..., Any]) -> Callable[..., Any]:
         with self.lock:
             return method(self, *args, **kwargs)
 
-    return one_at_a_time
+    return cast(Method, one_at_a_time)
