@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -31,7 +32,7 @@ class Record:
         ``topk``, have 0, and so does all of a sample that selected none.
 
         Raises:
-            RuntimeError: no forward of the adapter has ended yet.
+            RuntimeError: no forward of the adapter has ended yet in this thread.
         """
         if self._gates is None:
             raise RuntimeError("nothing is recorded: no forward of the adapter has ended inside recorded()")
@@ -42,9 +43,10 @@ class Record:
 def recorded(adapter: MoVAdapter) -> Iterator[Record]:
     """Record the gates of the adapter's forwards inside the ``with``; what it computes stays the same, bit by bit.
 
-    Of several forwards the last one that ended counts. The record outlives the ``with``, the hooks behind it do not.
-    An adapter that torch.compile, peft's ``modules_to_save`` or FSDP has wrapped is recorded too; while it is, compiled
-    parts of it run eagerly, for a graph that was made without the hooks does not call them.
+    Only forwards of the thread that opened it count, of several the last one that ended. The record outlives the
+    ``with``, the hooks behind it do not. An adapter that torch.compile, peft's ``modules_to_save`` or FSDP has wrapped
+    is recorded too; while it is, compiled parts of it run eagerly, for a graph that was made without the hooks does not
+    call them.
 
     Raises:
         TypeError: ``adapter`` is no MoVAdapter.
@@ -68,9 +70,9 @@ def recorded(adapter: MoVAdapter) -> Iterator[Record]:
 
     with without_graphs(adapter), ExitStack() as hooks:
         for i, block in enumerate(blocks):
-            hooks.callback(block.register_forward_pre_hook(partial(enter, i)).remove)
-            hooks.callback(block.gate.register_forward_hook(partial(weigh, i)).remove)
-        hooks.callback(inner.register_forward_hook(leave).remove)
+            hooks.callback(block.register_forward_pre_hook(_of_this_thread(partial(enter, i))).remove)
+            hooks.callback(block.gate.register_forward_hook(_of_this_thread(partial(weigh, i))).remove)
+        hooks.callback(inner.register_forward_hook(_of_this_thread(leave)).remove)
         yield record
 
 
@@ -115,7 +117,7 @@ def attention_maps(
         check(0 <= cell < side, f"point[{i}]", f"must be from 0 to {side - 1}", cell)
     chosen = cast(AdapterBlock, inner.blocks[block])
     entered: list[tuple[Any, ...]] = []
-    hook = chosen.register_forward_pre_hook(lambda _, args: entered.append(args))
+    hook = chosen.register_forward_pre_hook(_of_this_thread(lambda _, args: entered.append(args)))
     try:
         with without_graphs(adapter):
             adapter(base, experts, routing, text, grids=grids)
@@ -149,6 +151,17 @@ def _attention(adapter: MoVAdapter, block: AdapterBlock, e: int, query: Tensor, 
     k = ops.rope2d(k, cos, sin).float()
     scores = torch.einsum("pqhd,plhd->phl", q, k) * adapter.config.head_channels**-0.5
     return scores.softmax(-1).mean(1).unflatten(-1, (side, side))
+
+
+def _of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """Hooks are the module's, and so see the forwards of all threads; this one is called for the caller's own."""
+    mine = threading.get_ident()
+
+    def call(*args: Any) -> None:
+        if threading.get_ident() == mine:
+            hook(*args)
+
+    return call
 
 
 def _pairs(arguments: tuple[Any, ...]) -> RaggedPairs:

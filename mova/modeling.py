@@ -17,7 +17,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mova_kernels import MoVAdapter
 
 from ._checks import check, check_weights
+from ._lock import Lock, locked, locked_with_lora
 from ._wrapped import compute_device, compute_dtype
+from .chat import RoutingRequest, route_requested
 from .checkpoint import read_state
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
@@ -35,6 +37,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
 
     Attributes:
         experts: the :class:`ExpertPool`: ``model.experts.place("sam", device="cpu")``, ``model.experts.only([...])``.
+        lock: held by a thread that generates or routes; re-entrant.
     """
 
     config: MoVAConfig
@@ -57,6 +60,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
         self.text_encoder = AutoModel.from_config(config.text_encoder_config, add_pooling_layer=False)
         self.adapter = MoVAdapter(config.adapter_config)
         self.experts = ExpertPool(config.pool, config.encoder_sizes, config.experts_in_use)
+        self.lock = Lock()
         self.base.requires_grad_(True)
         self._freeze()
         self.post_init()
@@ -164,13 +168,15 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
 
         Args:
             pixel_values: (M, 3, S, S).
-            routing: (M, N) bool; None: no experts.
+            routing: (M, N) bool; None: no experts; or what the processor made of a chat: the router picks them first.
             expert_pixel_values: name to the prepared images that selected this expert, in their order.
             question_ids, question_mask: (M, T), for the text encoder; may be None if nothing is selected.
 
         Returns:
             (M, num_image_tokens, hidden_size).
         """
+        if isinstance(routing, RoutingRequest | list):
+            return self.get_image_features(pixel_values, **route_requested(self, routing))
         base = self.base_features(pixel_values)
         expert_pixel_values = expert_pixel_values or {}
         if routing is None:
@@ -238,6 +244,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
         check(not images["expert_pixel_values"], "pixel_values", "must be given with expert_pixel_values", None)
         return image_features
 
+    @locked_with_lora
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -292,6 +299,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
             **kwargs,
         )
 
+    @locked
     @torch.no_grad()
     def generate(
         self,
@@ -383,11 +391,12 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
         if not self.config.routing_lora:
             yield
             return
-        self._switch_lora(True)
-        try:
-            yield
-        finally:
-            self._switch_lora(False)
+        with self.lock:
+            self._switch_lora(True)
+            try:
+                yield
+            finally:
+                self._switch_lora(False)
 
     # Saving and loading: the experts have folders of their own beside the model.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check
+from ._lock import Lock, locked
 from .cache import FeatureCache
 from .generating import generate_arguments, length_limits
 from .images import PreparedImage
@@ -57,6 +58,9 @@ class MoVAPipeline:
     A sample's result does not depend on the others of its batch. Features are kept by the content of the image, the
     question and the expert: a second question about an image runs no encoder for it that ran before.
 
+    Threads may share it, and pipelines a model: each of a request's stages holds the model's lock, so that one thread
+    computes at a time, while others open their images.
+
     Args:
         model: put into eval mode. Call :meth:`clear` after its weights have changed.
         processor: the model's.
@@ -75,6 +79,11 @@ class MoVAPipeline:
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
         processor = MoVAProcessor.from_pretrained(path, **hub)
         return cls(MoVAForConditionalGeneration.from_pretrained(path, **kwargs), processor, cache_bytes=cache_bytes)
+
+    @property
+    def lock(self) -> Lock:
+        """The model's."""
+        return self.model.lock
 
     def clear(self) -> None:
         """Forget all features."""
@@ -171,7 +180,8 @@ class MoVAPipeline:
         pool = [self.model.experts.experts[name] for name in self.model.experts.allowed]
         template = self.processor.routing_template or TEMPLATE
         asked = [prompts(q, pool, topk=self.processor.topk, template=template, **wording) for q in questions]
-        return [PreparedImage(image) for image in images], asked
+        opened = [image if isinstance(image, PreparedImage) else PreparedImage(image) for image in images]
+        return opened, asked
 
     def _routes(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], experts: Any) -> list[Route]:
         """Chosen by hand where ``experts`` has an entry for a sample, by the router where that is None."""
@@ -183,6 +193,7 @@ class MoVAPipeline:
         by_hand = [Route(tuple(name for name, on in zip(pool, row, strict=True) if on)) for row in mask]
         return [next(routed) if entry is None else route for entry, route in zip(entries, by_hand, strict=True)]
 
+    @locked
     def _route(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts]) -> list[Route]:
         base = self._base(samples)
         tokens = self._rows(
@@ -198,11 +209,13 @@ class MoVAPipeline:
             for answer, p in zip(answers, asked, strict=True)
         ]
 
+    @locked
     def _fuse(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], routes: Sequence[Route]) -> Fusion:
         with recorded(self.model.adapter) as record:
             tokens = self.model.fuse(*self._features(samples, asked, routes))
         return Fusion(tokens, record.gates)
 
+    @locked
     def _features(
         self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], routes: Sequence[Route]
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
@@ -218,7 +231,8 @@ class MoVAPipeline:
                     pixels = torch.stack([chosen[i].view(expert) for i in rows])
                     return self.model.experts.encode(expert.name, pixels, base)
 
-                features[expert.name] = self._rows([(expert.name, sample.key) for sample in chosen], encode)
+                where = self.model.experts.placement(expert.name)
+                features[expert.name] = self._rows([("expert", expert, where, s.key) for s in chosen], encode)
         return base, features, routing, self._text(asked, routing.any(1).tolist(), base)
 
     def _base(self, samples: Sequence[PreparedImage]) -> Tensor:
@@ -227,7 +241,7 @@ class MoVAPipeline:
         def encode(rows: list[int]) -> Tensor:
             return self.model.base_features(torch.stack([samples[i].view(expert) for i in rows]))
 
-        return self._rows([(expert.name, sample.key) for sample in samples], encode)
+        return self._rows([("base", expert, sample.key) for sample in samples], encode)
 
     def _text(self, asked: Sequence[Prompts], needed: Sequence[bool], base: Tensor) -> Tensor | None:
         """(B, text_channels), zeros where no expert is selected; the text encoder reads only the other questions."""
@@ -258,7 +272,10 @@ class MoVAPipeline:
         return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def _rows(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -> Tensor:
-        """One row for each key; those that are not kept come from one call with the first index of each."""
+        """One row for each key; those that are not kept come from one call with the first index of each.
+
+        A key begins with what the row is ("base", "expert", "router" or "text"), for an expert may have any name.
+        """
         dtype, device = self.model.adapter_dtype, self.model.adapter_device
         full = [(key, dtype, device) for key in keys]
         found = {key: self.cache.get(key) for key in dict.fromkeys(full)}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check
+from ._lock import Lock, locked
 from .encoders import VisionEncoder
 from .experts import VisionExpert
 
@@ -31,7 +32,8 @@ class ExpertPool:
     """The frozen encoders of a model's experts, by name.
 
     They are no parameters of the model, for they never train: ``model.to(...)`` does not move them, an expert follows
-    the base tokens to their device and dtype when it is asked, unless :meth:`place` says otherwise.
+    the base tokens to their device and dtype when it is asked, unless :meth:`place` says otherwise. Threads may share
+    it: they are served one after another.
 
     Args:
         experts: in the order of the adapter's columns.
@@ -57,6 +59,7 @@ class ExpertPool:
         self._loaded: dict[str, VisionEncoder] = {}
         self._placements: dict[str, Placement] = {}
         self._allowed = tuple(self.experts)
+        self.lock = Lock()
         if names is not None:
             self.only(names)
 
@@ -65,6 +68,7 @@ class ExpertPool:
         """The experts that may be used, in the order of the adapter's columns."""
         return self._allowed
 
+    @locked
     def only(self, names: Iterable[str]) -> None:
         """Use these experts alone: the router offers no other, and to select one is an error; others are unloaded."""
         wanted = {self._known(name) for name in names}
@@ -72,6 +76,7 @@ class ExpertPool:
         for name in set(self._loaded) - wanted:
             self.unload(name)
 
+    @locked
     def place(
         self,
         *names: str,
@@ -83,14 +88,21 @@ class ExpertPool:
         for name in names or self.experts:
             self._placements[self._known(name)] = Placement(device, dtype, offload)
 
+    def placement(self, name: str) -> Placement:
+        """What :meth:`place` said of this expert."""
+        return self._placements.get(self._known(name), Placement())
+
+    @locked
     def loaded(self) -> tuple[str, ...]:
         """The names of the experts in memory."""
         return tuple(self._loaded)
 
+    @locked
     def unload(self, name: str) -> None:
         """Give the expert's memory back; it is loaded again when it is next asked."""
         self._loaded.pop(self._known(name), None)
 
+    @locked
     def __getitem__(self, name: str) -> VisionEncoder:
         """The encoder, loaded now if it was not; its keys are checked strictly."""
         expert = self.experts[self._known(name)]
@@ -101,10 +113,11 @@ class ExpertPool:
                     torch.manual_seed(crc32(name.encode()))
                     self._loaded[name] = VisionEncoder(expert, sizes).eval().requires_grad_(False)
             else:
-                dtype = self._placements.get(name, Placement()).dtype
+                dtype = self.placement(name).dtype
                 self._loaded[name] = VisionEncoder.load(self._directory(name), expert, sizes, dtype=dtype)
         return self._loaded[name]
 
+    @locked
     @torch.no_grad()
     def encode(self, name: str, pixels: Tensor, like: Tensor) -> Tensor:
         """(B_e, T_e, C_e) tokens of the prepared images, on the device and in the dtype of ``like``.
@@ -121,14 +134,16 @@ class ExpertPool:
         check(name in self._allowed, "name", f"must be one of the experts in use ({', '.join(self._allowed)})", name)
         if pixels.shape[0] == 0:
             return like.new_empty(0, self.experts[name].num_tokens, self.experts[name].channels)
-        place = self._placements.get(name, Placement())
+        place = self.placement(name)
         device, dtype = place.device or like.device, place.dtype or like.dtype
-        encoder = self[name].to(device, dtype)
-        tokens = encoder(pixels.to(device, dtype)).to(like)
-        if place.offload:
-            encoder.to("cpu")
-        return tokens
+        encoder = self[name]
+        try:
+            return encoder.to(device, dtype)(pixels.to(device, dtype)).to(like)
+        finally:  # also where memory did not suffice
+            if place.offload:
+                encoder.to("cpu")
 
+    @locked
     def save(self, directory: str | Path) -> None:
         """Write every expert to ``directory/experts/<name>``: as it is in memory, else a copy of its files.
 
