@@ -30,9 +30,9 @@ from .configuration import MoVAConfig
 from .convert import convert
 from .demo import run as run_demo
 from .images import open_image
-from .modeling import ROUTING_LORA
 from .pipeline import MoVAPipeline
 from .routing import selection
+from .routing_lora import ROUTING_LORA
 from .visualize import routing_figure
 
 DONE, SOME_FAILED, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141  # the exit codes

@@ -136,7 +136,7 @@ class PromptGenerationMixin(GenerationMixin):
         if input_ids is None:
             check(image_features is None, "input_ids", "or inputs_embeds must be given with images", None)
             return {}
-        past, length = _length(kwargs), input_ids.shape[1]
+        past, length = cache_length(kwargs), input_ids.shape[1]
         if past and attention_mask is not None and attention_mask.shape[1] != length:
             return {"prompt_embeds": self.embed(input_ids, image_features), "prompt_start": past}
         check(past < length, "input_ids", f"must be longer than the cache ({past} tokens) that they begin with", length)
@@ -176,7 +176,7 @@ class PromptGenerationMixin(GenerationMixin):
         check(tokens, "prefill_chunk_size", "must be None with inputs_embeds alone", "an empty step")
         start = input_ids.shape[1] - tokens
         if input_ids.shape[1] < prompt_embeds.shape[1]:
-            past = _length(kwargs)
+            past = cache_length(kwargs)
             start = past - prompt_start
             mask = kwargs.get("attention_mask")
             fits = start >= prompt_embeds.shape[1] or mask is None or mask.shape[1] == past + tokens
@@ -207,7 +207,7 @@ class PromptGenerationMixin(GenerationMixin):
         return super()._get_candidate_generator(model_kwargs=seen, **kwargs)
 
 
-def _length(kwargs: Mapping[str, Any]) -> int:
+def cache_length(kwargs: Mapping[str, Any]) -> int:
     """How many tokens the cache has; before transformers 5.24 its name is past_key_values."""
     cache: Any = kwargs.get("cache")
     cache = kwargs.get("past_key_values") if cache is None else cache

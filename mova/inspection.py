@@ -144,7 +144,7 @@ def _attention(adapter: MoVAdapter, block: AdapterBlock, e: int, query: Tensor, 
     """One query (P, 1, C) at ``token``, its expert's tokens on the base grid (P, R*R, C_e) -> (P, R, R) fp32."""
     cross: Any = block.cross_attn[e]
     heads, side = adapter.config.num_heads, adapter.config.resolution
-    cos, sin = adapter.rope.cos, adapter.rope.sin
+    cos, sin = adapter.rope.tables(context)
     q = cross.q_proj(block.norm1[e](query)).unflatten(-1, (heads, -1))
     k = cross.k_proj(block.norm2[e](context)).unflatten(-1, (heads, -1))
     q = ops.rope2d(q, cos[token : token + 1], sin[token : token + 1]).float()

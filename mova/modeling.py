@@ -2,14 +2,12 @@
 
 # No "from __future__ import annotations": transformers reads the annotation of "config" at run time.
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -20,16 +18,15 @@ from ._checks import check, check_weights
 from ._lock import Lock, locked, locked_with_lora
 from ._wrapped import compute_device, compute_dtype
 from .chat import RoutingRequest, route_requested
-from .checkpoint import read_state
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
-from .generating import PromptGenerationMixin
+from .generating import PromptGenerationMixin, cache_length
 from .pool import ExpertPool, folder
+from .ranks import has_several_processes, with_zero_times
+from .routing_lora import LORA_KEYS, ROUTING_LORA, RoutingLoRA
 
-ROUTING_LORA = "routing"  # the adapter's name in peft, and its folder beside the model
 
-
-class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
+class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, PromptGenerationMixin):
     """Language model, base encoder, text encoder, MoV-Adapter; and the experts, loaded when they are asked.
 
     Images come prepared (:class:`MoVAProcessor` does it), each with the experts that it selected; to let the model pick
@@ -51,6 +48,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [LORA_KEYS]  # noqa: RUF012  # they are loaded from their own folder
 
     def __init__(self, config: MoVAConfig) -> None:
         super().__init__(config)
@@ -66,6 +64,8 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
         self.post_init()
 
     def _freeze(self) -> None:
+        for parameter in self.base.unused_parameters():  # trainable, they would wait for gradients that never come
+            parameter.requires_grad_(False)
         if self.config.freeze_text_encoder:
             self.text_encoder.requires_grad_(False)
 
@@ -166,6 +166,9 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
     ) -> Tensor:
         """Encode and fuse: each expert runs once, on exactly the images that selected it.
 
+        Where torch.distributed has several processes, the text encoder runs even if nothing is selected (see
+        :mod:`mova.ranks`).
+
         Args:
             pixel_values: (M, 3, S, S).
             routing: (M, N) bool; None: no experts; or what the processor made of a chat: the router picks them first.
@@ -190,12 +193,16 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
                     name in expert_pixel_values, "expert_pixel_values", f"must have {name!r}, which is selected", None
                 )
                 features[name] = self.experts.encode(name, expert_pixel_values[name], base)
-        text = None
+        text, unused = None, None
         if routing.any():
             given = question_ids is not None and question_mask is not None
             check(given, "question_ids", "must be given, with question_mask, when an image selected an expert", None)
             text = self.text_features(question_ids, question_mask)  # type: ignore[arg-type]
-        return self.fuse(base, features, routing, text)
+        elif has_several_processes():
+            token = torch.zeros(1, 1, dtype=torch.long)
+            unused = self.text_features(token, torch.ones_like(token))
+        tokens = self.fuse(base, features, routing, text)
+        return tokens if unused is None else with_zero_times(tokens, unused)
 
     def embed(
         self, input_ids: Tensor | None, image_features: Tensor | None, inputs_embeds: Tensor | None = None
@@ -265,7 +272,9 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
     ) -> CausalLMOutputWithPast:
         """One step of the language model; all arguments that are not of images are those of transformers.
 
-        With a cache of keys and values, the images are those whose placeholders are in this step's ``input_ids``.
+        With a cache of keys and values, the images are those whose placeholders are in this step's ``input_ids``. Where
+        torch.distributed has several processes, a batch of text alone runs the parts for images as well, on a blank one
+        (see :mod:`mova.ranks`).
 
         Args:
             pixel_values, routing, expert_pixel_values, question_ids, question_mask: see :meth:`get_image_features`.
@@ -288,7 +297,10 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
                 "question_ids": question_ids,
                 "question_mask": question_mask,
             }
-            inputs_embeds = self.embed(input_ids, self._image_features(image_features, images), inputs_embeds)
+            image_features = self._image_features(image_features, images)
+            inputs_embeds = self.embed(input_ids, image_features, inputs_embeds)
+            if image_features is None and has_several_processes() and not cache_length(kwargs):
+                inputs_embeds = with_zero_times(inputs_embeds, self.get_image_features(self.base.blank()))
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -340,64 +352,6 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
             kwargs |= self._prompt(input_ids, attention_mask, image_features, kwargs)
         return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
-    # The routing LoRA changes the language model in the routing pass alone. It is peft's own work: transformers' mixin
-    # around it wants, at the time of writing, a peft that is not released yet.
-
-    def add_routing_lora(self, config: Any) -> None:
-        """Give the language model a LoRA for the routing pass.
-
-        Args:
-            config: a ``peft.LoraConfig`` for the language model.
-        """
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(config, self.language_model, adapter_name=ROUTING_LORA)
-        self._switch_lora(False)
-        self.config.routing_lora = True
-
-    def load_routing_lora(self, directory: str | Path) -> None:
-        """Load one that :meth:`save_pretrained`, or peft for the language model, wrote.
-
-        Raises:
-            ValueError: weights are missing or unknown.
-        """
-        from peft import PeftConfig, set_peft_model_state_dict
-
-        state = read_state(Path(directory))
-        state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-        self.add_routing_lora(PeftConfig.from_pretrained(str(directory)))
-        wrong: Any = set_peft_model_state_dict(self.language_model, state, adapter_name=ROUTING_LORA)
-        missing = [key for key in wrong.missing_keys if f".{ROUTING_LORA}." in key]
-        check_weights("the routing LoRA", missing, wrong.unexpected_keys)
-
-    def _save_routing_lora(self, directory: Path) -> None:
-        from peft import get_peft_model_state_dict
-
-        directory.mkdir(parents=True, exist_ok=True)
-        self.language_model.peft_config[ROUTING_LORA].save_pretrained(str(directory))
-        state = get_peft_model_state_dict(self.language_model, adapter_name=ROUTING_LORA)
-        save_file({key: value.contiguous() for key, value in state.items()}, directory / "adapter_model.safetensors")
-
-    def _switch_lora(self, on: bool) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for module in self.language_model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.enable_adapters(on)
-
-    @contextmanager
-    def routing_pass(self) -> Iterator[None]:
-        """Inside, the language model is the router: its routing LoRA is on."""
-        if not self.config.routing_lora:
-            yield
-            return
-        with self.lock:
-            self._switch_lora(True)
-            try:
-                yield
-            finally:
-                self._switch_lora(False)
-
     # Saving and loading: the experts have folders of their own beside the model.
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -407,11 +361,9 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
         """
         directory = Path(save_directory)
         state = kwargs.pop("state_dict", None) or self.state_dict()
-        if self.config.routing_lora:
-            state = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
-        super().save_pretrained(directory, *args, state_dict=state, **kwargs)
+        super().save_pretrained(directory, *args, state_dict=self._saved_state(state), **kwargs)
         if self.config.routing_lora and kwargs.get("is_main_process", True):
-            self._save_routing_lora(directory / ROUTING_LORA)
+            self._save_routing_lora(directory / ROUTING_LORA, state)
         if self.config.expert_path is None and kwargs.get("is_main_process", True):
             self.experts.save(directory)
 
@@ -430,8 +382,6 @@ class MoVAForConditionalGeneration(PreTrainedModel, PromptGenerationMixin):
             f"the model {pretrained_model_name_or_path}", info["missing_keys"], info["unexpected_keys"], wrong
         )
         model._freeze()
-        rope = model.adapter.rope  # its tables are in no file, and are computed when it moves
-        rope.to(rope.cos.device)
         source = model.config.expert_path or pretrained_model_name_or_path
         model.experts.source = None if source is None else str(source)
         hub = ("revision", "token", "cache_dir", "local_files_only")
