@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from . import backends, ops
 from ._checks import check, check_floats, check_like, check_tensor
 from ._files import read_config, read_weights
-from ._readable import describe, is_readable, unreadable
+from ._readable import describe, is_readable, refuse_meta, unreadable
 from ._tail import EPS, Bottleneck, affine
 from .config import MoVAdapterConfig
 from .modules import Attention, Downsample, OutputMLP, RopeTable, SwiGLU
@@ -150,7 +150,7 @@ class MoVAdapter(
         return state
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # the mixin's takes any keyword
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -375,7 +375,8 @@ class AdapterBlock(nn.Module):
         """
         if all(is_readable(getattr(self, name), built, like) for name, built in self._built.items()):
             return []
-        return [part for name, built in self._built.items() for part in unreadable(self, name, built, like)]
+        parts = (part for name, built in self._built.items() for part in unreadable(self, name, built, like))
+        return list(dict.fromkeys(parts))
 
     def _joined(self, gate: Tensor, pairs: RaggedPairs) -> Tensor:
         """``gate``, through which the parameters of experts without pairs get gradients of zero."""
@@ -394,6 +395,7 @@ class AdapterBlock(nn.Module):
         some = selected.any(1, keepdim=True)
         text = torch.where(some, text.to(x.dtype), 0)
         pooled = torch.where(some, x.mean(1), 0)
+        refuse_meta(self.gate, x, "gate")
         return ops.expert_gate(self.gate(torch.cat([text, pooled], 1)), selected, self.topk)
 
     def _fuse(

@@ -91,7 +91,7 @@ def other(value):
     if isinstance(value, str):
         return {"zeros": ["circular", "reflect"], "none": "tanh"}[value]
     if isinstance(value, tuple) and all(isinstance(v, int) for v in value):
-        return [tuple(v + 1 for v in value), value[:-1] + (value[-1] + 1,), tuple(2 for _ in value)]
+        return [tuple(v + 1 for v in value), (*value[:-1], value[-1] + 1), tuple(2 for _ in value)]
     return []
 
 
@@ -148,7 +148,6 @@ TENSOR_CHANGES = {
     "one more row": lambda m, name, old: setattr(m, name, nn.Parameter(torch.cat([old, old[:1]]))),
     "one row": lambda m, name, old: setattr(m, name, nn.Parameter(old[:1].clone())),
     "fp64": lambda m, name, old: setattr(m, name, nn.Parameter(old.double())),
-    "meta": lambda m, name, old: setattr(m, name, nn.Parameter(old.to("meta"))),
     "a strided view": lambda m, name, old: setattr(m, name, nn.Parameter(old.repeat_interleave(2, -1)[..., ::2])),
     "expanded": lambda m, name, old: setattr(m, name, nn.Parameter(old[:1].expand_as(old))),
     "a buffer": buffer,
@@ -176,6 +175,18 @@ def test_a_changed_tensor(path, name, kind):
 kind_of_none = {"removed": lambda *_: None, "shadowed": lambda m, name, old: vars(m).__setitem__(name, old)}
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("path", [*PLACES.values(), "blocks.0.gate.0", "blocks.1.norm3"])
+def test_a_tensor_without_data_is_refused(path, name):
+    """PyTorch's own modules take some, and give memory that nobody wrote."""
+    adapter = tiny.adapter()
+    module = adapter.get_submodule(path)
+    if module._parameters.get(name) is not None:
+        setattr(module, name, nn.Parameter(getattr(module, name).to("meta")))
+        with pytest.raises((ValueError, RuntimeError), match="meta"):
+            adapter(BASE, EXPERTS, tiny.ROUTING, TEXT, grids=tiny.GRIDS)
+
+
 def replaced(path, build):
     def change(adapter):
         torch.manual_seed(0)
@@ -195,7 +206,9 @@ REPLACED = {
     "a linear without bias": replaced("blocks.0.cross_attn.0.proj", lambda m: nn.Linear(32, 32, bias=False)),
     "a wider hidden layer": replaced("blocks.0.cross_attn.0.inner_attn_ln", lambda m: nn.LayerNorm(32, 1e-3)),
     "a norm without bias": replaced("blocks.0.norm1.0", lambda m: nn.LayerNorm(32, 1e-5, bias=False)),
-    "a norm without parameters": replaced("blocks.0.norm2.1", lambda m: nn.LayerNorm(8, 1e-5, elementwise_affine=False)),
+    "a norm without parameters": replaced(
+        "blocks.0.norm2.1", lambda m: nn.LayerNorm(8, 1e-5, elementwise_affine=False)
+    ),
     "a norm of tokens and channels": replaced("blocks.0.norm1.0", lambda m: nn.LayerNorm((36, 32), 1e-5)),
     "another norm": replaced("blocks.0.norm1.0", lambda m: nn.RMSNorm(32)),
     "a subclass": replaced("blocks.1.cross_attn.2.k_proj", lambda m: Linear(16, 32, bias=False)),
@@ -335,6 +348,8 @@ def test_a_hook_for_all_modules_is_named_in_the_error():
     adapter = MoVAdapter(tiny.CONFIG)
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert adapter.blocks[0].unusual_modules() == ["every module (by a hook for all, or by a new forward of its class)"]
+        assert adapter.blocks[0].unusual_modules() == [
+            "every module (by a hook for all, or by a new forward of its class)"
+        ]
     finally:
         handle.remove()
