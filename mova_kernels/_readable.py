@@ -27,6 +27,8 @@ _FORWARDS.append((nn.Conv2d, "_conv_forward", nn.Conv2d._conv_forward))
 _TENSORS = ("weight", "bias")  # the names of all parameters of these classes
 _PLAIN_TENSORS = {nn.Parameter, Tensor, FakeTensor}  # the last one is what torch.export traces with
 
+_STRIDED = torch.strided
+
 Class = TypeVar("Class", bound=type[nn.Module])
 
 
@@ -146,21 +148,25 @@ def classes_are_original() -> bool:
 def _fits(module: nn.Module, description: Description, tensors: list[Tensor]) -> bool:
     # This runs for a hundred modules at each forward: hence plain loops, and vars() instead of getattr.
     kind, attributes, shapes, children = description
+    if type(module) is not kind:
+        return False
     state = vars(module)
-    if type(module) is not kind or _is_hooked(state):
+    if _is_hooked(state):
         return False
     for name, value in attributes:
         if state.get(name) != value:
             return False
-    for name, shape in shapes:
-        tensor = _tensor(state, name)
-        if shape is None:
-            if tensor is not None:
+    if shapes:
+        parameters = state["_parameters"]
+        for name, shape in shapes:
+            tensor = parameters[name] if name in parameters and name not in state else _tensor(state, name)
+            if shape is None:
+                if tensor is not None:
+                    return False
+            elif type(tensor) in _PLAIN_TENSORS and tensor.shape == shape and tensor.layout is _STRIDED:
+                tensors.append(tensor)
+            else:
                 return False
-        elif type(tensor) in _PLAIN_TENSORS and tensor.shape == shape and tensor.layout == torch.strided:
-            tensors.append(tensor)
-        else:
-            return False
     if not children:
         return True
     modules = state["_modules"]
