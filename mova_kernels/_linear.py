@@ -42,9 +42,8 @@ def product(
     if _is_ours(x, weight):
         bias = None if bias is None else bias.contiguous()
         added = None if added is None else _native.adjacent_channels(added)
-        pointers = (0 if t is None else t.data_ptr() for t in (rows, weight, bias, added, result))
         strides = (*rows.stride(), *weight.t().stride(), 0 if added is None else added.stride(0), result.stride(0))
-        _matmul(*pointers, *result.shape, x.shape[-1], *strides, _native.DTYPES[x.dtype])
+        _matmul(rows, weight, bias, added, result, *result.shape, x.shape[-1], *strides, _native.DTYPES[x.dtype])
     elif bias is None and added is None:
         torch.mm(rows, weight.t(), out=result)
     else:
