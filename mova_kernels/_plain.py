@@ -32,7 +32,7 @@ def is_plain(x: Tensor) -> bool:
 
 
 def transformed(tensors: Iterable[Tensor] = ()) -> str | None:
-    """The derivative or batching of tensors, besides one backward pass, that is going on here; None if there is none."""
+    """What is done with tensors here besides one backward pass: other derivatives, or batching. None: nothing."""
     if functorch_active():
         return "torch.func transforms (grad, vjp, jvp, vmap, ...) are active, and only the reference goes with them"
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):

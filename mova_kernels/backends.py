@@ -129,9 +129,9 @@ def choose(
 def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str]]:
     """Per op and backend: ``"runs"``, or the reason why it does not run on this device and dtype.
 
-    The answer honours :func:`use_backend` and the environment, and torch.func transforms, torch.jit.trace and ONNX export
-    where it is asked inside of them. It is about plain tensors: those with a tangent (forward-mode AD) and those of
-    subclasses with ``__torch_dispatch__`` run on the reference. Reasons are sentences for people, not for programs.
+    The answer honours :func:`use_backend` and the environment, and torch.func transforms, torch.jit.trace and ONNX
+    export where it is asked inside of them. It is about plain tensors: those with a tangent (forward-mode AD) and those
+    of subclasses with ``__torch_dispatch__`` run on the reference. Reasons are sentences for people, not for programs.
     """
     device = torch.device(device)
     answer: dict[str, dict[str, str]] = {}
@@ -144,7 +144,12 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         for b in implementations.values():
             idle = b.only_when_asked(device) if _requested(op, None) == "auto" else None
             special = None if b.name == "reference" else only_reference(())
-            reason = b.declines(device, dtype) or special or idle or f"could run, but {chosen or _requested(op, None)} was chosen"
+            reason = (
+                b.declines(device, dtype)
+                or special
+                or idle
+                or f"could run, but {chosen or _requested(op, None)} was chosen"
+            )
             answer[op][b.name] = "runs" if b.name == chosen else reason
     return answer
 

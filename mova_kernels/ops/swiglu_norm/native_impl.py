@@ -27,7 +27,8 @@ def forward(
     out = _native.empty(gate, *gate.shape)
     mean, rstd = (gate.new_empty(gate.shape[:2], dtype=torch.float32) for _ in range(2))
     _fwd(
-        gate, up, weight, bias, out, mean, rstd, *gate.shape, channels, *gate.stride()[:2], *up.stride()[:2], eps, _native.DTYPES[common],
+        gate, up, weight, bias, out, mean, rstd,
+        *gate.shape, channels, *gate.stride()[:2], *up.stride()[:2], eps, _native.DTYPES[common],
     )  # fmt: skip
     return out.to(dtype), mean, rstd
 
