@@ -166,18 +166,21 @@ def _forward_kernel(
         largest = larger
         k_tile += k_step
         v_tile += v_step
-    _store(o_tile, acc / total[:, None], rows, L, TILES_CUT)
     sums = (largest + tl.log2(total)) / LOG2_E
-    tl.store(lse_row, sums, mask=rows < L)
     wide = (wide_rows(sums) | (sums != sums)) & (rows < L)
     if any_wide(wide):
-        tl.debug_barrier()  # the rows above are written again
+        narrow = (rows < L) & ~wide
+        tl.store(o_tile, (acc / total[:, None]).to(out.dtype.element_ty), mask=narrow[:, None])
+        tl.store(lse_row, sums, mask=narrow)
         forward_of_wide_rows(
             wide, rows,
             q + pair * stride_qp + head * D, k + pair * stride_kp + head * D, v + pair * stride_vp + head * D,
             cos, sin, out + pair * stride_op + head * D, lse + (pair * H + head) * L,
             stride_ql, stride_kl, stride_vl, stride_ol, L, D, TILE,
         )  # fmt: skip
+    else:
+        _store(o_tile, acc / total[:, None], rows, L, TILES_CUT)
+        tl.store(lse_row, sums, mask=rows < L)
 
 
 @triton.jit
@@ -236,21 +239,21 @@ def _grad_kv_kernel(
         acc_k = tl.dot(grad_scores.to(q_now.dtype), q_now, acc_k, input_precision=PRECISION)
         q_tile += q_step
         g_tile += g_step
-    _store(grad_v_tile, acc_v, rows, L, TILES_CUT)
-    _store(grad_k_tile, _turned(acc_k * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
-
+    acc_k = _turned(acc_k * root, cos, sin, rows, L, D, True, TILES_CUT)
     found = tl.zeros((STEP,), tl.int1)
     for start in range(0, L, STEP):
         found |= wide_rows(_load_row(lse + start + statistics, start + columns, L, STEPS_CUT))
     if any_wide(found):
-        tl.debug_barrier()  # more is added to the rows above
         grad_kv_of_wide_rows(
-            rows,
+            rows, acc_k, acc_v,
             raw_q + pair * stride_rp + head * D, k + pair * stride_kp + head * D, v + pair * stride_vp + head * D,
             grad + pair * stride_gp + head * D, lse + (pair * H + head) * L, cos, sin, wide + (pair * H + head) * L * 3,
             grad_k + pair * stride_dp + head * D, grad_v + pair * stride_dp + head * D,
             stride_rl, stride_kl, stride_vl, stride_gl, stride_dl, L, D, TILE,
         )  # fmt: skip
+    else:
+        _store(grad_v_tile, acc_v, rows, L, TILES_CUT)
+        _store(grad_k_tile, acc_k, rows, L, TILES_CUT)
 
 
 @triton.jit
@@ -293,15 +296,18 @@ def _grad_q_kernel(
         acc = tl.dot(grad_scores.to(k_now.dtype), k_now, acc, input_precision=PRECISION)
         k_tile += k_step
         v_tile += v_step
-    _store(grad_q_tile, _turned(acc * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
+    acc = _turned(acc * root, cos, sin, rows, L, D, True, TILES_CUT)
     if any_wide(is_wide):
-        tl.debug_barrier()  # the rows above are written again
+        narrow = (rows < L) & ~is_wide
+        tl.store(grad_q_tile, acc.to(grad_q.dtype.element_ty), mask=narrow[:, None])
         grad_q_of_wide_rows(
             is_wide, rows,
             raw_q + pair * stride_rp + head * D, k + pair * stride_kp + head * D, v + pair * stride_vp + head * D,
             grad + pair * stride_gp + head * D, cos, sin, wide + (pair * H + head) * L * 3,
             grad_q + pair * stride_dp + head * D, stride_rl, stride_kl, stride_vl, stride_gl, stride_dl, L, D, TILE,
         )  # fmt: skip
+    else:
+        _store(grad_q_tile, acc, rows, L, TILES_CUT)
 
 
 def forward(

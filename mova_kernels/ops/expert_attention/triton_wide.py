@@ -31,6 +31,12 @@ def any_wide(wide):
 
 
 @triton.jit
+def _wide(x):
+    """In fp64, by way of fp32: the interpreter is wrong about bfloat16 otherwise."""
+    return x.to(tl.float32).to(tl.float64)
+
+
+@triton.jit
 def _root(D: tl.constexpr):
     return tl.max(tl.sqrt(tl.full((1,), D, tl.float64)), 0)
 
@@ -38,7 +44,7 @@ def _root(D: tl.constexpr):
 @triton.jit
 def _rotated_row(x, cos, sin, row, D: tl.constexpr):
     d = tl.arange(0, D)
-    own, other = tl.load(x + d).to(tl.float64), tl.load(x + (d ^ 1)).to(tl.float64)
+    own, other = _wide(tl.load(x + d)), _wide(tl.load(x + (d ^ 1)))
     cross = tl.load(sin + row * D + d).to(tl.float64) * tl.where(d % 2 == 0, -1.0, 1.0)
     return own * tl.load(cos + row * D + d).to(tl.float64) + other * cross
 
@@ -46,7 +52,7 @@ def _rotated_row(x, cos, sin, row, D: tl.constexpr):
 @triton.jit
 def _block(x, stride, rows, L: tl.constexpr, D: tl.constexpr):
     pointers = x + rows.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
-    return tl.load(pointers, mask=rows[:, None] < L, other=0.0).to(tl.float64)
+    return _wide(tl.load(pointers, mask=rows[:, None] < L, other=0.0))
 
 
 @triton.jit
@@ -84,7 +90,7 @@ def forward_of_wide_rows(
                 total += odds
                 acc += tl.sum(odds[:, None] * _block(v, stride_v, keys, L, D), 0)
             total_sum = tl.sum(total, 0)
-            tl.store(out + row * stride_o + d, (acc / total_sum).to(out.dtype.element_ty))
+            tl.store(out + row * stride_o + d, (acc / total_sum).to(tl.float32).to(out.dtype.element_ty))
             tl.store(lse + row, (largest + tl.log(total_sum)).to(tl.float32))
 
 
@@ -103,7 +109,7 @@ def grad_q_of_wide_rows(
         if any_wide(wide & here):
             row = tl.max(tl.where(here, rows, 0), 0).to(tl.int64)
             q_row = _rotated_row(q + row * stride_q, cos, sin, row, D)
-            g_row = tl.load(grad + row * stride_g + d).to(tl.float64)
+            g_row = _wide(tl.load(grad + row * stride_g + d))
             largest = _largest(q_row, k, stride_k, L, D)
             total = tl.zeros((KEYS,), tl.float64)
             delta = tl.zeros((KEYS,), tl.float64)
@@ -125,7 +131,7 @@ def grad_q_of_wide_rows(
                 products = tl.sum(_block(v, stride_v, keys, L, D) * g_row[None, :], 1)
                 acc += tl.sum((weights * (products - delta_sum))[:, None] * k_now, 0)
             acc = _turned_back(acc, cos, sin, row, D) / _root(D)
-            tl.store(grad_q + row * stride_d + d, acc.to(grad_q.dtype.element_ty))
+            tl.store(grad_q + row * stride_d + d, acc.to(tl.float32).to(grad_q.dtype.element_ty))
 
 
 @triton.jit
@@ -139,29 +145,30 @@ def _turned_back(x, cos, sin, row, D: tl.constexpr):
 
 @triton.jit
 def grad_kv_of_wide_rows(
-    rows, q, k, v, grad, lse, cos, sin, statistics, grad_k, grad_v,
+    rows, narrow_k, narrow_v, q, k, v, grad, lse, cos, sin, statistics, grad_k, grad_v,
     stride_q, stride_k, stride_v, stride_g, stride_d, L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Adds to grad_k and grad_v of a tile of keys, ``rows``, what the wide queries contribute."""
+    """Stores grad_k and grad_v of a tile of keys, ``rows``: (TILE, D) in fp32 from the others, and of wide queries."""
     d = tl.arange(0, D)
     for i in range(TILE):
-        row = tl.max(tl.where(tl.arange(0, TILE) == i, rows, 0), 0).to(tl.int64)
+        here = tl.arange(0, TILE) == i
+        row = tl.max(tl.where(here, rows, 0), 0).to(tl.int64)
         if row < L:
-            k_row = tl.load(k + row * stride_k + d).to(tl.float64)
-            v_row = tl.load(v + row * stride_v + d).to(tl.float64)
+            k_row = _wide(tl.load(k + row * stride_k + d))
+            v_row = _wide(tl.load(v + row * stride_v + d))
             of_k = tl.zeros((D,), tl.float64)
             of_v = tl.zeros((D,), tl.float64)
             for query in range(L):
                 if tl.abs(tl.load(lse + query)) > LARGEST_LSE:
                     q_row = _rotated_row(q + tl.cast(query, tl.int64) * stride_q, cos, sin, query, D)
-                    g_row = tl.load(grad + tl.cast(query, tl.int64) * stride_g + d).to(tl.float64)
+                    g_row = _wide(tl.load(grad + tl.cast(query, tl.int64) * stride_g + d))
                     score = tl.sum(q_row * k_row, 0) / _root(D)
                     weight = tl.exp(score - tl.load(statistics + query)) / tl.load(statistics + L + query)
                     product = tl.sum(g_row * v_row, 0) - tl.load(statistics + 2 * L + query)
                     of_v += weight * g_row
                     of_k += weight * product * q_row
             of_k = _turned_back(of_k, cos, sin, row, D) / _root(D)
-            of_k += tl.load(grad_k + row * stride_d + d).to(tl.float64)
-            of_v += tl.load(grad_v + row * stride_d + d).to(tl.float64)
-            tl.store(grad_k + row * stride_d + d, of_k.to(grad_k.dtype.element_ty))
-            tl.store(grad_v + row * stride_d + d, of_v.to(grad_v.dtype.element_ty))
+            of_k += tl.sum(tl.where(here[:, None], narrow_k, 0.0), 0)
+            of_v += tl.sum(tl.where(here[:, None], narrow_v, 0.0), 0)
+            tl.store(grad_k + row * stride_d + d, of_k.to(tl.float32).to(grad_k.dtype.element_ty))
+            tl.store(grad_v + row * stride_d + d, of_v.to(tl.float32).to(grad_v.dtype.element_ty))
