@@ -206,7 +206,7 @@ def _bicubic(padded: _Padded, size: int) -> np.ndarray:
     """(size, size, 3) uint8, as PIL resizes the square: all rows by themselves, rounded, then all columns."""
     narrow = np.empty((padded.side, size, 3), np.uint8)
     for where, rows in padded.bands():
-        narrow[where] = Image.fromarray(rows).resize((size, len(rows)), Image.Resampling.BICUBIC)
+        narrow[where] = np.asarray(Image.fromarray(rows).resize((size, len(rows)), Image.Resampling.BICUBIC))
     return np.asarray(Image.fromarray(narrow).resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -217,7 +217,7 @@ def _bilinear(padded: _Padded, size: int) -> Tensor:
         return F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False, antialias=True)[0]
 
     mean, deviation = padded.mean_and_deviation()
-    deviation = max(deviation, 1 / math.sqrt(3 * padded.side**2))
+    deviation = max(deviation, np.float64(1 / math.sqrt(3 * padded.side**2)))
     narrow = torch.empty(3, padded.side, size, dtype=torch.float32, device="cpu")
     for where, rows in padded.bands():
         pixels = rows.astype(np.float32)
