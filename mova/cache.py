@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 
+import torch
 from torch import Tensor
 
 from ._checks import check_int
@@ -37,12 +38,14 @@ class FeatureCache:
 
     @locked
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Keep a tensor; a view that holds on to a larger one is copied."""
+        """Keep a tensor; it is copied if it is a view that holds on to a larger one, or from inference mode, whose
+        tensors cannot be trained with later."""
         self.discard(key)
         if tensor.nbytes > self.budget:
             return
-        if tensor.untyped_storage().nbytes() > tensor.nbytes:
-            tensor = tensor.clone()
+        if tensor.untyped_storage().nbytes() > tensor.nbytes or tensor.is_inference():
+            with torch.inference_mode(False):
+                tensor = tensor.clone()
         self._entries[key] = tensor
         self.bytes += tensor.nbytes
         while self.bytes > self.budget:

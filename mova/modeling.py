@@ -18,15 +18,17 @@ from ._checks import check, check_weights
 from ._lock import Lock, locked, locked_with_lora
 from ._wrapped import compute_device, compute_dtype
 from .chat import RoutingRequest, route_requested
+from .checkpoint import check_files, read_json, weight_files
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
 from .generating import PromptGenerationMixin, cache_length
-from .pool import ExpertPool, folder
+from .hub import UploadsFolders, elsewhere, folder, loading_arguments, pinned
+from .pool import ExpertPool
 from .ranks import has_several_processes, with_zero_times
 from .routing_lora import LORA_KEYS, ROUTING_LORA, RoutingLoRA
 
 
-class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, PromptGenerationMixin):
+class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel, PromptGenerationMixin):
     """Language model, base encoder, text encoder, MoV-Adapter; and the experts, loaded when they are asked.
 
     Images come prepared (:class:`MoVAProcessor` does it), each with the experts that it selected; to let the model pick
@@ -354,40 +356,88 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, PromptGeneratio
 
     # Saving and loading: the experts have folders of their own beside the model.
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """transformers' ``save_pretrained``, with the routing LoRA and the experts.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """transformers' ``save_pretrained``, with the routing LoRA and the experts; so is ``push_to_hub``.
 
         The experts are left out if ``config.expert_path`` names where they lie (frozen, they need one copy).
+        ``variant`` and ``max_shard_size`` hold for them, too.
+
+        Raises:
+            FileNotFoundError: an expert in use has no weights; nothing is uploaded then.
+            ValueError: ``save_directory`` is a file.
         """
         directory = Path(save_directory)
-        state = kwargs.pop("state_dict", None) or self.state_dict()
-        super().save_pretrained(directory, *args, state_dict=self._saved_state(state), **kwargs)
-        if self.config.routing_lora and kwargs.get("is_main_process", True):
+        check(not directory.is_file(), "save_directory", "must not be a file", str(directory))
+        state = self.state_dict() if state_dict is None else state_dict
+        # Before the model's own files, which transformers may upload at once.
+        if self.config.routing_lora and is_main_process:
             self._save_routing_lora(directory / ROUTING_LORA, state)
-        if self.config.expert_path is None and kwargs.get("is_main_process", True):
-            self.experts.save(directory)
+        if self.config.expert_path is None and is_main_process:
+            self.experts.save(directory, variant=kwargs.get("variant"), max_shard_size=kwargs.get("max_shard_size"))
+        super().save_pretrained(
+            directory,
+            is_main_process=is_main_process,
+            state_dict=self._saved_state(state),
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
+
+    def _folders(self) -> list[str]:
+        experts = () if self.config.expert_path else self.experts.experts
+        lora = [ROUTING_LORA] if self.config.routing_lora else []
+        return [*(f"experts/{name}" for name in experts), *lora]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``from_pretrained``; missing and unexpected keys are errors, experts load when first asked.
 
+        Whether the files of the experts in use are there and whole is checked now. All files come from the commit that
+        a hub repository has now; ``revision``, ``token``, ``subfolder``, ``variant``, ``cache_dir``,
+        ``local_files_only`` and ``force_download`` hold for the experts and the routing LoRA, too (those of
+        ``expert_path`` lie in a repository of their own, without revision, subfolder and variant).
+
         Raises:
-            ValueError: the checkpoint lacks weights, or has some that the model does not know.
+            OSError: a file is not there.
+            ValueError: the checkpoint lacks weights, or has some that the model does not know. A file is damaged, and the
+                message names it.
         """
+        path = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        wrong = [str(key) for key in info["mismatched_keys"]]
-        check_weights(
-            f"the model {pretrained_model_name_or_path}", info["missing_keys"], info["unexpected_keys"], wrong
-        )
-        model._freeze()
-        source = model.config.expert_path or pretrained_model_name_or_path
-        model.experts.source = None if source is None else str(source)
-        hub = ("revision", "token", "cache_dir", "local_files_only")
-        model.experts.hub_arguments = {key: kwargs[key] for key in hub if key in kwargs}
-        if model.config.routing_lora:
-            model.load_routing_lora(
-                folder(str(pretrained_model_name_or_path), ROUTING_LORA, model.experts.hub_arguments)
-            )
+        arguments, variant = loading_arguments(kwargs), kwargs.get("variant")
+        if path is not None:
+            arguments = pinned(path, arguments)
+            kwargs |= arguments
+            _check_directory(Path(path) / arguments.get("subfolder", ""), variant)
+        kwargs["ignore_mismatched_sizes"] = True  # they are errors below, with the missing ones
+        # Tensors made in inference mode could neither be moved nor trained with outside of it.
+        with torch.inference_mode(False):
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            wrong = [str(key) for key in info["mismatched_keys"]]
+            check_weights(f"the model {path}", info["missing_keys"], info["unexpected_keys"], wrong)
+            model._freeze()
+            own = model.config.expert_path is None
+            source = path if own else model.config.expert_path
+            model.experts.source = None if source is None else str(source)
+            model.experts.hub_arguments = arguments if own else elsewhere(arguments)
+            model.experts.variant = variant if own else None
+            model.experts.check_files()
+            if model.config.routing_lora:
+                model.load_routing_lora(folder(str(path), ROUTING_LORA, arguments))
         return (model, info) if wants_info else model
+
+
+def _check_directory(directory: Path, variant: str | None) -> None:
+    """Raise where a file of a model's directory is damaged or cut off, and name it: transformers does not always."""
+    if not (directory / "config.json").is_file():
+        return  # on the hub, or no model: transformers says so
+    for name in ("config.json", "generation_config.json"):
+        if (directory / name).exists():
+            read_json(directory / name)
+    check_files(weight_files(directory, variant))

@@ -13,6 +13,7 @@ from ._checks import check
 from ._lock import Lock, locked
 from .cache import FeatureCache
 from .generating import generate_arguments, length_limits
+from .hub import loading_arguments, pinned
 from .images import PreparedImage
 from .inspection import attention_maps, recorded
 from .modeling import MoVAForConditionalGeneration
@@ -70,15 +71,22 @@ class MoVAPipeline:
     def __init__(
         self, model: MoVAForConditionalGeneration, processor: MoVAProcessor, *, cache_bytes: int = 1 << 30
     ) -> None:
+        words, vocabulary = len(processor.question_tokenizer), model.config.text_encoder_config.vocab_size
+        fits = words <= vocabulary
+        check(fits, "processor", f"must have a question_tokenizer of the text encoder's {vocabulary} words", words)
+        token = model.config.image_token_id
+        same = processor.image_token_id == token
+        check(same, "processor", f"must number the image token as the model does ({token})", processor.image_token_id)
         self.model, self.processor = model.eval(), processor
         self.cache = FeatureCache(cache_bytes)
 
     @classmethod
     def from_pretrained(cls, path: str, *, cache_bytes: int = 1 << 30, **kwargs: Any) -> MoVAPipeline:
         """Model and processor from a directory or hub repository; ``kwargs`` are those of the model's own."""
-        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        hub = pinned(path, loading_arguments(kwargs))
         processor = MoVAProcessor.from_pretrained(path, **hub)
-        return cls(MoVAForConditionalGeneration.from_pretrained(path, **kwargs), processor, cache_bytes=cache_bytes)
+        model = MoVAForConditionalGeneration.from_pretrained(path, **kwargs | hub)
+        return cls(model, processor, cache_bytes=cache_bytes)
 
     @property
     def lock(self) -> Lock:
@@ -197,7 +205,7 @@ class MoVAPipeline:
     def _route(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts]) -> list[Route]:
         base = self._base(samples)
         tokens = self._rows(
-            [("router", sample.key) for sample in samples],
+            [("router", None, sample.key) for sample in samples],
             lambda rows: self.model.routing_tokens(base[rows]),
         )
         with self.model.routing_pass():
@@ -254,7 +262,7 @@ class MoVAPipeline:
             encoded = [self.processor.tokenize_questions([texts[i]]) for i in rows]
             return torch.cat([self.model.text_features(**one) for one in encoded])
 
-        found = self._rows([("text", text) for text in texts], encode)
+        found = self._rows([("text", None, text) for text in texts], encode)
         text = base.new_zeros(len(asked), found.shape[1])
         text[[i for i, is_needed in enumerate(needed) if is_needed]] = found
         return text

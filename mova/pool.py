@@ -14,8 +14,11 @@ from torch import Tensor
 
 from ._checks import check
 from ._lock import Lock, locked
+from .checkpoint import check_files, weight_files
 from .encoders import VisionEncoder
+from .encoders.encoder import check_config
 from .experts import VisionExpert
+from .hub import file_names, folder
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class ExpertPool:
     Attributes:
         source: a directory or hub repository with ``experts/<name>``; None: an expert starts with random weights, the
             same for the same name and sizes.
-        hub_arguments: passed to ``huggingface_hub.snapshot_download`` (``revision``, ``token``, ...).
+        hub_arguments: the loading arguments of transformers for ``source`` (``revision``, ``token``, ``subfolder``,
+            ...).
+        variant: of the weight files, as in transformers.
     """
 
     def __init__(
@@ -55,6 +60,8 @@ class ExpertPool:
         self.experts = {expert.name: expert for expert in experts}
         self.source: str | None = None
         self.hub_arguments: dict[str, Any] = {}
+        self.variant: str | None = None
+        self._folders: dict[tuple[str, str], Path] = {}
         self._sizes = sizes
         self._loaded: dict[str, VisionEncoder] = {}
         self._placements: dict[str, Placement] = {}
@@ -105,17 +112,21 @@ class ExpertPool:
     @locked
     def __getitem__(self, name: str) -> VisionEncoder:
         """The encoder, loaded now if it was not; its keys are checked strictly."""
-        expert = self.experts[self._known(name)]
+        self._known(name)
         if name not in self._loaded:
-            sizes = self._sizes.get(name, {})
-            if self.source is None:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(crc32(name.encode()))
-                    self._loaded[name] = VisionEncoder(expert, sizes).eval().requires_grad_(False)
-            else:
-                dtype = self.placement(name).dtype
-                self._loaded[name] = VisionEncoder.load(self._directory(name), expert, sizes, dtype=dtype)
+            # Tensors made in inference mode could neither be moved nor trained with outside of it.
+            with torch.inference_mode(False):
+                self._loaded[name] = self._load(name)
         return self._loaded[name]
+
+    def _load(self, name: str) -> VisionEncoder:
+        expert, sizes = self.experts[name], self._sizes.get(name, {})
+        if self.source is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(crc32(name.encode()))
+                return VisionEncoder(expert, sizes).eval().requires_grad_(False)
+        dtype = self.placement(name).dtype
+        return VisionEncoder.load(self._directory(name), expert, sizes, dtype=dtype, variant=self.variant)
 
     @locked
     @torch.no_grad()
@@ -136,24 +147,66 @@ class ExpertPool:
             return like.new_empty(0, self.experts[name].num_tokens, self.experts[name].channels)
         place = self.placement(name)
         device, dtype = place.device or like.device, place.dtype or like.dtype
-        encoder = self[name]
+        with torch.inference_mode(False):
+            encoder = self[name]
         try:
-            return encoder.to(device, dtype)(pixels.to(device, dtype)).to(like)
+            with torch.inference_mode(False):
+                encoder.to(device, dtype)
+            return encoder(pixels.to(device, dtype)).to(like)
         finally:  # also where memory did not suffice
             if place.offload:
-                encoder.to("cpu")
+                with torch.inference_mode(False):
+                    encoder.to("cpu")
+
+    def check_files(self) -> None:
+        """Raise where an expert in use could not be loaded for its files; no weights are read or fetched.
+
+        Raises:
+            FileNotFoundError: there are none.
+            ValueError: one is damaged; the message names it.
+        """
+        if self.source is None:
+            return
+        for name in self._allowed:
+            try:
+                names = file_names(self.source, f"experts/{name}", self.hub_arguments)
+                if not Path(self.source).is_dir():
+                    if not any(file.endswith((".safetensors", ".bin")) for file in names):
+                        raise FileNotFoundError(f"no weights of the expert {name!r}: none in {self.source}")
+                    continue
+                directory = self._directory(name)
+                check_files(weight_files(directory, self.variant))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{error} (expert {name!r}); to load the model without it, leave it out of "
+                    "experts_in_use of its config"
+                ) from error
+            check_config(self.experts[name], self._sizes.get(name, {}), directory)
 
     @locked
-    def save(self, directory: str | Path) -> None:
+    def save(
+        self, directory: str | Path, *, variant: str | None = None, max_shard_size: int | str | None = None
+    ) -> None:
         """Write every expert to ``directory/experts/<name>``: as it is in memory, else a copy of its files.
+
+        Args:
+            directory: that of the model.
+            variant, max_shard_size: as in transformers.
 
         Raises:
             FileNotFoundError: an expert in use has none.
         """
         for name in self.experts:
             target = Path(directory) / "experts" / name
-            if name in self._loaded or self.source is None:
-                self[name].save(target)
+            is_loaded = name in self._loaded
+            if is_loaded or self.source is None or variant != self.variant:
+                try:
+                    self[name].save(target, variant=variant, max_shard_size=max_shard_size)
+                except FileNotFoundError:
+                    if name in self._allowed:
+                        raise
+                if not is_loaded and self.source is not None:
+                    self.unload(name)
                 continue
             try:
                 source = self._directory(name)
@@ -169,24 +222,12 @@ class ExpertPool:
         return name
 
     def _directory(self, name: str) -> Path:
+        """Of the expert's files; what was fetched from the hub once is not asked for again."""
         assert self.source is not None
-        try:
-            return folder(self.source, f"experts/{name}", self.hub_arguments)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"no weights of the expert {name!r}: {error}") from error
-
-
-def folder(source: str, name: str, hub_arguments: Mapping[str, Any]) -> Path:
-    """The folder ``name`` of a model's directory, or of its hub repository, from which it is fetched first.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    root = Path(source)
-    if not root.is_dir():
-        from huggingface_hub import snapshot_download
-
-        root = Path(snapshot_download(source, allow_patterns=f"{name}/*", **hub_arguments))
-    if not (root / name).is_dir():
-        raise FileNotFoundError(f"{source} has no folder {name}")
-    return root / name
+        key = (self.source, name)
+        if key not in self._folders:
+            try:
+                self._folders[key] = folder(self.source, f"experts/{name}", self.hub_arguments)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"no weights of the expert {name!r}: {error}") from error
+        return self._folders[key]

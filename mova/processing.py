@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +16,14 @@ from transformers.processing_utils import ProcessorMixin
 from ._checks import check, check_int
 from ._lock import Lock
 from .chat import IMAGE_TOKEN, RoutingRequest, chat_images, chat_questions, gate_texts, message_text
+from .checkpoint import read_json
 from .configuration import MoVAConfig
 from .experts import VisionExpert
+from .hub import UploadsFolders
 from .images import PreparedImage
 from .routing import routing_mask
 
+_QUESTIONS = "question_tokenizer"  # the folder of the text encoder's tokenizer
 # Of the tokenizers: a call sets their padding and truncation before it uses them, which threads must not do at once.
 _TOKENIZING = Lock()
 # The arguments of the processor's call that apply_chat_template hands on.
@@ -66,7 +71,7 @@ class MoVAImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": torch.stack([PreparedImage(x).view(expert) for x in _flat(images)])})
 
 
-class MoVAProcessor(ProcessorMixin):
+class MoVAProcessor(UploadsFolders, ProcessorMixin):
     """Prepares images and tokenises texts; saved and loaded with the model, known to ``AutoProcessor``.
 
     Args:
@@ -78,6 +83,10 @@ class MoVAProcessor(ProcessorMixin):
         topk: how many experts the router may name.
         system_prompt: stands before every conversation; None: the template's own.
         routing_template: the router's wording (``mova.routing_prompt``'s ``template``); None: this library's.
+        question_words: how many words ``question_tokenizer`` must have, which the saved processor knows; None: some.
+
+    Raises:
+        TypeError, ValueError: an argument breaks its rule.
     """
 
     def __init__(
@@ -92,6 +101,7 @@ class MoVAProcessor(ProcessorMixin):
         system_prompt: str | None = None,
         routing_template: str | None = None,
         chat_template: str | None = None,
+        question_words: int | None = None,
     ) -> None:
         for name, value in (("num_image_tokens", num_image_tokens), ("num_routing_tokens", num_routing_tokens)):
             check_int(name, value, 1)
@@ -103,9 +113,36 @@ class MoVAProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         is_one = self.image_token_id is not None and self.image_token_id != tokenizer.unk_token_id
         check(is_one, "tokenizer", f"must have {IMAGE_TOKEN} as a token", tokenizer.name_or_path)
+        self.question_words = _check_words(question_tokenizer, question_words)
         tokenizer.padding_side = "left"  # a batch is continued at its right end
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """As in transformers."""
+        self.question_words = len(self.question_tokenizer)
+        return super().save_pretrained(os.fspath(save_directory), push_to_hub, **kwargs)
+
+    def _folders(self) -> list[str]:
+        return [_QUESTIONS, "additional_chat_templates"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a file that is damaged, or a tokenizer without its words, is an error.
+
+        Raises:
+            OSError: a file is not there.
+            ValueError: a file is damaged, or a tokenizer is not the one that was saved; the message names the file or
+                the tokenizer.
+        """
+        path = pretrained_model_name_or_path
+        _check_processor_files(Path(path) / (kwargs.get("subfolder") or ""))
+        try:
+            return super().from_pretrained(path, *args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a tokenizer makes of a damaged file
+            raise ValueError(f"the processor in {path} cannot be loaded: {error}") from error
 
     @classmethod
     def for_config(cls, config: MoVAConfig, tokenizer: Any, question_tokenizer: Any, **kwargs: Any) -> MoVAProcessor:
@@ -336,3 +373,27 @@ def _flat(images: Any) -> list[Any]:
     if not isinstance(images, list | tuple):
         return [images]
     return [image for entry in images for image in (entry if isinstance(entry, list | tuple) else [entry])]
+
+
+def _check_words(tokenizer: Any, expected: int | None) -> int:
+    """The size of the text encoder's tokenizer. One that lost its vocabulary still loads, and knows no word."""
+    found, where = tokenizer.get_vocab(), tokenizer.name_or_path
+    check(IMAGE_TOKEN not in found, "question_tokenizer", "must be the text encoder's, not the language model's", where)
+    has_words = not set(found) <= set(tokenizer.all_special_tokens)
+    check(has_words, "question_tokenizer", f"must have words, not special tokens alone (in {where})", len(found))
+    fits = expected is None or len(tokenizer) == expected
+    check(fits, "question_tokenizer", f"must have the {expected} words that it was saved with (in {where})", len(found))
+    return len(tokenizer)
+
+
+def _check_processor_files(directory: Path) -> None:
+    """Raise where a file of a processor's directory is missing or damaged, and name it."""
+    if not (directory / "processor_config.json").is_file():
+        return  # on the hub, or no processor: transformers says so
+    read_json(directory / "processor_config.json")
+    for folder in (directory, directory / _QUESTIONS):
+        for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
+            if (folder / name).exists():
+                read_json(folder / name)
+        if not (folder / "tokenizer_config.json").is_file():
+            raise FileNotFoundError(f"no tokenizer_config.json in {folder}")
