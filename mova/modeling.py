@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mova_kernels import MoVAdapter
@@ -300,9 +301,12 @@ class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel,
                 "question_mask": question_mask,
             }
             image_features = self._image_features(image_features, images)
-            inputs_embeds = self.embed(input_ids, image_features, inputs_embeds)
+            unused = None  # computed before the embeddings, as images are: the order is the same for all processes
             if image_features is None and has_several_processes() and not cache_length(kwargs):
-                inputs_embeds = with_zero_times(inputs_embeds, self.get_image_features(self.base.blank()))
+                unused = self.get_image_features(self.base.blank())
+            inputs_embeds = self.embed(input_ids, image_features, inputs_embeds)
+            if unused is not None:
+                inputs_embeds = with_zero_times(inputs_embeds, unused)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -395,6 +399,13 @@ class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel,
         return [*(f"experts/{name}" for name in experts), *lora]
 
     @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        model = super()._from_config(config, **kwargs)
+        if is_deepspeed_zero3_enabled():  # there, transformers keeps modules from initialising themselves
+            model.adapter.reset_parameters()
+        return model
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``from_pretrained``; missing and unexpected keys are errors, experts load when first asked.
 
@@ -405,8 +416,7 @@ class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel,
 
         Raises:
             OSError: a file is not there.
-            ValueError: the checkpoint lacks weights, or has some that the model does not know. A file is damaged, and the
-                message names it.
+            ValueError: weights are missing or unknown to the model, or a file is damaged; the message names it.
         """
         path = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
