@@ -155,6 +155,8 @@ class PromptGenerationMixin(GenerationMixin):
         inputs_embeds: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_start: int = 0,
+        cache: Any = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """transformers' own, and the part of the prompt that this step's tokens are.
@@ -163,7 +165,9 @@ class PromptGenerationMixin(GenerationMixin):
             input_ids: (B, T) all tokens so far; or a chunk of the prompt, or the newest tokens alone.
             prompt_embeds: (B, n, hidden_size), the embedded prompt.
             prompt_start: how many tokens of a cache stand before it.
+            cache, past_key_values: the second is the first's name before transformers 5.24, which asks this signature.
         """
+        kwargs |= {k: v for k, v in (("cache", cache), ("past_key_values", past_key_values)) if v is not None}
         step = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         ids = step["input_ids"]
         if ids is None:  # the first step of inputs_embeds
