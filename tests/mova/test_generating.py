@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mova import MoVAForConditionalGeneration, prompts
+from mova import prompts
 from mova.demo import small_model
 from mova.pictures import pictures
 
@@ -58,9 +58,7 @@ def best(model, inputs, new=NEW):
 
 @torch.no_grad()
 def features_of(model, inputs):
-    return model.get_image_features(
-        **{k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-    )
+    return model.get_image_features(**{k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")})
 
 
 def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -108,7 +106,11 @@ def llava():
 
 def generated(model, inputs, assistants, mode, new=NEW):
     mode = {**mode, "assistant_model": assistants[mode["assistant_model"]]} if "assistant_model" in mode else mode
-    mode = {**mode, "prefill_chunk_size": 4} if model.config.model_type == "llava" and "prefill_chunk_size" in mode else mode
+    mode = (
+        {**mode, "prefill_chunk_size": 4}
+        if model.config.model_type == "llava" and "prefill_chunk_size" in mode
+        else mode
+    )
     result = model.generate(**inputs, max_new_tokens=new, do_sample=False, pad_token_id=0, **mode)
     return result[:, inputs["input_ids"].shape[1] :]
 

@@ -135,7 +135,9 @@ def difference(found, expected) -> str | None:
         return (
             f"missing {sorted(expected.keys() - found.keys())[:3]}, more {sorted(found.keys() - expected.keys())[:3]}"
         )
-    far = {name: ((found[name] - grad).abs().max() / (grad.abs().max() + 1e-3)).item() for name, grad in expected.items()}
+    far = {
+        name: ((found[name] - grad).abs().max() / (grad.abs().max() + 1e-3)).item() for name, grad in expected.items()
+    }
     worst = max(far, key=lambda name: far[name])
     return f"{worst} differs by {far[worst]:.1e}" if far[worst] > 1e-5 else None
 

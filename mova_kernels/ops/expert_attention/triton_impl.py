@@ -19,7 +19,14 @@ from torch import Tensor
 
 from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision, rotate_pairs
 from ..._tune import bucket, tuned
-from .triton_wide import any_wide, forward_of_wide_rows, grad_kv_of_wide_rows, grad_q_of_wide_rows, narrow_lse, wide_rows
+from .triton_wide import (
+    any_wide,
+    forward_of_wide_rows,
+    grad_kv_of_wide_rows,
+    grad_q_of_wide_rows,
+    narrow_lse,
+    wide_rows,
+)
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
