@@ -24,7 +24,7 @@ CASES = {
 def test_softmax_in_fp64_is_the_truth(case, dtype) -> None:
     """Where plain torch overflows, nothing but the rounding of the result is allowed."""
     of_q, of_k, query = CASES[case]
-    (q, k, v), tables = problem(1, 20, 1, 32)
+    (q, k, v), tables = problem(1, 7, 1, 32)
     q[:, slice(None) if query is None else query] *= of_q
     inputs = [t.to(dtype) for t in (q, of_k * k, v)]
     cotangent = cotangent_like(inputs[2])
@@ -36,9 +36,9 @@ def test_softmax_in_fp64_is_the_truth(case, dtype) -> None:
 
 
 def test_missing_numbers_beside_large_ones() -> None:
-    (q, k, v), tables = problem(1, 20, 1, 32)
+    (q, k, v), tables = problem(1, 7, 1, 32)
     expected = op(tables, 1)(1e12 * q, k, v)
     q[0, 3] = torch.nan
     found = op(tables, 1)(1e12 * q, k, v)
-    others = torch.arange(20) != 3
+    others = torch.arange(7) != 3
     assert found[0, 3].isnan().all() and torch.equal(found[0, others], expected[0, others])
