@@ -1,4 +1,4 @@
-"""Every way of generating that transformers offers: greedy tokens are the model's own best, whatever loop finds them."""
+"""Every way of generating that transformers offers: greedy tokens are the model's own best, whatever the loop."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def features_of(model, inputs):
 
 def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
     """A greedy loop of one's own that gives prepare_inputs_for_generation the newest token alone."""
-    first, step, cache = True, input_ids, None
+    first, step = True, input_ids
     for _ in range(NEW):
         inputs = model.prepare_inputs_for_generation(step, is_first_iteration=first, **model_kwargs)
         out = model(**inputs, return_dict=True)

@@ -54,7 +54,7 @@ def tiny(free_text: bool) -> MoVAForConditionalGeneration:
             num_routing_tokens=16,
             image_token_id=3,
             freeze_text_encoder=not free_text,
-        )  # fmt: skip
+        )
     )
     with torch.no_grad():
         for parameter in model.adapter.parameters():
@@ -129,7 +129,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 def difference(found, expected) -> str | None:
     """What is wrong with these gradients; None: nothing.
 
-    They may differ by 1e-5 of the largest of their parameter, and by what rounding makes of a true zero (biases of keys).
+    They may differ by 1e-5 of the largest of their parameter, and by the rounding of a true zero (biases of keys).
     """
     if found.keys() != expected.keys():
         return (

@@ -84,7 +84,9 @@ def test_softmax_in_fp64_is_the_truth(dtype, shape, case):
     inputs, tables, heads = problem(shape, dtype, case)
     expected = by_autograd(truth(tables, heads), *(t.double() for t in inputs))
     rival = by_autograd(plain(tables, heads), *inputs)
-    for name, a, e, p in zip(("out", "grad_q", "grad_k", "grad_v"), both(*inputs, tables, heads), expected, rival):
+    for name, a, e, p in zip(
+        ("out", "grad_q", "grad_k", "grad_v"), both(*inputs, tables, heads), expected, rival, strict=True
+    ):
         fits = e.to(dtype).isfinite()
         assert e.isfinite().all() and torch.equal(a.isfinite(), fits), name
         budget = p if p.isfinite().all() else e.to(dtype)
@@ -160,7 +162,7 @@ def test_padding_is_left_alone():
 
 def test_tiny_values_where_all_scores_are_low():
     """Powers of 2 that are far below 1 times values that are nearly denormal."""
-    (q, k, v, grad), tables = unturned(1, 40, 2)
+    (q, k, v, _), tables = unturned(1, 40, 2)
     q[:], k[:] = -4, 5
     v *= 1e-34
     out = forward(q, k, v, *tables, 1, None)[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision, rotate_pairs
 from ..._tune import bucket, tuned
+<<<<<<< HEAD
 from .triton_wide import (
     any_wide,
     forward_of_wide_rows,
@@ -27,6 +28,8 @@ from .triton_wide import (
     narrow_lse,
     wide_rows,
 )
+=======
+>>>>>>> help-c
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -118,19 +121,16 @@ def _place(count, H, num_tiles, TILE: tl.constexpr):
 
 @triton.jit
 def _rotate_kernel(
-    x, cos, sin, y, lse, count, stride_xp, stride_xl, stride_yp, stride_yl, H, num_tiles,
+    x, cos, sin, y, count, stride_xp, stride_xl, stride_yp, stride_yl, H, num_tiles,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """y = rope(x), zeros for the wide rows of triton_wide.py if there is lse; nothing is written for padding."""
+    """y = rope(x); nothing is written for padding."""
     TILES_CUT: tl.constexpr = L % TILE != 0
     pair, head, rows, padding = _place(count, H, num_tiles, TILE)
     if padding:
         return
     turned = _load(_tile(x, pair, head, rows, stride_xp, stride_xl, D), rows, L, TILES_CUT)
     turned = _turned(turned, cos, sin, rows, L, D, False, TILES_CUT)
-    if lse is not None:
-        wide = wide_rows(_load_row(lse + (pair * H + head) * L + rows, rows, L, TILES_CUT))
-        turned = tl.where(wide[:, None], 0.0, turned)
     _store(_tile(y, pair, head, rows, stride_yp, stride_yl, D), turned, rows, L, TILES_CUT)
 
 
@@ -173,21 +173,8 @@ def _forward_kernel(
         largest = larger
         k_tile += k_step
         v_tile += v_step
-    sums = (largest + tl.log2(total)) / LOG2_E
-    wide = (wide_rows(sums) | (sums != sums)) & (rows < L)
-    if any_wide(wide):
-        narrow = (rows < L) & ~wide
-        tl.store(o_tile, (acc / total[:, None]).to(out.dtype.element_ty), mask=narrow[:, None])
-        tl.store(lse_row, sums, mask=narrow)
-        forward_of_wide_rows(
-            wide, rows,
-            q + pair * stride_qp + head * D, k + pair * stride_kp + head * D, v + pair * stride_vp + head * D,
-            cos, sin, out + pair * stride_op + head * D, lse + (pair * H + head) * L,
-            stride_ql, stride_kl, stride_vl, stride_ol, L, D, TILE,
-        )  # fmt: skip
-    else:
-        _store(o_tile, acc / total[:, None], rows, L, TILES_CUT)
-        tl.store(lse_row, sums, mask=rows < L)
+    _store(o_tile, acc / total[:, None], rows, L, TILES_CUT)
+    tl.store(lse_row, (largest + tl.log2(total)) / LOG2_E, mask=rows < L)
 
 
 @triton.jit
@@ -207,9 +194,9 @@ def _delta_kernel(
 
 @triton.jit
 def _grad_kv_kernel(
-    q, k, v, grad, lse, delta, cos, sin, raw_q, wide, grad_k, grad_v, count,
+    q, k, v, grad, lse, delta, cos, sin, grad_k, grad_v, count,
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl,
-    stride_dp, stride_dl, stride_rp, stride_rl, H, num_tiles, scale, root,
+    stride_dp, stride_dl, H, num_tiles, scale, root,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of grad_k and grad_v, summed over queries in their order; q and k are rotated; zeros for padding."""
@@ -236,7 +223,7 @@ def _grad_kv_kernel(
         q_now = _load(q_tile, start + columns, L, STEPS_CUT)
         g_now = _load(g_tile, start + columns, L, STEPS_CUT)
         # Behind the last query q and grad are zeros, which add nothing whatever the weights: no mask is needed.
-        lse_now = narrow_lse(_load_row(lse + start + statistics, start + columns, L, STEPS_CUT)) * LOG2_E
+        lse_now = _load_row(lse + start + statistics, start + columns, L, STEPS_CUT) * LOG2_E
         delta_now = _load_row(delta + start + statistics, start + columns, L, STEPS_CUT)
         scores = tl.dot(k_tile, tl.trans(q_now), input_precision=PRECISION)
         weights = tl.exp2(scores * scale - lse_now[None, :])
@@ -246,28 +233,15 @@ def _grad_kv_kernel(
         acc_k = tl.dot(grad_scores.to(q_now.dtype), q_now, acc_k, input_precision=PRECISION)
         q_tile += q_step
         g_tile += g_step
-    acc_k = _turned(acc_k * root, cos, sin, rows, L, D, True, TILES_CUT)
-    found = tl.zeros((STEP,), tl.int1)
-    for start in range(0, L, STEP):
-        found |= wide_rows(_load_row(lse + start + statistics, start + columns, L, STEPS_CUT))
-    if any_wide(found):
-        grad_kv_of_wide_rows(
-            rows, acc_k, acc_v,
-            raw_q + pair * stride_rp + head * D, k + pair * stride_kp + head * D, v + pair * stride_vp + head * D,
-            grad + pair * stride_gp + head * D, lse + (pair * H + head) * L, cos, sin, wide + (pair * H + head) * L * 3,
-            grad_k + pair * stride_dp + head * D, grad_v + pair * stride_dp + head * D,
-            stride_rl, stride_kl, stride_vl, stride_gl, stride_dl, L, D, TILE,
-        )  # fmt: skip
-    else:
-        _store(grad_v_tile, acc_v, rows, L, TILES_CUT)
-        _store(grad_k_tile, acc_k, rows, L, TILES_CUT)
+    _store(grad_v_tile, acc_v, rows, L, TILES_CUT)
+    _store(grad_k_tile, _turned(acc_k * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
 
 
 @triton.jit
 def _grad_q_kernel(
-    q, k, v, grad, lse, delta, cos, sin, raw_q, wide, grad_q, count,
+    q, k, v, grad, lse, delta, cos, sin, grad_q, count,
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl,
-    stride_dp, stride_dl, stride_rp, stride_rl, H, num_tiles, scale, root,
+    stride_dp, stride_dl, H, num_tiles, scale, root,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of grad_q, summed over keys in their order; q and k are rotated; zeros for padding."""
@@ -281,9 +255,7 @@ def _grad_q_kernel(
     q_tile = _load(_tile(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, TILES_CUT)
     g_tile = _load(_tile(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, TILES_CUT)
     statistics = (pair * H + head) * L + rows
-    lse_row = _load_row(lse + statistics, rows, L, TILES_CUT)
-    is_wide = wide_rows(lse_row) & (rows < L)
-    lse_row = narrow_lse(lse_row) * LOG2_E
+    lse_row = _load_row(lse + statistics, rows, L, TILES_CUT) * LOG2_E
     delta_row = _load_row(delta + statistics, rows, L, TILES_CUT)
 
     columns = tl.arange(0, STEP)
@@ -303,18 +275,7 @@ def _grad_q_kernel(
         acc = tl.dot(grad_scores.to(k_now.dtype), k_now, acc, input_precision=PRECISION)
         k_tile += k_step
         v_tile += v_step
-    acc = _turned(acc * root, cos, sin, rows, L, D, True, TILES_CUT)
-    if any_wide(is_wide):
-        narrow = (rows < L) & ~is_wide
-        tl.store(grad_q_tile, acc.to(grad_q.dtype.element_ty), mask=narrow[:, None])
-        grad_q_of_wide_rows(
-            is_wide, rows,
-            raw_q + pair * stride_rp + head * D, k + pair * stride_kp + head * D, v + pair * stride_vp + head * D,
-            grad + pair * stride_gp + head * D, cos, sin, wide + (pair * H + head) * L * 3,
-            grad_q + pair * stride_dp + head * D, stride_rl, stride_kl, stride_vl, stride_gl, stride_dl, L, D, TILE,
-        )  # fmt: skip
-    else:
-        _store(grad_q_tile, acc, rows, L, TILES_CUT)
+    _store(grad_q_tile, _turned(acc * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
 
 
 def forward(
@@ -348,14 +309,12 @@ def backward(
         with torch.cuda.device_of(q):
             delta = torch.empty_like(lse)
             _launch_rows(_delta_kernel, (grad, out, delta, count), (grad, out), num_heads)
-            raw_q = q
-            q, k = _rotated(q, cos, sin, num_heads, count, lse), _rotated(k, cos, sin, num_heads, count)
+            q, k = (_rotated(t, cos, sin, num_heads, count) for t in (q, k))
             scales = (_log2_scale(q, num_heads), (q.shape[2] // num_heads) ** -0.5)
-            wide = lse.new_empty((*lse.shape[:2], 3, lse.shape[2]), dtype=torch.float64)  # from grad_q for grad_kv
-            operands = (q, k, v, grad, lse, delta, cos, sin, raw_q, wide)
-            strided = (q, k, v, grad, grad_q, raw_q)  # the gradients have the same strides
-            _launch(_grad_q_kernel, "grad_q", (*operands, grad_q, count), strided, num_heads, scales)
+            operands = (q, k, v, grad, lse, delta, cos, sin)
+            strided = (q, k, v, grad, grad_q)  # the gradients have the same strides
             _launch(_grad_kv_kernel, "grad_kv", (*operands, grad_k, grad_v, count), strided, num_heads, scales)
+            _launch(_grad_q_kernel, "grad_q", (*operands, grad_q, count), strided, num_heads, scales)
     return grad_q, grad_k, grad_v
 
 
@@ -384,11 +343,9 @@ def _gate_case(dtype: torch.dtype, width: int, length: int, tf32: bool) -> None:
     backward(x, x, x, x, x, lse, table, table, 2, count)
 
 
-def _rotated(
-    x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, count: Tensor | None, lse: Tensor | None = None
-) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, count: Tensor | None) -> Tensor:
     y = x.new_empty(x.shape)
-    _launch_rows(_rotate_kernel, (x, cos, sin, y, lse, count), (x, y), num_heads)
+    _launch_rows(_rotate_kernel, (x, cos, sin, y, count), (x, y), num_heads)
     return y
 
 
