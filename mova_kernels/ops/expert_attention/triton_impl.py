@@ -19,17 +19,6 @@ from torch import Tensor
 
 from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision, rotate_pairs
 from ..._tune import bucket, tuned
-<<<<<<< HEAD
-from .triton_wide import (
-    any_wide,
-    forward_of_wide_rows,
-    grad_kv_of_wide_rows,
-    grad_q_of_wide_rows,
-    narrow_lse,
-    wide_rows,
-)
-=======
->>>>>>> help-c
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
