@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
-from ._library import functorch_active
+from ._plain import functorch_active
 from ._linear import linear
 from ._readable import describe, is_plain_linear, is_readable, reads, refuse_meta
 from ._tail import EPS, RegStage
