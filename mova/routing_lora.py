@@ -35,6 +35,7 @@ class RoutingLoRA:
     """
 
     config: Any
+    lock: Any
     language_model: Any
     _routing_lora_on = False
 

@@ -118,7 +118,7 @@ def _aligned(argument: object) -> object:
     if isinstance(argument, (list, tuple)):
         return [_aligned(x) for x in argument]
     misplaced = isinstance(argument, Tensor) and argument.data_ptr() % argument.element_size()
-    return argument.clone() if misplaced else argument  # type: ignore[union-attr]
+    return argument.clone() if misplaced else argument  # type: ignore[attr-defined]
 
 
 def address(x: Tensor | None) -> int:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
-from ._plain import functorch_active
 from ._linear import linear
+from ._plain import functorch_active
 from ._readable import describe, is_plain_linear, is_readable, reads, refuse_meta
 from ._tail import EPS, RegStage
 

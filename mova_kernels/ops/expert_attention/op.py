@@ -69,7 +69,7 @@ def expert_attention(
         if transformed(tensors):
             return reference.expert_attention(*tensors, num_heads, stored=True)
         out = reference.expert_attention(*tensors, num_heads)
-        return differentiable_again(out, lambda *t: [reference.expert_attention(*t, num_heads, stored=True)], *tensors)
+        return differentiable_again(out, lambda *t: [reference.expert_attention(*t, num_heads, stored=True)], *tensors)  # type: ignore[call-arg, misc]
     k, v = k.to(q.dtype), v.to(q.dtype)  # autocast lets them differ
     cos, sin = cos.float(), sin.float()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -147,7 +147,7 @@ class _ExpertAttention(torch.autograd.Function):
         q, k, v, out, lse, cos, sin, count = ctx.saved_tensors
         num_heads, backend = ctx.arguments
         if need_reference([grad]):
-            function = lambda *t: [reference.expert_attention(*t, cos, sin, num_heads, stored=True)]  # noqa: E731
+            function = lambda *t: [reference.expert_attention(*t, cos, sin, num_heads, stored=True)]  # type: ignore[call-arg, misc]  # noqa: E731
             found = of_reference(function, (q, k, v), ctx.needs_input_grad[:3], [grad])
             return *found, None, None, None, None, None
         grads = _bwd(grad, q, k, v, out, lse, cos, sin, num_heads, count, backend)

@@ -111,7 +111,7 @@ def centred_features(
         check(bool(((rows >= 0) & (rows < x.shape[0])).all()), "rows", f"must be from 0 to {x.shape[0] - 1}", rows)
     sizes = [*in_size, *out_size]
     _choose("cpu", [x], sizes, [x])
-    return CentredFeatures(*_centre(x.detach(), rows, sizes, eps), in_size, out_size)
+    return CentredFeatures(*_centre(x.detach(), rows, sizes, eps), in_size, out_size)  # type: ignore[call-arg]
 
 
 def resamples_later(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, int]) -> bool:

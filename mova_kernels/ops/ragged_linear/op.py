@@ -267,7 +267,7 @@ def _reference(settings: tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
             wide = feature_resample(x[e], None, list(r.in_size), list(r.out_size))
             x[e] = (wide * r.rstd[:, :, None]).to(dtype)
     offsets = bounds or tables[3].tolist()
-    return reference.ragged_linear(x, rows, PairTables(*tables), offsets, *parameters, dtype)
+    return reference.ragged_linear(x, rows, PairTables(*tables), offsets, *parameters, dtype)  # type: ignore[call-arg]
 
 
 def _flat(resamplings: Sequence[native_impl.Resampling | None]) -> tuple[list[Tensor | None], list[int]]:
