@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ._checks import check
 
 
-def read_state(source: Path) -> dict[str, Tensor]:
+def read_state(source: Path, variant: str | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint, mapped into memory: a file, or the weight files of a directory.
 
     Args:
         source: a file, or a directory with safetensors or else pytorch_model*.bin: those of its index, or all.
+        variant: of a directory, see :func:`weight_files`.
 
     Raises:
         FileNotFoundError: there is none, or the index names one that is not there.
@@ -28,7 +30,7 @@ def read_state(source: Path) -> dict[str, Tensor]:
             the same name.
     """
     state: dict[str, Tensor] = {}
-    for file in _weight_files(source):
+    for file in weight_files(source, variant):
         found = _read_file(file)
         tensors = isinstance(found, dict) and found and all(isinstance(value, Tensor) for value in found.values())
         check(tensors, "source", "must hold tensors by name", str(file))
@@ -38,23 +40,86 @@ def read_state(source: Path) -> dict[str, Tensor]:
     return state
 
 
-def _weight_files(source: Path) -> list[Path]:
+def weight_files(source: Path, variant: str | None = None) -> list[Path]:
+    """The files of a checkpoint: itself, or those of a directory.
+
+    Args:
+        source: a file or a directory.
+        variant: of a directory the files with this name before their suffix (``model.fp16.safetensors``), as in
+            transformers; None: those without one, where there are both.
+
+    Raises:
+        FileNotFoundError: there is none, or the index names one that is not there.
+        ValueError: the index is damaged.
+    """
     files = [source]
     if source.is_dir():
-        for pattern in ("*.safetensors", "pytorch_model*.bin"):
-            for index in source.glob(f"{pattern}.index.json"):
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                files = [source / Path(name).name for name in sorted(set(names))]
-                break
+        files = []
+        mark = "" if variant is None else f".{variant}"
+        for stem, suffix in (("*", "safetensors"), ("pytorch_model*", "bin")):
+            indices = sorted(source.glob(f"{stem}.{suffix}.index{mark}.json"))
+            if indices:
+                files = [source / name for name in _shards(indices[0])]
             else:
-                files = sorted(source.glob(pattern))
+                files = sorted(source.glob(f"{stem}{mark}.{suffix}"))
+                names = {file.name for file in files}
+                if variant is None:
+                    files = [file for file in files if not _is_variant(file.name, names)]
             if files:
                 break
     absent = [file.name for file in files if not file.is_file()]
     if absent or not files:
-        what = ", ".join(absent) or "weights (*.safetensors, pytorch_model*.bin, or a file)"
+        of = "" if variant is None else f" of the variant {variant}"
+        what = ", ".join(absent) or f"weights{of} (*.safetensors, pytorch_model*.bin, or a file)"
         raise FileNotFoundError(f"no {what} in {source}")
     return files
+
+
+def check_files(files: Iterable[Path]) -> None:
+    """Raise a ValueError that names the file where one is damaged or cut off; of safetensors only the head is read."""
+    for file in files:
+        if file.suffix != ".safetensors":
+            _read_file(file)
+            continue
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise _damaged(file, error) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged or no object; the message names it.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} must be JSON, got {error}") from error
+    check(isinstance(found, dict), str(file), "must hold a JSON object", type(found).__name__)
+    return found
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, which lie beside it."""
+    names = read_json(index).get("weight_map")
+    fits = isinstance(names, dict) and names and all(isinstance(name, str) and name for name in names.values())
+    check(fits, str(index), "must have a weight_map from tensors to files", names if not fits else None)
+    return sorted({Path(name).name for name in names.values()})  # type: ignore[union-attr]
+
+
+def _is_variant(name: str, names: Collection[str]) -> bool:
+    """model.fp16.safetensors is one of model.safetensors."""
+    stem, *middle, suffix = name.split(".")
+    return bool(middle) and f"{stem}.{suffix}" in names
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    reason = str(error).partition("\n")[0]
+    return ValueError(f"source must be safetensors or a pickle of plain tensors, got {str(file)!r} ({reason})")
 
 
 def _read_file(file: Path) -> Any:
@@ -63,10 +128,7 @@ def _read_file(file: Path) -> Any:
             return load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"source must be safetensors or a pickle of plain tensors, got {str(file)!r} ({reason})"
-        ) from error
+        raise _damaged(file, error) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]

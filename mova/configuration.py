@@ -74,17 +74,52 @@ class MoVAConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 
+        for name in ("freeze_text_encoder", "routing_lora"):
+            check(isinstance(getattr(self, name), bool), name, "must be a bool", getattr(self, name), TypeError)
+        is_path = expert_path is None or isinstance(expert_path, str)
+        check(is_path, "expert_path", "must be a string or None", expert_path, TypeError)
         check_int("image_token_id", self.image_token_id, 0)
         in_vocabulary = self.image_token_id < vocabulary
         check(in_vocabulary, "image_token_id", f"must be below the vocabulary's {vocabulary}", self.image_token_id)
         known = {self.base["name"], *(expert["name"] for expert in self.experts)}
         check(known.issuperset(self.encoder_sizes), "encoder_sizes", f"must be of {sorted(known)}", encoder_sizes)
         check(len(known) == 1 + len(self.experts), "base", "must have another name than the experts", self.base["name"])
+        names = [expert["name"] for expert in self.experts]
+        in_use = self.experts_in_use is None or set(self.experts_in_use) <= set(names)
+        check(in_use, "experts_in_use", f"must be of the experts ({', '.join(names)})", experts_in_use)
         check_int("num_routing_tokens", num_routing_tokens, 1)
         side, answer_side = round(num_routing_tokens**0.5), self.adapter_config.resolution // 2
         fits = side * side == num_routing_tokens and answer_side % side == 0
         rule = f"must be a square whose root divides the answer's {answer_side} x {answer_side} tokens"
         check(fits, "num_routing_tokens", rule, num_routing_tokens)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in transformers; a file that is JSON but no object is an error that names it.
+
+        Raises:
+            OSError: there is no config.json, or it is no JSON.
+            ValueError: it is another kind of JSON.
+        """
+        try:
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"config.json of {pretrained_model_name_or_path} must hold a JSON object") from error
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a value of a wrong type or beyond its rule is an error that names the file.
+
+        Raises:
+            OSError: there is no config.json, or it is no JSON.
+            ValueError: it is not the config of a MoVA.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a config makes of values of a wrong type
+            raise ValueError(f"config.json of {pretrained_model_name_or_path} cannot be used: {error}") from error
 
     @property
     def base_expert(self) -> VisionExpert:

@@ -435,13 +435,18 @@ def _bert_config(state: Mapping[str, Tensor]) -> BertConfig:
 
 def _question_tokenizer(name: str | None) -> BertTokenizer:
     name = name or "bert-large-uncased"
+    error: Exception | None = None
     try:
-        return BertTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"no tokenizer of the text encoder at {name!r}: give the directory or hub name of the BERT by text_encoder "
-            "(bert-large-uncased's, officially)"
-        ) from error
+        tokenizer = BertTokenizer.from_pretrained(name)
+        # Where no file is found it may come without words, and without an error.
+        if not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            return tokenizer
+    except (OSError, ValueError) as reason:
+        error = reason
+    raise OSError(
+        f"no tokenizer of the text encoder at {name!r}: give the directory or hub name of the BERT by text_encoder "
+        "(bert-large-uncased's, officially)"
+    ) from error
 
 
 def _chat_template(tokenizer: Any) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from torch.nn import functional as F
 
 from ._checks import check
 from .experts import VisionExpert
+
+_BAND = 1 << 19  # how many values of a padded image are in memory at once; above NumPy's 128 that are not halved
 
 
 def open_image(image: Image.Image | str | os.PathLike[str] | bytes) -> Image.Image:
@@ -82,16 +85,8 @@ def square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
         TypeError, ValueError: not a PIL image in mode RGB with pixels, or the square would be above PIL's limit for
             decompression bombs (twice ``PIL.Image.MAX_IMAGE_PIXELS``), which the padding of a thin strip can reach.
     """
-    _check_rgb(image)
-    is_color = isinstance(color, tuple) and len(color) == 3 and all(c in range(256) for c in color)
-    check(is_color, "color", "must be three ints from 0 to 255", color)
-    width, height = image.size
-    side = max(width, height)
-    limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
-    check(side * side <= limit, "image", f"must have at most {limit} pixels when padded to a square", image.size)
-    result = Image.new("RGB", (side, side), color)
-    result.paste(image, ((side - width) // 2, (side - height) // 2))
-    return result
+    padded = _Padded(image, color)
+    return Image.fromarray(padded.rows(0, padded.side))
 
 
 def prepare(image: Image.Image, expert: VisionExpert) -> Tensor:
@@ -102,6 +97,9 @@ def prepare(image: Image.Image, expert: VisionExpert) -> Tensor:
     transformers do it. Without one it is normalised by the mean and the deviation of the padded image before it is
     resized (bilinear, antialiased), as Pix2StructImageProcessor does. That processor works the grid out from the size
     of the image, and for one square in seven arrives at 44 x 44; here the grid is always the expert's.
+
+    The square is never in memory as a whole: it is resized in bands of rows, to the same bits. So a strip of 1 x 9000
+    takes less than 200 MB.
 
     Args:
         image: from :func:`open_image`.
@@ -115,16 +113,12 @@ def prepare(image: Image.Image, expert: VisionExpert) -> Tensor:
         TypeError, ValueError: an argument is of another type, or as for :func:`square`.
     """
     check(isinstance(expert, VisionExpert), "expert", "must be a VisionExpert", expert, TypeError)
-    padded, size = square(image, expert.pad_color), (expert.image_size, expert.image_size)
+    padded, size = _Padded(image, expert.pad_color), expert.image_size
     if expert.std is None:
-        pixels = np.asarray(padded).astype(np.float32)
-        pixels = (pixels - pixels.mean()) / max(pixels.std(), 1 / math.sqrt(pixels.size))
-        batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        result = F.interpolate(batch, size, mode="bilinear", align_corners=False, antialias=True)[0]
+        result = _bilinear(padded, size)
     else:
-        resized = np.asarray(padded.resize(size, Image.Resampling.BICUBIC))
         # In fp64 until here, and a product: so it is in transformers.
-        scaled: np.ndarray = (resized * (1 / 255)).astype(np.float32)
+        scaled: np.ndarray = (_bicubic(padded, size) * (1 / 255)).astype(np.float32)
         scaled = (scaled - np.array(expert.mean, np.float32)) / np.array(expert.std, np.float32)
         result = torch.from_numpy(scaled).permute(2, 0, 1)
     return _patches(result, expert.grid) if expert.patches else result.contiguous()
@@ -151,6 +145,86 @@ class PreparedImage:
         if expert.view not in self._views:
             self._views[expert.view] = prepare(self.image, expert)
         return self._views[expert.view]
+
+
+class _Padded:
+    """The rows of an RGB image in the middle of a square of its longer side, made when they are asked."""
+
+    def __init__(self, image: Image.Image, color: tuple[int, ...]) -> None:
+        _check_rgb(image)
+        is_color = isinstance(color, tuple) and len(color) == 3 and all(c in range(256) for c in color)
+        check(is_color, "color", "must be three ints from 0 to 255", color)
+        width, height = image.size
+        self.side = max(width, height)
+        limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
+        rule = f"must have at most {limit} pixels when padded to a square"
+        check(self.side * self.side <= limit, "image", rule, image.size)
+        self._pixels, self._color = np.asarray(image), color
+        self._top, self._left = (self.side - height) // 2, (self.side - width) // 2
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start, side, 3) uint8."""
+        height, width, _ = self._pixels.shape
+        result = np.empty((stop - start, self.side, 3), np.uint8)
+        result[0] = self._color
+        result[1:] = result[0]  # row by row, which is much faster than pixel by pixel
+        first, last = max(start, self._top), min(stop, self._top + height)
+        if first < last:
+            columns = slice(self._left, self._left + width)
+            result[first - start : last - start, columns] = self._pixels[first - self._top : last - self._top]
+        return result
+
+    def bands(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """All rows from top to bottom, some at a time: where they lie, and :meth:`rows`."""
+        height = max(1, _BAND // (3 * self.side))
+        for start in range(0, self.side, height):
+            stop = min(start + height, self.side)
+            yield slice(start, stop), self.rows(start, stop)
+
+    def mean_and_deviation(self) -> tuple[np.floating, np.floating]:
+        """Of all values in fp32, to the bit as ``mean`` and ``std`` of NumPy have them for the whole square."""
+        count = 3 * self.side**2
+        mean = np.float32(np.float64(self._sum(0, count)) / count)
+        return mean, np.sqrt(np.float32(np.float64(self._sum(0, count, mean)) / count))
+
+    def _sum(self, start: int, count: int, mean: np.floating | None = None) -> np.floating:
+        """Of ``count`` values from ``start`` on, or of their squared distances from ``mean``; in NumPy's order, which
+        adds the sums of two halves, the first of a multiple of eight."""
+        if count > _BAND:
+            half = count // 2 // 8 * 8
+            return self._sum(start, half, mean) + self._sum(start + half, count - half, mean)
+        row = 3 * self.side
+        first, last = start // row, -(-(start + count) // row)
+        values = self.rows(first, last).reshape(-1)[start - first * row :][:count].astype(np.float32)
+        if mean is not None:
+            values -= mean
+            values *= values
+        return values.sum()
+
+
+def _bicubic(padded: _Padded, size: int) -> np.ndarray:
+    """(size, size, 3) uint8, as PIL resizes the square: all rows by themselves, rounded, then all columns."""
+    narrow = np.empty((padded.side, size, 3), np.uint8)
+    for where, rows in padded.bands():
+        narrow[where] = np.asarray(Image.fromarray(rows).resize((size, len(rows)), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(narrow).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _bilinear(padded: _Padded, size: int) -> Tensor:
+    """(3, size, size) fp32, as PyTorch resizes the normalised square: all rows by themselves, then all columns."""
+
+    def resize(image: Tensor, height: int, width: int) -> Tensor:
+        return F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False, antialias=True)[0]
+
+    mean, deviation = padded.mean_and_deviation()
+    deviation = max(deviation, np.float64(1 / math.sqrt(3 * padded.side**2)))
+    narrow = torch.empty(3, padded.side, size, dtype=torch.float32, device="cpu")
+    for where, rows in padded.bands():
+        pixels = rows.astype(np.float32)
+        pixels -= mean
+        pixels /= deviation
+        narrow[:, where] = resize(torch.from_numpy(pixels).permute(2, 0, 1), len(rows), size)
+    return torch.cat([resize(columns, size, columns.shape[2]) for columns in narrow.split(64, dim=2)], dim=2)
 
 
 def _patches(image: Tensor, grid: tuple[int, int]) -> Tensor:

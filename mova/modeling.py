@@ -4,26 +4,32 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mova_kernels import MoVAdapter
 
 from ._checks import check, check_weights
+from ._lock import Lock, locked, locked_with_lora
+from ._wrapped import compute_device, compute_dtype
+from .chat import RoutingRequest, route_requested
+from .checkpoint import check_files, read_json, weight_files
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
-from .pool import ExpertPool, folder
+from .generating import PromptGenerationMixin, cache_length
+from .hub import UploadsFolders, elsewhere, folder, loading_arguments, pinned
+from .pool import ExpertPool
 from .ranks import has_several_processes, with_zero_times
 from .routing_lora import LORA_KEYS, ROUTING_LORA, RoutingLoRA
 
 
-class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin):
+class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel, PromptGenerationMixin):
     """Language model, base encoder, text encoder, MoV-Adapter; and the experts, loaded when they are asked.
 
     Images come prepared (:class:`MoVAProcessor` does it), each with the experts that it selected; to let the model pick
@@ -31,6 +37,7 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
 
     Attributes:
         experts: the :class:`ExpertPool`: ``model.experts.place("sam", device="cpu")``, ``model.experts.only([...])``.
+        lock: held by a thread that generates or routes; re-entrant.
     """
 
     config: MoVAConfig
@@ -54,6 +61,7 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
         self.text_encoder = AutoModel.from_config(config.text_encoder_config, add_pooling_layer=False)
         self.adapter = MoVAdapter(config.adapter_config)
         self.experts = ExpertPool(config.pool, config.encoder_sizes, config.experts_in_use)
+        self.lock = Lock()
         self.base.requires_grad_(True)
         self._freeze()
         self.post_init()
@@ -89,20 +97,39 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
 
     def base_features(self, pixel_values: Tensor) -> Tensor:
         """(M, 3, S, S) prepared for the base encoder -> (M, L, C)."""
-        reference = self.adapter.pos_embed
-        return self.base(pixel_values.to(self.base_device, reference.dtype)).to(reference)
+        return self.base(pixel_values.to(self.base_device, self.adapter_dtype)).to(**self._at_adapter())
+
+    # Where the parts compute, and in what: under accelerate's offload the weights themselves are on no device.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model computes."""
+        return compute_device(self.language_model)
 
     @property
     def base_device(self) -> torch.device:
         """Where the base encoder computes."""
-        return next(self.base.parameters()).device
+        return compute_device(self.base)
+
+    @property
+    def adapter_device(self) -> torch.device:
+        """Where the adapter computes."""
+        return compute_device(self.adapter)
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """What the adapter computes in."""
+        return compute_dtype(self.adapter)
+
+    def _at_adapter(self) -> dict[str, Any]:
+        return {"device": self.adapter_device, "dtype": self.adapter_dtype}
 
     def text_features(self, question_ids: Tensor, question_mask: Tensor) -> Tensor:
         """(M, T) tokens of the questions and their mask -> (M, text_channels), the hidden state at [CLS]."""
-        device = next(self.text_encoder.parameters()).device
+        device = compute_device(self.text_encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text_encoder):
             hidden = self.text_encoder(question_ids.to(device), attention_mask=question_mask.to(device))[0]
-        return hidden[:, 0].to(self.adapter.pos_embed)
+        return hidden[:, 0].to(**self._at_adapter())
 
     def fuse(self, base: Tensor, experts: Mapping[str, Tensor], routing: Tensor, text: Tensor | None) -> Tensor:
         """The image tokens for the language model.
@@ -147,13 +174,15 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
 
         Args:
             pixel_values: (M, 3, S, S).
-            routing: (M, N) bool; None: no experts.
+            routing: (M, N) bool; None: no experts; or what the processor made of a chat: the router picks them first.
             expert_pixel_values: name to the prepared images that selected this expert, in their order.
             question_ids, question_mask: (M, T), for the text encoder; may be None if nothing is selected.
 
         Returns:
             (M, num_image_tokens, hidden_size).
         """
+        if isinstance(routing, RoutingRequest | list):
+            return self.get_image_features(pixel_values, **route_requested(self, routing))
         base = self.base_features(pixel_values)
         expert_pixel_values = expert_pixel_values or {}
         if routing is None:
@@ -178,22 +207,54 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
         tokens = self.fuse(base, features, routing, text)
         return tokens if unused is None else with_zero_times(tokens, unused)
 
-    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor | None, image_features: Tensor | None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
         """(B, T) tokens -> (B, T, hidden_size), image features in the place of placeholders, in their order.
 
+        Args:
+            input_ids: the tokens; or None, then ``inputs_embeds`` (B, T, hidden_size) are their embeddings.
+            image_features: (M, num_image_tokens, hidden_size); None: no images.
+
         Raises:
-            ValueError: there are more or fewer placeholders than image tokens.
+            ValueError: there are more or fewer placeholders than image tokens, or these are not as wide as embeddings.
         """
-        embedded = self.get_input_embeddings()(input_ids)
-        where = input_ids == self.config.image_token_id
-        given = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
-        if not torch.compiler.is_compiling():
-            found = int(where.sum())
-            check(found == given, "input_ids", f"must have one placeholder for each of {given} image tokens", found)
+        embeddings = self.get_input_embeddings()
+        if input_ids is not None:
+            embedded, where = embeddings(input_ids), input_ids == self.config.image_token_id
+        elif image_features is None:
+            return cast(Tensor, inputs_embeds)
+        else:
+            embedded = cast(Tensor, inputs_embeds)
+            placeholder = embeddings(torch.full((1,), self.config.image_token_id, device=embedded.device))
+            where = (embedded == placeholder.to(embedded)).all(-1)
+        self._check_places(where, image_features, embedded.shape[-1])
         if image_features is None:
             return embedded
         return embedded.masked_scatter(where[..., None].to(embedded.device), image_features.to(embedded))
 
+    def _check_places(self, where: Tensor, image_features: Tensor | None, width: int) -> None:
+        given = 0
+        if image_features is not None:
+            shape = tuple(image_features.shape)
+            check(len(shape) == 3 and shape[2] == width, "image_features", f"must be of shape (M, T, {width})", shape)
+            given = shape[0] * shape[1]
+        rule = f"must have one placeholder for each of {given} image tokens"
+        if torch.compiler.is_compiling():
+            torch._assert_async(where.sum() == given, f"input_ids {rule}")
+        else:
+            found = int(where.sum())
+            check(found == given, "input_ids", rule, found)
+
+    def _image_features(self, image_features: Tensor | None, images: Mapping[str, Any]) -> Tensor | None:
+        """Those that are given, or of the images that are; an argument that would be ignored is an error."""
+        if images["pixel_values"] is not None:
+            check(image_features is None, "image_features", "must be None, or pixel_values must", "both")
+            return self.get_image_features(**images)
+        check(not images["expert_pixel_values"], "pixel_values", "must be given with expert_pixel_values", None)
+        return image_features
+
+    @locked_with_lora
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -209,34 +270,43 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
         image_features: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One step of the language model; all arguments that are not of images are those of transformers.
 
-        Where torch.distributed has several processes, a batch of text alone runs the parts for images as well, on a
-        blank one (see :mod:`mova.ranks`).
+        With a cache of keys and values, the images are those whose placeholders are in this step's ``input_ids``. Where
+        torch.distributed has several processes, a batch of text alone runs the parts for images as well, on a blank one
+        (see :mod:`mova.ranks`).
 
         Args:
             pixel_values, routing, expert_pixel_values, question_ids, question_mask: see :meth:`get_image_features`.
             image_features: (M, num_image_tokens, hidden_size) instead of them.
             labels: (B, T), -100 where there is no loss; images and prompts usually.
+            prompt_embeds: of :meth:`generate`'s steps, (B, n, hidden_size): what the first n tokens are embedded as;
+                the others were generated, and a placeholder among them is a token like any other.
+
+        Raises:
+            ValueError: there are more or fewer placeholders than image tokens, whatever the cache.
         """
         check((input_ids is None) != (inputs_embeds is None), "input_ids", "or inputs_embeds must be given", input_ids)
-        if inputs_embeds is None:
-            if image_features is None and pixel_values is not None:
-                image_features = self.get_image_features(
-                    pixel_values, routing, expert_pixel_values, question_ids, question_mask
-                )
-            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the second is its name before 5.24
-            if cache is not None and cache.get_seq_length() > 0:
-                inputs_embeds = self.get_input_embeddings()(input_ids)  # images stand in the prompt alone
-            else:
-                unused = None  # computed before the embeddings, as images are: the order is the same for all
-                if image_features is None and has_several_processes():
-                    unused = self.get_image_features(self.base.blank())
-                inputs_embeds = self.embed(input_ids, image_features)  # type: ignore[arg-type]
-                if unused is not None:
-                    inputs_embeds = with_zero_times(inputs_embeds, unused)
+        if prompt_embeds is not None:
+            inputs_embeds = self._embed_step(cast(Tensor, input_ids), prompt_embeds)
+        else:
+            images = {
+                "pixel_values": pixel_values,
+                "routing": routing,
+                "expert_pixel_values": expert_pixel_values,
+                "question_ids": question_ids,
+                "question_mask": question_mask,
+            }
+            image_features = self._image_features(image_features, images)
+            unused = None  # computed before the embeddings, as images are: the order is the same for all processes
+            if image_features is None and has_several_processes() and not cache_length(kwargs):
+                unused = self.get_image_features(self.base.blank())
+            inputs_embeds = self.embed(input_ids, image_features, inputs_embeds)
+            if unused is not None:
+                inputs_embeds = with_zero_times(inputs_embeds, unused)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -247,10 +317,11 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
             **kwargs,
         )
 
+    @locked
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         routing: Tensor | None = None,
@@ -262,36 +333,70 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
     ) -> Any:
         """Continue ``input_ids`` (left-padded); ``kwargs`` are those of transformers' ``generate``.
 
-        Images are encoded and fused once, whatever the number of beams. Arguments of images: see :meth:`forward`.
+        Images are encoded and fused once, whatever the number of beams. Arguments of images: see :meth:`forward`. With
+        a cache of an earlier part of ``input_ids``, the images are those of all of them, or of the new part.
 
         Returns:
             As in transformers: (B, T + new) tokens, or its output object.
+
+        Raises:
+            ValueError: there are more or fewer placeholders than image tokens; a way of generating cannot have images.
         """
-        if image_features is None and pixel_values is not None:
-            image_features = self.get_image_features(
-                pixel_values, routing, expert_pixel_values, question_ids, question_mask
-            )
-        return super().generate(
-            input_ids=input_ids,
-            inputs_embeds=self.embed(input_ids, image_features),
-            attention_mask=attention_mask,
-            **kwargs,
-        )
+        images = {
+            "pixel_values": pixel_values,
+            "routing": routing,
+            "expert_pixel_values": expert_pixel_values,
+            "question_ids": question_ids,
+            "question_mask": question_mask,
+        }
+        is_mask = attention_mask is None or isinstance(attention_mask, Tensor)
+        check(is_mask, "attention_mask", "must be a tensor", type(attention_mask).__name__, TypeError)
+        image_features = self._image_features(image_features, images)
+        if input_ids is None:
+            input_ids = kwargs.pop("inputs", None)
+        if "prompt_embeds" not in kwargs:
+            kwargs |= self._prompt(input_ids, attention_mask, image_features, kwargs)
+        return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     # Saving and loading: the experts have folders of their own beside the model.
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """transformers' ``save_pretrained``, with the routing LoRA and the experts.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """transformers' ``save_pretrained``, with the routing LoRA and the experts; so is ``push_to_hub``.
 
         The experts are left out if ``config.expert_path`` names where they lie (frozen, they need one copy).
+        ``variant`` and ``max_shard_size`` hold for them, too.
+
+        Raises:
+            FileNotFoundError: an expert in use has no weights; nothing is uploaded then.
+            ValueError: ``save_directory`` is a file.
         """
         directory = Path(save_directory)
-        state = kwargs.pop("state_dict", None) or self.state_dict()
-        super().save_pretrained(directory, *args, state_dict=self._saved_state(state), **kwargs)
-        if self.config.routing_lora and kwargs.get("is_main_process", True):
+        check(not directory.is_file(), "save_directory", "must not be a file", str(directory))
+        state = self.state_dict() if state_dict is None else state_dict
+        # Before the model's own files, which transformers may upload at once.
+        if self.config.routing_lora and is_main_process:
             self._save_routing_lora(directory / ROUTING_LORA, state)
-        if self.config.expert_path is None and kwargs.get("is_main_process", True):
-            self.experts.save(directory)
+        if self.config.expert_path is None and is_main_process:
+            self.experts.save(directory, variant=kwargs.get("variant"), max_shard_size=kwargs.get("max_shard_size"))
+        super().save_pretrained(
+            directory,
+            is_main_process=is_main_process,
+            state_dict=self._saved_state(state),
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
+
+    def _folders(self) -> list[str]:
+        experts = () if self.config.expert_path else self.experts.experts
+        lora = [ROUTING_LORA] if self.config.routing_lora else []
+        return [*(f"experts/{name}" for name in experts), *lora]
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
@@ -304,23 +409,45 @@ class MoVAForConditionalGeneration(RoutingLoRA, PreTrainedModel, GenerationMixin
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``from_pretrained``; missing and unexpected keys are errors, experts load when first asked.
 
+        Whether the files of the experts in use are there and whole is checked now. All files come from the commit that
+        a hub repository has now; ``revision``, ``token``, ``subfolder``, ``variant``, ``cache_dir``,
+        ``local_files_only`` and ``force_download`` hold for the experts and the routing LoRA, too (those of
+        ``expert_path`` lie in a repository of their own, without revision, subfolder and variant).
+
         Raises:
-            ValueError: the checkpoint lacks weights, or has some that the model does not know.
+            OSError: a file is not there.
+            ValueError: weights are missing or unknown to the model, or a file is damaged; the message names it.
         """
+        path = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        wrong = [str(key) for key in info["mismatched_keys"]]
-        check_weights(
-            f"the model {pretrained_model_name_or_path}", info["missing_keys"], info["unexpected_keys"], wrong
-        )
-        model._freeze()
-        source = model.config.expert_path or pretrained_model_name_or_path
-        model.experts.source = None if source is None else str(source)
-        hub = ("revision", "token", "cache_dir", "local_files_only")
-        model.experts.hub_arguments = {key: kwargs[key] for key in hub if key in kwargs}
-        if model.config.routing_lora:
-            model.load_routing_lora(
-                folder(str(pretrained_model_name_or_path), ROUTING_LORA, model.experts.hub_arguments)
-            )
+        arguments, variant = loading_arguments(kwargs), kwargs.get("variant")
+        if path is not None:
+            arguments = pinned(path, arguments)
+            kwargs |= arguments
+            _check_directory(Path(path) / arguments.get("subfolder", ""), variant)
+        kwargs["ignore_mismatched_sizes"] = True  # they are errors below, with the missing ones
+        # Tensors made in inference mode could neither be moved nor trained with outside of it.
+        with torch.inference_mode(False):
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            wrong = [str(key) for key in info["mismatched_keys"]]
+            check_weights(f"the model {path}", info["missing_keys"], info["unexpected_keys"], wrong)
+            model._freeze()
+            own = model.config.expert_path is None
+            source = path if own else model.config.expert_path
+            model.experts.source = None if source is None else str(source)
+            model.experts.hub_arguments = arguments if own else elsewhere(arguments)
+            model.experts.variant = variant if own else None
+            model.experts.check_files()
+            if model.config.routing_lora:
+                model.load_routing_lora(folder(str(path), ROUTING_LORA, arguments))
         return (model, info) if wants_info else model
+
+
+def _check_directory(directory: Path, variant: str | None) -> None:
+    """Raise where a file of a model's directory is damaged or cut off, and name it: transformers does not always."""
+    if not (directory / "config.json").is_file():
+        return  # on the hub, or no model: transformers says so
+    for name in ("config.json", "generation_config.json"):
+        if (directory / name).exists():
+            read_json(directory / name)
+    check_files(weight_files(directory, variant))

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from ._checks import check
+from ._lock import Lock, locked
+from .checkpoint import check_files, weight_files
 from .encoders import VisionEncoder
+from .encoders.encoder import check_config
 from .experts import VisionExpert
+from .hub import file_names, folder
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class ExpertPool:
     """The frozen encoders of a model's experts, by name.
 
     They are no parameters of the model, for they never train: ``model.to(...)`` does not move them, an expert follows
-    the base tokens to their device and dtype when it is asked, unless :meth:`place` says otherwise.
+    the base tokens to their device and dtype when it is asked, unless :meth:`place` says otherwise. Threads may share
+    it: they are served one after another.
 
     Args:
         experts: in the order of the adapter's columns.
@@ -41,7 +46,9 @@ class ExpertPool:
     Attributes:
         source: a directory or hub repository with ``experts/<name>``; None: an expert starts with random weights, the
             same for the same name and sizes.
-        hub_arguments: passed to ``huggingface_hub.snapshot_download`` (``revision``, ``token``, ...).
+        hub_arguments: the loading arguments of transformers for ``source`` (``revision``, ``token``, ``subfolder``,
+            ...).
+        variant: of the weight files, as in transformers.
     """
 
     def __init__(
@@ -53,10 +60,13 @@ class ExpertPool:
         self.experts = {expert.name: expert for expert in experts}
         self.source: str | None = None
         self.hub_arguments: dict[str, Any] = {}
+        self.variant: str | None = None
+        self._folders: dict[tuple[str, str], Path] = {}
         self._sizes = sizes
         self._loaded: dict[str, VisionEncoder] = {}
         self._placements: dict[str, Placement] = {}
         self._allowed = tuple(self.experts)
+        self.lock = Lock()
         if names is not None:
             self.only(names)
 
@@ -65,6 +75,7 @@ class ExpertPool:
         """The experts that may be used, in the order of the adapter's columns."""
         return self._allowed
 
+    @locked
     def only(self, names: Iterable[str]) -> None:
         """Use these experts alone: the router offers no other, and to select one is an error; others are unloaded."""
         wanted = {self._known(name) for name in names}
@@ -72,6 +83,7 @@ class ExpertPool:
         for name in set(self._loaded) - wanted:
             self.unload(name)
 
+    @locked
     def place(
         self,
         *names: str,
@@ -83,28 +95,40 @@ class ExpertPool:
         for name in names or self.experts:
             self._placements[self._known(name)] = Placement(device, dtype, offload)
 
+    def placement(self, name: str) -> Placement:
+        """What :meth:`place` said of this expert."""
+        return self._placements.get(self._known(name), Placement())
+
+    @locked
     def loaded(self) -> tuple[str, ...]:
         """The names of the experts in memory."""
         return tuple(self._loaded)
 
+    @locked
     def unload(self, name: str) -> None:
         """Give the expert's memory back; it is loaded again when it is next asked."""
         self._loaded.pop(self._known(name), None)
 
+    @locked
     def __getitem__(self, name: str) -> VisionEncoder:
         """The encoder, loaded now if it was not; its keys are checked strictly."""
-        expert = self.experts[self._known(name)]
+        self._known(name)
         if name not in self._loaded:
-            sizes = self._sizes.get(name, {})
-            if self.source is None:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(crc32(name.encode()))
-                    self._loaded[name] = VisionEncoder(expert, sizes).eval().requires_grad_(False)
-            else:
-                dtype = self._placements.get(name, Placement()).dtype
-                self._loaded[name] = VisionEncoder.load(self._directory(name), expert, sizes, dtype=dtype)
+            # Tensors made in inference mode could neither be moved nor trained with outside of it.
+            with torch.inference_mode(False):
+                self._loaded[name] = self._load(name)
         return self._loaded[name]
 
+    def _load(self, name: str) -> VisionEncoder:
+        expert, sizes = self.experts[name], self._sizes.get(name, {})
+        if self.source is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(crc32(name.encode()))
+                return VisionEncoder(expert, sizes).eval().requires_grad_(False)
+        dtype = self.placement(name).dtype
+        return VisionEncoder.load(self._directory(name), expert, sizes, dtype=dtype, variant=self.variant)
+
+    @locked
     @torch.no_grad()
     def encode(self, name: str, pixels: Tensor, like: Tensor) -> Tensor:
         """(B_e, T_e, C_e) tokens of the prepared images, on the device and in the dtype of ``like``.
@@ -121,24 +145,70 @@ class ExpertPool:
         check(name in self._allowed, "name", f"must be one of the experts in use ({', '.join(self._allowed)})", name)
         if pixels.shape[0] == 0:
             return like.new_empty(0, self.experts[name].num_tokens, self.experts[name].channels)
-        place = self._placements.get(name, Placement())
+        place = self.placement(name)
         device, dtype = place.device or like.device, place.dtype or like.dtype
-        encoder = self[name].to(device, dtype)
-        tokens = encoder(pixels.to(device, dtype)).to(like)
-        if place.offload:
-            encoder.to("cpu")
-        return tokens
+        with torch.inference_mode(False):
+            encoder = self[name]
+        try:
+            with torch.inference_mode(False):
+                encoder.to(device, dtype)
+            return encoder(pixels.to(device, dtype)).to(like)
+        finally:  # also where memory did not suffice
+            if place.offload:
+                with torch.inference_mode(False):
+                    encoder.to("cpu")
 
-    def save(self, directory: str | Path) -> None:
+    def check_files(self) -> None:
+        """Raise where an expert in use could not be loaded for its files; no weights are read or fetched.
+
+        Raises:
+            FileNotFoundError: there are none.
+            ValueError: one is damaged; the message names it.
+        """
+        if self.source is None:
+            return
+        is_local = Path(self.source).is_dir()
+        remote = () if is_local else file_names(self.source, "experts", self.hub_arguments)
+        for name in self._allowed:
+            try:
+                if not is_local:
+                    files = [file for file in remote if file.startswith(f"{name}/")]
+                    if not any(file.endswith((".safetensors", ".bin")) for file in files):
+                        raise FileNotFoundError(f"no weights of the expert {name!r} in {self.source}")
+                    continue
+                directory = self._directory(name)
+                check_files(weight_files(directory, self.variant))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{error} (expert {name!r}); to load the model without it, leave it out of "
+                    "experts_in_use of its config"
+                ) from error
+            check_config(self.experts[name], self._sizes.get(name, {}), directory)
+
+    @locked
+    def save(
+        self, directory: str | Path, *, variant: str | None = None, max_shard_size: int | str | None = None
+    ) -> None:
         """Write every expert to ``directory/experts/<name>``: as it is in memory, else a copy of its files.
+
+        Args:
+            directory: that of the model.
+            variant, max_shard_size: as in transformers.
 
         Raises:
             FileNotFoundError: an expert in use has none.
         """
         for name in self.experts:
             target = Path(directory) / "experts" / name
-            if name in self._loaded or self.source is None:
-                self[name].save(target)
+            is_loaded = name in self._loaded
+            if is_loaded or self.source is None or variant != self.variant:
+                try:
+                    self[name].save(target, variant=variant, max_shard_size=max_shard_size)
+                except FileNotFoundError:
+                    if name in self._allowed:
+                        raise
+                if not is_loaded and self.source is not None:
+                    self.unload(name)
                 continue
             try:
                 source = self._directory(name)
@@ -154,24 +224,12 @@ class ExpertPool:
         return name
 
     def _directory(self, name: str) -> Path:
+        """Of the expert's files; what was fetched from the hub once is not asked for again."""
         assert self.source is not None
-        try:
-            return folder(self.source, f"experts/{name}", self.hub_arguments)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"no weights of the expert {name!r}: {error}") from error
-
-
-def folder(source: str, name: str, hub_arguments: Mapping[str, Any]) -> Path:
-    """The folder ``name`` of a model's directory, or of its hub repository, from which it is fetched first.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    root = Path(source)
-    if not root.is_dir():
-        from huggingface_hub import snapshot_download
-
-        root = Path(snapshot_download(source, allow_patterns=f"{name}/*", **hub_arguments))
-    if not (root / name).is_dir():
-        raise FileNotFoundError(f"{source} has no folder {name}")
-    return root / name
+        key = (self.source, name)
+        if key not in self._folders or not self._folders[key].is_dir():
+            try:
+                self._folders[key] = folder(self.source, f"experts/{name}", self.hub_arguments)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"no weights of the expert {name!r}: {error}") from error
+        return self._folders[key]

@@ -35,6 +35,7 @@ class RoutingLoRA:
     """
 
     config: Any
+    lock: Any
     language_model: Any
     _routing_lora_on = False
 
@@ -97,7 +98,7 @@ class RoutingLoRA:
     def routing_pass(self) -> Iterator[None]:
         """Inside, the language model is the router: its routing LoRA is on.
 
-        The switch belongs to the model: another thread that uses the same model meanwhile sees it, too.
+        The switch belongs to the model, whose lock is held meanwhile: other threads wait.
 
         Raises:
             RuntimeError: the LoRA cannot act: peft has removed, merged or disabled it.
@@ -115,7 +116,7 @@ class RoutingLoRA:
             if layer.merged or layer.disable_adapters:
                 state = "merged into the weights" if layer.merged else "disabled"
                 raise RuntimeError(f"routing_pass must find peft's adapters at work, but those of {name} are {state}")
-        with self._routing_lora_switched(True):
+        with self.lock, self._routing_lora_switched(True):
             yield
 
     @contextmanager

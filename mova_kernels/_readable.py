@@ -27,6 +27,8 @@ _FORWARDS.append((nn.Conv2d, "_conv_forward", nn.Conv2d._conv_forward))
 _TENSORS = ("weight", "bias")  # the names of all parameters of these classes
 _PLAIN_TENSORS = {nn.Parameter, Tensor, FakeTensor}  # the last one is what torch.export traces with
 
+_STRIDED = torch.strided
+
 Class = TypeVar("Class", bound=type[nn.Module])
 
 
@@ -99,15 +101,38 @@ def unreadable(parent: nn.Module, name: str, description: Description, like: Ten
     return found if found or is_readable(module, description, like) else [name]
 
 
-def is_plain_linear(module: nn.Module, width: int) -> bool:
-    """Whether the module is F.linear of its weight, (O, width), and of its bias, (O,), if it has one."""
+def is_plain_linear(module: nn.Module, x: Tensor) -> bool:
+    """Whether the module is F.linear of x, (..., C), its weight, (O, C), and its bias, (O,), if it has one."""
     state = vars(module)
     if type(module) is not nn.Linear or _is_hooked(state) or not classes_are_original():
         return False
     weight, bias = _tensor(state, "weight"), _tensor(state, "bias")
-    if type(weight) not in _PLAIN_TENSORS or weight.dim() != 2 or weight.shape[1] != width:
+    if type(weight) not in _PLAIN_TENSORS or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         return False
-    return bias is None or (type(bias) in _PLAIN_TENSORS and bias.shape == weight.shape[:1])
+    if weight.device != x.device:
+        return False
+    if bias is None:
+        return True
+    return type(bias) in _PLAIN_TENSORS and bias.shape == weight.shape[:1] and bias.device == x.device
+
+
+def refuse_meta(module: nn.Module, x: Tensor, name: str = "") -> None:
+    """Refuse to call a module on ``x`` if it lacks data: some of PyTorch's forwards would return unwritten memory.
+
+    A hooked module may be about to load its data, as those of accelerate do.
+
+    Raises:
+        ValueError: a parameter is on the meta device.
+    """
+    if x.is_meta or torch.compiler.is_compiling() or _is_hooked(vars(module)):
+        return
+    name = name or type(module).__name__
+    for part, tensor in module._parameters.items():
+        if tensor is not None and tensor.is_meta:
+            raise ValueError(f"{name}.{part} must hold data, got a tensor on the meta device")
+    for part, child in module._modules.items():
+        if child is not None:
+            refuse_meta(child, x, f"{name}.{part}")
 
 
 def classes_are_original() -> bool:
@@ -123,21 +148,25 @@ def classes_are_original() -> bool:
 def _fits(module: nn.Module, description: Description, tensors: list[Tensor]) -> bool:
     # This runs for a hundred modules at each forward: hence plain loops, and vars() instead of getattr.
     kind, attributes, shapes, children = description
+    if type(module) is not kind:
+        return False
     state = vars(module)
-    if type(module) is not kind or _is_hooked(state):
+    if _is_hooked(state):
         return False
     for name, value in attributes:
         if state.get(name) != value:
             return False
-    for name, shape in shapes:
-        tensor = _tensor(state, name)
-        if shape is None:
-            if tensor is not None:
+    if shapes:
+        parameters = state["_parameters"]
+        for name, shape in shapes:
+            tensor = parameters[name] if name in parameters and name not in state else _tensor(state, name)
+            if shape is None:
+                if tensor is not None:
+                    return False
+            elif type(tensor) in _PLAIN_TENSORS and tensor.shape == shape and tensor.layout is _STRIDED:
+                tensors.append(tensor)
+            else:
                 return False
-        elif type(tensor) in _PLAIN_TENSORS and tensor.shape == shape and tensor.layout == torch.strided:
-            tensors.append(tensor)
-        else:
-            return False
     if not children:
         return True
     modules = state["_modules"]

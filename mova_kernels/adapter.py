@@ -3,6 +3,7 @@
 # No "from __future__ import annotations" here: the hub mixin reads the annotation of __init__'s config at run time.
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, distributed, nn
 
 from . import backends, ops
 from ._checks import check, check_floats, check_like, check_tensor
-from ._readable import describe, is_readable, unreadable
+from ._files import read_config, read_weights
+from ._readable import describe, is_readable, refuse_meta, unreadable
 from ._tail import EPS, Bottleneck, affine
 from .config import MoVAdapterConfig
 from .modules import Attention, Downsample, OutputMLP, RopeTable, SwiGLU
@@ -148,9 +150,51 @@ class MoVAdapter(
         return state
 
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **arguments: Any) -> "MoVAdapter":
-        # The mixin's default is to leave out silently what a file lacks.
-        return super()._from_pretrained(strict=strict, **arguments)
+    def from_pretrained(  # type: ignore[override]  # the mixin's takes any keyword
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        config: MoVAdapterConfig | None = None,
+        strict: bool = True,
+        map_location: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "MoVAdapter":
+        """Load what :meth:`save_pretrained` or :meth:`push_to_hub` wrote; the adapter is in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a repository on the hub, with config.json and with
+                model.safetensors or, where there is none, pytorch_model.bin, of which no code is run.
+            dtype: what the parameters are converted to. Default: they keep the dtype that they have in the file.
+            config: the dimensions; default: those of config.json.
+            strict: if False, weights may be missing or unknown.
+            map_location: the device.
+            revision, token, cache_dir, local_files_only, force_download: those of ``huggingface_hub``.
+
+        Raises:
+            TypeError: an unknown argument, or ``dtype`` is no floating point dtype.
+            FileNotFoundError: config or weights are missing.
+            ValueError: a file is damaged or not that of an adapter; or its weights have several dtypes, and ``dtype``
+                does not say which to take.
+            RuntimeError: weights are missing, unknown or of another shape.
+        """
+        is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        check(dtype is None or is_float, "dtype", "must be a floating point torch.dtype", dtype, TypeError)
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        hub |= {"local_files_only": local_files_only, "force_download": force_download}
+        source = pretrained_model_name_or_path
+        adapter = cls(read_config(source, hub) if config is None else config)
+        state = read_weights(source, map_location, hub)
+        if dtype is None:
+            found = sorted({str(tensor.dtype) for name, tensor in state.items() if ".rope." not in name})
+            check(len(found) == 1, "dtype", f"must be given for the weights in {source}, which have several", found)
+            dtype = next(tensor.dtype for name, tensor in state.items() if ".rope." not in name)
+        adapter.to(map_location, dtype).load_state_dict(state, strict=strict)
+        return adapter.eval()
 
     def _joins_idle(self) -> bool:
         """Whether experts that no sample selected take part, for the sake of other processes."""
@@ -331,7 +375,8 @@ class AdapterBlock(nn.Module):
         """
         if all(is_readable(getattr(self, name), built, like) for name, built in self._built.items()):
             return []
-        return [part for name, built in self._built.items() for part in unreadable(self, name, built, like)]
+        parts = (part for name, built in self._built.items() for part in unreadable(self, name, built, like))
+        return list(dict.fromkeys(parts))
 
     def _joined(self, gate: Tensor, pairs: RaggedPairs) -> Tensor:
         """``gate``, through which the parameters of experts without pairs get gradients of zero."""
@@ -350,6 +395,7 @@ class AdapterBlock(nn.Module):
         some = selected.any(1, keepdim=True)
         text = torch.where(some, text.to(x.dtype), 0)
         pooled = torch.where(some, x.mean(1), 0)
+        refuse_meta(self.gate, x, "gate")
         return ops.expert_gate(self.gate(torch.cat([text, pooled], 1)), selected, self.topk)
 
     def _fuse(

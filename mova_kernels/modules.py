@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
-from ._library import functorch_active
 from ._linear import linear
-from ._readable import describe, is_plain_linear, is_readable, reads
+from ._plain import functorch_active
+from ._readable import describe, is_plain_linear, is_readable, reads, refuse_meta
 from ._tail import EPS, RegStage
 
 
@@ -107,6 +107,7 @@ class Downsample(nn.Sequential):
         if self._may_read(x):
             first, _, second = cast(list[RegStage], list(self))
             return ops.token_downsample(x, self.resolution, (first.b1.weights(), second.b1.weights()), EPS)
+        refuse_meta(self, x)
         grid = super().forward(x.unflatten(1, (self.resolution, self.resolution)).permute(0, 3, 1, 2))
         return grid.permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -115,7 +116,7 @@ class Downsample(nn.Sequential):
         return (
             list(stages) == list(self._built)
             and x.shape[1] == self.resolution**2
-            and self[1].output_size == self.resolution // 2
+            and bool(self[1].output_size == self.resolution // 2)
             and all(is_readable(stages[name], built, x) for name, built in self._built.items())
         )
 
@@ -151,7 +152,8 @@ class RopeTable(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> RopeTable:
         super()._apply(fn, recurse)
-        device = fn(torch.empty(0, device=self.cos.device)).device
+        source = "cpu" if self.cos.is_meta else self.cos.device  # nothing can be copied from the meta device
+        device = fn(torch.empty(0, device=source)).device
         if device != self.cos.device:
             self.cos, self.sin = self._compute(device)
         return self
@@ -159,6 +161,9 @@ class RopeTable(nn.Module):
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
     """The module's result, by a faster product where the module may be bypassed."""
-    if torch.compiler.is_compiling() or not is_plain_linear(module, x.shape[-1]):
+    if torch.compiler.is_compiling():
+        return module(x)
+    if not is_plain_linear(module, x):
+        refuse_meta(module, x)
         return module(x)
     return linear(x, cast(Tensor, module.weight), cast("Tensor | None", module.bias))

@@ -21,6 +21,7 @@ from transformers import (
     ViTModel,
 )
 
+from ..experts import builder
 from .codetr import CoDetrConfig, CoDetrModel
 from .vary import VaryConfig, VaryModel
 
@@ -76,6 +77,11 @@ _RELEASED: dict[str, tuple[Callable[..., PreTrainedModel], type[PreTrainedConfig
         },
     ),
 }
+
+
+def is_released(name: str) -> bool:
+    """Whether the expert's builder is the one of this file."""
+    return name in BUILDERS and builder(name) is BUILDERS[name]
 
 
 def config_of(name: str, **sizes: Any) -> PreTrainedConfig:

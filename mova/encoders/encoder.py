@@ -19,8 +19,9 @@ from transformers.integrations import deepspeed
 from mova_kernels.ops import feature_resample
 
 from .._checks import check, check_weights
-from ..checkpoint import read_state
+from ..checkpoint import read_json, read_state
 from ..experts import VisionExpert, builder
+from .builders import config_of, is_released
 
 _FILE = "model.safetensors"
 _NOT_SIZES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -124,15 +125,28 @@ class VisionEncoder(nn.Module):
         check(result.shape == shape, "backbone", f"must return shape {shape} for {expert.name}", tuple(result.shape))
         return result.flatten(2).transpose(1, 2).contiguous() if maps else result[:, expert.prefix_tokens :]
 
-    def save(self, directory: str | Path) -> None:
-        """Write the backbone's weights, and the config of a transformers one, into ``directory``."""
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write the backbone's weights, and the config of a transformers one, into ``directory``.
+
+        Args:
+            directory: made if it is not there.
+            variant, max_shard_size: as in transformers; a backbone of one's own is one file whatever its size.
+        """
         directory = Path(directory)
         if isinstance(self.backbone, PreTrainedModel):
-            self.backbone.save_pretrained(directory)
+            options = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+            self.backbone.save_pretrained(directory, variant=variant, **options)
         else:
             directory.mkdir(parents=True, exist_ok=True)
             state = {name: tensor.contiguous() for name, tensor in self.backbone.state_dict().items()}
-            save_file(state, directory / _FILE, metadata={"format": "pt"})
+            file = _FILE if variant is None else f"model.{variant}.safetensors"
+            save_file(state, directory / file, metadata={"format": "pt"})
 
     @classmethod
     def load(
@@ -143,6 +157,7 @@ class VisionEncoder(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        variant: str | None = None,
     ) -> VisionEncoder:
         """What :meth:`save` wrote. ``dtype`` None is that of the file, ``device`` None the CPU.
 
@@ -151,7 +166,8 @@ class VisionEncoder(nn.Module):
             ValueError: weights are missing, unknown or of another shape, ``sizes`` are not those of the file, or it is
                 damaged.
         """
-        return cls._filled(expert, sizes, Path(directory), None, dtype, device)
+        state = read_state(Path(directory), variant)
+        return cls._filled(expert, sizes, Path(directory), state, dtype, device)
 
     @classmethod
     def from_state(
@@ -178,12 +194,10 @@ class VisionEncoder(nn.Module):
         expert: VisionExpert,
         sizes: Mapping[str, Any] | None,
         directory: Path | None,
-        state: Mapping[str, Tensor] | None,
+        state: Mapping[str, Tensor],
         dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> VisionEncoder:
-        if state is None:
-            state = read_state(directory)  # type: ignore[arg-type]
         with torch.device("meta"):
             encoder = cls(expert, sizes)
         if isinstance(encoder.backbone, PreTrainedModel):
@@ -235,9 +249,33 @@ def _without_zero3() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = set_by_user
 
 
+def check_config(expert: VisionExpert, sizes: Mapping[str, Any], directory: Path) -> None:
+    """Raise where the config beside an expert's weights is damaged or not that of ``sizes``.
+
+    Without building it, so only for the official experts; of others only whether it is JSON.
+
+    Raises:
+        FileNotFoundError: an official expert has none.
+        ValueError: it is damaged, or ``sizes`` are not those of the file.
+    """
+    if (directory / "config.json").exists():
+        read_json(directory / "config.json")
+    if is_released(expert.name):
+        _check_config(expert, config_of(expert.name, **sizes), directory)
+
+
 def _check_config(expert: VisionExpert, config: PreTrainedConfig, directory: Path) -> None:
-    ours, saved = config.to_dict(), type(config).from_pretrained(directory, local_files_only=True).to_dict()
-    fields = sorted((ours.keys() | saved.keys()) - _NOT_SIZES)
-    differ = {field: ours.get(field) for field in fields if ours.get(field) != saved.get(field)}
+    fields = read_json(directory / "config.json")
+    try:
+        saved = type(config).from_dict(fields).to_dict()
+    except Exception as error:  # whatever a config makes of fields of a wrong type
+        raise ValueError(f"{directory / 'config.json'} must be the config of {expert.name}, got {error}") from error
+    ours = config.to_dict()
+    differ = {
+        field: ours.get(field)
+        for field in sorted((ours.keys() | saved.keys()) - _NOT_SIZES)
+        if ours.get(field) != saved.get(field)
+    }
     saved_values = {field: saved.get(field) for field in differ}
-    check(not differ, "sizes", f"must be those of the saved {expert.name}, {saved_values}", differ)
+    rule = f"must be those of {directory / 'config.json'} of {expert.name}, {saved_values}"
+    check(not differ, "sizes", rule, differ)

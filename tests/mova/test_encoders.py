@@ -213,7 +213,9 @@ def test_sizes_must_be_those_of_the_file(name, changed, tmp_path):
     """Also those that change no shape, so that only the saved config tells."""
     expert, sizes = tiny(name)
     VisionEncoder(expert, sizes).save(tmp_path)
-    with pytest.raises(ValueError, match=f"sizes must be those of the saved {name}.*got {{'{next(iter(changed))}'"):
+    with pytest.raises(
+        ValueError, match=f"sizes must be those of .*config.json of {name}.*got {{'{next(iter(changed))}'"
+    ):
         VisionEncoder.load(tmp_path, expert, {**sizes, **changed})
 
 

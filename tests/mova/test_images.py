@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 import warnings
 from dataclasses import replace
 from io import BytesIO
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, Pix2StructImageProcessorPil
 
-from mova import VisionExpert, experts
+from mova import VisionExpert, experts, images
 from mova.images import PreparedImage, image_key, open_image, prepare, square
 
 OFFICIAL = {e.name: e for e in (experts.BASE, *experts.OFFICIAL)}
@@ -261,6 +263,50 @@ def test_t31_patches_are_those_of_transformers_but_always_45_by_45(size):
             truth = official(padded, return_tensors="pt")["flattened_patches"][0, :2025]
         # The same to the bit on x86 with torch 2.13; other builds may resize in another order of summation.
         torch.testing.assert_close(result, truth, rtol=0, atol=1e-5)
+
+
+def whole_square(image, expert):
+    """What the encoder is given, made of the whole padded square at once."""
+    padded, size = square(image, expert.pad_color), (expert.image_size, expert.image_size)
+    if expert.std is not None:
+        values = (np.asarray(padded.resize(size, Image.Resampling.BICUBIC)) * (1 / 255)).astype(np.float32)
+        values = (values - np.array(expert.mean, np.float32)) / np.array(expert.std, np.float32)
+        return torch.from_numpy(values).permute(2, 0, 1)
+    values = np.asarray(padded).astype(np.float32)
+    values = (values - values.mean()) / max(values.std(), 1 / values.size**0.5)
+    batch = torch.from_numpy(values).permute(2, 0, 1)[None]
+    return F.interpolate(batch, size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+# Below, at and above the size of the encoder; strips; odd sides, whose bands end with fewer rows.
+BANDED = [(1, 1), (3, 2), (64, 64), (64, 20), (20, 64), (1, 301), (301, 1), (97, 131), (250, 249), (3, 900), (900, 3)]
+
+
+@pytest.mark.parametrize("size", BANDED)
+@pytest.mark.parametrize("band", [256, 5000, 1 << 19])  # less than a row, some rows, most of it
+def test_bands_are_the_whole_square_to_the_bit(size, band, monkeypatch):
+    monkeypatch.setattr(images, "_BAND", band)
+    image = noise(*size)
+    for name in ("sam", "pix2struct"):
+        expert = replace(OFFICIAL[name], image_size=64, input_size=64, grid=(4, 4), patches=False, resize=None)
+        assert torch.equal(prepare(image, expert), whole_square(image, expert))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of the address space")
+@pytest.mark.parametrize("size", [(1, 9000), (9000, 1), (1080, 9000)])
+@pytest.mark.parametrize("name", ["sam", "clip", "dinov2", "deplot"])
+def test_a_strip_takes_less_than_200_mb(size, name):
+    import resource
+
+    image = Image.new("RGB", size, "teal")
+    prepare(noise(2, 2), OFFICIAL[name])  # whatever is loaded with the first image
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 200 * 10**6, before[1]))
+    try:
+        assert prepare(image, OFFICIAL[name]).isfinite().all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_patches_row_by_row():

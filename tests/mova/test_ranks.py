@@ -54,7 +54,7 @@ def tiny(free_text: bool) -> MoVAForConditionalGeneration:
             num_routing_tokens=16,
             image_token_id=3,
             freeze_text_encoder=not free_text,
-        )  # fmt: skip
+        )
     )
     with torch.no_grad():
         for parameter in model.adapter.parameters():
@@ -129,13 +129,15 @@ def gradients(model) -> dict[str, torch.Tensor]:
 def difference(found, expected) -> str | None:
     """What is wrong with these gradients; None: nothing.
 
-    They may differ by 1e-5 of the largest of their parameter, and by what rounding makes of a true zero (biases of keys).
+    They may differ by 1e-5 of the largest of their parameter, and by the rounding of a true zero (biases of keys).
     """
     if found.keys() != expected.keys():
         return (
             f"missing {sorted(expected.keys() - found.keys())[:3]}, more {sorted(found.keys() - expected.keys())[:3]}"
         )
-    far = {name: ((found[name] - grad).abs().max() / (grad.abs().max() + 1e-3)).item() for name, grad in expected.items()}
+    far = {
+        name: ((found[name] - grad).abs().max() / (grad.abs().max() + 1e-3)).item() for name, grad in expected.items()
+    }
     worst = max(far, key=lambda name: far[name])
     return f"{worst} differs by {far[worst]:.1e}" if far[worst] > 1e-5 else None
 
