@@ -25,7 +25,7 @@ from .encoders import VisionEncoder
 from .generating import PromptGenerationMixin, cache_length
 from .hub import UploadsFolders, elsewhere, folder, loading_arguments, pinned
 from .pool import ExpertPool
-from .ranks import has_several_processes, with_zero_times
+from .ranks import runs_every_part, with_zero_times
 from .routing_lora import LORA_KEYS, ROUTING_LORA, RoutingLoRA
 
 
@@ -201,7 +201,7 @@ class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel,
             given = question_ids is not None and question_mask is not None
             check(given, "question_ids", "must be given, with question_mask, when an image selected an expert", None)
             text = self.text_features(question_ids, question_mask)  # type: ignore[arg-type]
-        elif has_several_processes():
+        elif runs_every_part(self):
             token = torch.zeros(1, 1, dtype=torch.long)
             unused = self.text_features(token, torch.ones_like(token))
         tokens = self.fuse(base, features, routing, text)
@@ -302,7 +302,7 @@ class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel,
             }
             image_features = self._image_features(image_features, images)
             unused = None  # computed before the embeddings, as images are: the order is the same for all processes
-            if image_features is None and has_several_processes() and not cache_length(kwargs):
+            if image_features is None and runs_every_part(self) and not cache_length(kwargs):
                 unused = self.get_image_features(self.base.blank())
             inputs_embeds = self.embed(input_ids, image_features, inputs_embeds)
             if unused is not None:

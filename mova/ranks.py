@@ -9,12 +9,16 @@ The experts' encoders themselves are frozen and belong to no wrapper.
 
 from __future__ import annotations
 
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 
-def has_several_processes() -> bool:
-    """Whether torch.distributed runs with more than one."""
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+def runs_every_part(model: nn.Module) -> bool:
+    """Whether all parts must run: there are several processes, or DeepSpeed has partitioned the model.
+
+    ZeRO-3 needs it with one process, too: where a parameter gets no gradient, it takes a step with an older one.
+    """
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return several or hasattr(next(model.parameters()), "ds_id")
 
 
 def with_zero_times(x: Tensor, unused: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The MoV-Adapter of MoVA (arXiv 2404.13046) as ordinary modules under the official parameter names."""
 
 # No "from __future__ import annotations" here: the hub mixin reads the annotation of __init__'s config at run time.
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,6 +69,10 @@ class MoVAdapter(
         Call it again if something has re-initialised the adapter as a part of a larger model. transformers'
         ``post_init`` does not: the parts are marked as initialised.
         """
+        with _whole(self.parameters()):
+            self._reset_whole_parameters()
+
+    def _reset_whole_parameters(self) -> None:
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.LayerNorm, nn.Conv2d)):
                 module.reset_parameters()
@@ -201,9 +206,13 @@ class MoVAdapter(
         wanted = self.idle_expert_gradients
         check(wanted in (None, True, False), "idle_expert_gradients", "must be None, True or False", wanted)
         several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        # DeepSpeed's ZeRO-3 steps with an older gradient where it gets none, also with one process.
+        several = several or hasattr(self.pos_embed, "ds_id")
         if wanted is False and several:  # FSDP marks every module whose parameters it shards
-            sharded = any(getattr(module, "_is_fsdp_managed_module", False) for module in self.modules())
-            check(not sharded, "idle_expert_gradients", "must be None or True where FSDP shards the adapter", wanted)
+            sharded = hasattr(self.pos_embed, "ds_id")
+            sharded |= any(getattr(module, "_is_fsdp_managed_module", False) for module in self.modules())
+            rule = "must be None or True where FSDP or ZeRO-3 shards the adapter"
+            check(not sharded, "idle_expert_gradients", rule, wanted)
         return several if wanted is None else bool(wanted)
 
     def _check_base(self, base: Tensor) -> None:
@@ -458,6 +467,16 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, tangent, *_):
         return tangent.clone()
+
+
+def _whole(parameters: Iterable[nn.Parameter]) -> Any:
+    """A context in which DeepSpeed's ZeRO-3 lends the parameters that it has partitioned; rank 0's values count."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0)
 
 
 def split_concatenated(x: Tensor, config: MoVAdapterConfig) -> tuple[Tensor, list[Tensor]]:
