@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig
+from transformers import LlamaConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mova import prompts
 from mova.demo import small_model
@@ -157,7 +158,7 @@ def test_sequences_of_several_images_keep_their_own(pipeline, two):
 # A conversation that goes on with its cache.
 
 
-CACHE = "cache" if hasattr(DynamicCache, "activate_past_recording") else "past_key_values"  # its name before 5.24
+CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"  # its name before 5.24
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_a_second_image_is_seen_whatever_the_cache(pipeline, turns, cut):
     ids = whole["input_ids"]
     cache = cache_of(model, ids[:, : length + max(-cut, 0)], features[:1])
     if cut > 0:
-        cache.crop(length - cut) if CACHE == "past_key_values" else cache.crop(-cut)
+        cache.crop(-cut)
     rest = ids[:, length - cut :]
     expected = model(input_ids=ids, image_features=features).logits[:, length - cut :]
     found = model(input_ids=rest, image_features=features[1:], **{CACHE: cache}).logits
@@ -208,6 +209,22 @@ def test_generating_goes_on_with_a_cache(pipeline, turns, given):
     found = model.generate(
         ids, whole["attention_mask"], image_features=images, max_new_tokens=NEW, do_sample=False, **{CACHE: cache}
     )
+    assert torch.equal(found[:, -NEW:], best(model, whole))
+
+
+@pytest.mark.parametrize("given", ["all", "new"])
+def test_chunks_of_a_prompt_behind_a_cache(pipeline, turns, given):
+    """transformers before 5.24 begins again at the cache's first token."""
+    model, (whole, length, features) = pipeline.model, turns
+    cache = cache_of(model, whole["input_ids"][:, :length], features[:1])
+    ids = whole["input_ids"] if given == "all" else whole["input_ids"][:, length:]
+    images = features if given == "all" else features[1:]
+    arguments = {"max_new_tokens": NEW, "do_sample": False, "prefill_chunk_size": 16, CACHE: cache}
+    if CACHE == "past_key_values":
+        with pytest.raises(ValueError, match="prefill_chunk_size must be None if the cache is not empty"):
+            model.generate(ids, whole["attention_mask"], image_features=images, **arguments)
+        return
+    found = model.generate(ids, whole["attention_mask"], image_features=images, **arguments)
     assert torch.equal(found[:, -NEW:], best(model, whole))
 
 
