@@ -1,4 +1,4 @@
-"""Every way of generating that transformers offers: greedy tokens are the model's own best, whatever the loop."""
+"""Every way of generating that transformers has: greedy tokens are the model's own best, whatever loop finds them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mova import prompts
 from mova.demo import small_model
@@ -88,29 +89,8 @@ ALONE = {  # transformers takes one row
 }
 
 
-@pytest.fixture(scope="module")
-def llava():
-    """A tiny LLaVA, and its inputs: the same situation in transformers' own model."""
-    torch.manual_seed(0)
-    text = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        pad_token_id=0, bos_token_id=1, eos_token_id=None,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=5)).eval()
-    ids = torch.tensor([[1, 7, 5, 5, 5, 5, 9, 8, 11, 9, 8]])
-    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 28, 28)}
-
-
 def generated(model, inputs, assistants, mode, new=NEW):
     mode = {**mode, "assistant_model": assistants[mode["assistant_model"]]} if "assistant_model" in mode else mode
-    mode = (
-        {**mode, "prefill_chunk_size": 4}
-        if model.config.model_type == "llava" and "prefill_chunk_size" in mode
-        else mode
-    )
     result = model.generate(**inputs, max_new_tokens=new, do_sample=False, pad_token_id=0, **mode)
     return result[:, inputs["input_ids"].shape[1] :]
 
@@ -124,3 +104,139 @@ def test_every_loop_finds_the_best_tokens_of_a_batch(pipeline, two, mode):
 def test_every_loop_with_candidates_finds_the_best_tokens(pipeline, one, mode):
     assistants = {"language": copy.deepcopy(pipeline.model.language_model), "whole": small_model(seed=1).model}
     assert torch.equal(generated(pipeline.model, one, assistants, ALONE[mode]), best(pipeline.model, one))
+
+
+# The same situations in transformers' own LLaVA: what works there works here (the tests above); its text-only assistant
+# and its chunks fail before 5.24, and what it refuses is refused here with a reason.
+
+
+def test_a_model_that_exits_early_is_refused(pipeline, one):
+    with pytest.raises(ValueError, match="assistant_early_exit must be None"):
+        pipeline.model.generate(**one, max_new_tokens=2, assistant_early_exit=1)
+
+
+def test_paged_batches_take_no_images(pipeline, one):
+    with pytest.raises(ValueError, match="cache_implementation must not be 'paged' with images"):
+        pipeline.model.generate(**one, max_new_tokens=2, cache_implementation="paged")
+
+
+@pytest.mark.parametrize("how", ["merged, with input_ids", "merged", "with placeholders"])
+def test_embeddings_instead_of_tokens(pipeline, two, how):
+    model, features = pipeline.model, features_of(pipeline.model, two)
+    given = {"inputs_embeds": model.embed(two["input_ids"], features)}
+    if how == "merged, with input_ids":
+        given["input_ids"] = two["input_ids"]
+    if how == "with placeholders":
+        given = {"inputs_embeds": model.get_input_embeddings()(two["input_ids"]), "image_features": features}
+    found = model.generate(**given, attention_mask=two["attention_mask"], max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(found[:, -NEW:], best(model, two))
+
+
+def test_embeddings_alone_cannot_have_candidates(pipeline, one):
+    embedded = pipeline.model.embed(one["input_ids"], features_of(pipeline.model, one))
+    with pytest.raises(ValueError, match="inputs_embeds must come with input_ids"):
+        pipeline.model.generate(inputs_embeds=embedded, max_new_tokens=4, prompt_lookup_num_tokens=3)
+
+
+def test_a_placeholder_that_was_generated_is_a_token_like_any_other(pipeline, one):
+    model, place = pipeline.model, pipeline.model.config.image_token_id
+    found = model.generate(**one, max_new_tokens=3, prefix_allowed_tokens_fn=lambda *_: [place])
+    assert found[0, -3:].tolist() == [place] * 3
+
+
+def test_sequences_of_several_images_keep_their_own(pipeline, two):
+    """Rows that are repeated have their images repeated together: [A, B, A, B] and not [A, A, B, B]."""
+    found = generated(pipeline.model, two, {}, {"num_beams": 2, "num_return_sequences": 2}, new=4)
+    model, features = pipeline.model, features_of(pipeline.model, two)
+    expected = model.language_model.generate(
+        inputs_embeds=model.embed(two["input_ids"], features), attention_mask=two["attention_mask"], max_new_tokens=4,
+        num_beams=2, num_return_sequences=2, do_sample=False, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+
+
+# A conversation that goes on with its cache.
+
+
+CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"  # its name before 5.24
+
+
+@pytest.fixture
+def turns(pipeline):
+    """Two turns with an image each, as inputs of one conversation; and the first one's length and images."""
+    first, second = (pipeline.processor.conversation(q) for q in ("What is it?", "And this, what is it?"))
+    whole = inputs_for(pipeline, first + second, images=IMAGES[:2])
+    length = pipeline.processor.tokenize([first], pipeline.model.config.num_image_tokens)["input_ids"].shape[1]
+    return whole, length, features_of(pipeline.model, whole)
+
+
+@torch.no_grad()
+def cache_of(model, ids, features):
+    return getattr(model(input_ids=ids, image_features=features, use_cache=True), CACHE)
+
+
+@pytest.mark.parametrize("cut", [0, 7, -5], ids=["as it was", "cropped", "extended"])
+@torch.no_grad()
+def test_a_second_image_is_seen_whatever_the_cache(pipeline, turns, cut):
+    model, (whole, length, features) = pipeline.model, turns
+    ids = whole["input_ids"]
+    cache = cache_of(model, ids[:, : length + max(-cut, 0)], features[:1])
+    if cut > 0:
+        cache.crop(-cut)
+    rest = ids[:, length - cut :]
+    expected = model(input_ids=ids, image_features=features).logits[:, length - cut :]
+    found = model(input_ids=rest, image_features=features[1:], **{CACHE: cache}).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_placeholders_and_images_fit_whatever_the_cache(pipeline, turns, images):
+    model, (whole, length, features) = pipeline.model, turns
+    cache = cache_of(model, whole["input_ids"][:, :length], features[:1])
+    given = features[:images] if images else None
+    with pytest.raises(ValueError, match=f"one placeholder for each of {images * features.shape[1]} image tokens, got"):
+        model(input_ids=whole["input_ids"][:, length:], image_features=given, **{CACHE: cache})
+    with pytest.raises(ValueError, match="one placeholder"):
+        model(input_ids=torch.tensor([[model.config.image_token_id]]), **{CACHE: cache})
+
+
+@pytest.mark.parametrize("given", ["all tokens, all images", "all tokens, new image", "new tokens, new image"])
+def test_generating_goes_on_with_a_cache(pipeline, turns, given):
+    model, (whole, length, features) = pipeline.model, turns
+    cache = cache_of(model, whole["input_ids"][:, :length], features[:1])
+    ids = whole["input_ids"][:, length:] if given.startswith("new") else whole["input_ids"]
+    images = features if given.endswith("all images") else features[1:]
+    found = model.generate(
+        ids, whole["attention_mask"], image_features=images, max_new_tokens=NEW, do_sample=False, **{CACHE: cache}
+    )
+    assert torch.equal(found[:, -NEW:], best(model, whole))
+
+
+@pytest.mark.parametrize("given", ["all", "new"])
+def test_chunks_of_a_prompt_behind_a_cache(pipeline, turns, given):
+    """transformers before 5.24 begins again at the cache's first token."""
+    model, (whole, length, features) = pipeline.model, turns
+    cache = cache_of(model, whole["input_ids"][:, :length], features[:1])
+    ids = whole["input_ids"] if given == "all" else whole["input_ids"][:, length:]
+    images = features if given == "all" else features[1:]
+    arguments = {"max_new_tokens": NEW, "do_sample": False, "prefill_chunk_size": 16, CACHE: cache}
+    if CACHE == "past_key_values":
+        with pytest.raises(ValueError, match="prefill_chunk_size must be None if the cache is not empty"):
+            model.generate(ids, whole["attention_mask"], image_features=images, **arguments)
+        return
+    found = model.generate(ids, whole["attention_mask"], image_features=images, **arguments)
+    assert torch.equal(found[:, -NEW:], best(model, whole))
+
+
+def test_images_in_inputs_embeds_without_their_places_are_refused(pipeline):
+    with pytest.raises(ValueError, match="one placeholder for each of 3 image tokens, got 0"):
+        pipeline.model(inputs_embeds=torch.randn(1, 4, 96), image_features=torch.randn(1, 3, 96))
+
+
+def test_an_assistant_of_another_width_says_so(pipeline, one):
+    narrow = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1
+    )
+    assistant = small_model(text_config=narrow).model
+    with pytest.raises(ValueError, match=r"image_features must be of shape \(M, T, 32\)"):
+        pipeline.model.generate(**one, max_new_tokens=4, assistant_model=assistant)
