@@ -41,7 +41,8 @@ def check_floats(argument: str, value: object, shape: tuple[int | str, ...]) -> 
 def check_device(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     """``value`` must live on the device of ``reference``."""
     if value.device != reference.device:
-        raise ValueError(f"{argument} must be on {reference_name}'s {reference.device}, got {value.device!r}")
+        owner = f"{reference_name}'" if reference_name.endswith("s") else f"{reference_name}'s"
+        raise ValueError(f"{argument} must be on {owner} {reference.device}, got {value.device!r}")
 
 
 def check_like(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
