@@ -161,7 +161,7 @@ KINDS = {
     "zero without memory": lambda t: torch._efficientzerotensor(t.shape),
     "of inference mode": lambda t: _of_inference(t),
     "unaligned": unaligned,
-    "of a subclass": lambda t: t.as_subclass(type("Marked", (Tensor,), {})),
+    "of a subclass": lambda t: t.as_subclass(Marked),
     "of a subclass that computes": lambda t: Wrapper(t),
 }
 
@@ -169,6 +169,10 @@ KINDS = {
 def _of_inference(t: Tensor) -> Tensor:
     with torch.inference_mode():
         return t.clone()
+
+
+class Marked(Tensor):
+    """Numbers in memory under another name."""
 
 
 class Wrapper(Tensor):
@@ -193,11 +197,7 @@ class Wrapper(Tensor):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_tensors_that_mean_numbers(kind, name) -> None:
     inputs = [KINDS[kind](t) for t in CASES[name].inputs()]
-    plain = [
-        t.inner if isinstance(t, Wrapper) else t.as_subclass(Tensor).detach().resolve_neg().clone() for t in inputs
-    ]
-    if kind == "zero without memory":
-        plain = [torch.zeros(t.shape) for t in inputs]
+    plain = [torch.zeros(t.shape) + (t.inner if isinstance(t, Wrapper) else t.as_subclass(Tensor)) for t in inputs]
     for found, expected in zip(results(name, inputs), results(name, plain), strict=True):
         found = found.inner if isinstance(found, Wrapper) else found.as_subclass(Tensor)
         torch.testing.assert_close(found, expected)
@@ -239,9 +239,7 @@ def test_one_argument_on_the_meta_device_is_named(name) -> None:
             results(name, inputs)
 
 
-@pytest.mark.parametrize(
-    "kind", ["lazily negated", "zero without memory", "of inference mode", "unaligned", "expanded"]
-)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "subclass" not in kind])
 def test_linear_and_centred_features_which_no_dispatcher_guards(kind) -> None:
     x, weight, bias = torch.randn(3, 4, 8), torch.randn(5, 8), torch.randn(5)
     given = [KINDS[kind](t) for t in (x, weight, bias)]

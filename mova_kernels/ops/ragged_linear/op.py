@@ -92,15 +92,18 @@ def _check_parameters(
     rule = f"must be as many as weights, {len(weights)}, or none"
     check(len(biases) in (0, len(weights)), "biases", rule, len(biases))
     for e, width in enumerate(widths):
-        parameters: list[tuple[str, Tensor, tuple[int, ...]]] = [
-            (f"affines[{e}][0]", affines[e][0], (width,)),
-            (f"affines[{e}][1]", affines[e][1], (width,)),
-            *((f"weights[{i}][{e}]", w[e], (w[0].shape[0], width)) for i, w in enumerate(weights)),
-            *((f"biases[{i}][{e}]", b[e], (weights[i][0].shape[0],)) for i, b in enumerate(biases)),
-        ]
-        for name, parameter, shape in parameters:
-            check_tensor(name, parameter, shape)
-            check_device(name, parameter, "x", x)
+        for i, affine in enumerate(affines[e]):
+            _check_parameter(f"affines[{e}][{i}]", affine, (width,), x)
+        for i, projection in enumerate(weights):
+            outputs = projection[0].shape[0] if e else "O"
+            _check_parameter(f"weights[{i}][{e}]", projection[e], (outputs, width), x)
+        for i, projection in enumerate(biases):
+            _check_parameter(f"biases[{i}][{e}]", projection[e], (weights[i][0].shape[0],), x)
+
+
+def _check_parameter(name: str, parameter: Tensor, shape: tuple[int | str, ...], x: Tensor) -> None:
+    check_tensor(name, parameter, shape)
+    check_device(name, parameter, "x", x)
 
 
 def project(
