@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _native, _triton, backends
-from ..._checks import check, check_device, check_floats, check_tensor
+from ..._checks import check, check_dense, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
 from ..._plain import only_reference
@@ -59,6 +59,8 @@ def ragged_linear(
         native_impl.Resampling(*source[1:]) if isinstance(source, CentredFeatures) else None for source in given
     ]
     sources = [source.tokens if isinstance(source, CentredFeatures) else source for source in given]
+    for e, source in enumerate(sources):
+        check_dense("x" if shared else f"x[{e}]", source)
     length = next((r.rstd.shape[1] for r in resamplings if r), sources[0].shape[1] if sources else 0)
     check(shared or len(sources) == pairs.num_experts, "x", f"must be one tensor or {pairs.num_experts}", len(sources))
     for e, source in enumerate(sources):
@@ -210,6 +212,8 @@ def _resampling_backward_kernel(grads, x, rows, tables, scale, shift, weight, bi
 
 
 def _resampling_forward_fake(x, rows, tables, scale, shift, weight, bias, dtype, rstds, sizes):
+    for e, source in enumerate(sources):
+        check_dense("x" if shared else f"x[{e}]", source)
     length = next(rstd.shape[1] for rstd in rstds if rstd is not None)
     firsts = weight[:: len(scale)]
     return [w.new_empty((tables[0].shape[0], length, w.shape[0]), dtype=dtype) for w in firsts]
