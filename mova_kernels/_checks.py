@@ -19,16 +19,22 @@ def check_tensor(argument: str, value: object, shape: tuple[int | str, ...]) -> 
         TypeError: ``value`` is no tensor, or one that is not numbers with strides (sparse, nested, quantised).
         ValueError: wrong rank or size.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{argument} must be a tensor, got {type(value).__name__!r}")
-    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
-        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
-        raise TypeError(f"{argument} must be a dense, strided tensor, got a {kind} one")
+    check_dense(argument, value)
+    assert isinstance(value, Tensor)
     fits = value.dim() == len(shape)
     for want, have in zip(shape, value.shape, strict=False):
         fits = fits and (isinstance(want, str) or have == want)
     if not fits:
         raise ValueError(f"{argument} must have shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}")
+
+
+def check_dense(argument: str, value: object) -> None:
+    """``value`` must be a tensor whose numbers have strides. Raises TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument} must be a tensor, got {type(value).__name__!r}")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        raise TypeError(f"{argument} must be a dense, strided tensor, got a {kind} one")
 
 
 def check_floats(argument: str, value: object, shape: tuple[int | str, ...]) -> None:
@@ -41,7 +47,8 @@ def check_floats(argument: str, value: object, shape: tuple[int | str, ...]) -> 
 def check_device(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     """``value`` must live on the device of ``reference``."""
     if value.device != reference.device:
-        raise ValueError(f"{argument} must be on {reference_name}'s {reference.device}, got {value.device!r}")
+        owner = f"{reference_name}'" if reference_name.endswith("s") else f"{reference_name}'s"
+        raise ValueError(f"{argument} must be on {owner} {reference.device}, got {value.device!r}")
 
 
 def check_like(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:

@@ -153,13 +153,6 @@ def test_opcheck(count) -> None:
     torch.library.opcheck(RAW.expert_attention_bwd.default, (out, *inputs, out, lse, *rest))
 
 
-def test_func_grad() -> None:
-    inputs, tables = problem(1, 3, 1, 8)
-    found = torch.func.grad(lambda *x: op(tables, 1)(*x).square().sum(), argnums=(0, 1, 2))(*inputs)
-    leaves = [t.requires_grad_() for t in inputs]
-    torch.testing.assert_close(found, torch.autograd.grad(op(tables, 1)(*leaves).square().sum(), leaves))
-
-
 def test_wide_heads_are_left_to_the_reference() -> None:
     inputs, tables = problem(1, 2, 1, 260)
     op(tables, 1)(*inputs)

@@ -134,12 +134,6 @@ def test_only_some_inputs_need_gradients() -> None:
     assert grad.shape == v.shape
 
 
-def test_torch_func() -> None:
-    (q, k, v), tables = problem(1, 9, 1, 32)
-    expected = torch.autograd.grad(op(tables, 1)(q.requires_grad_(), k, v).sum(), q)[0]
-    torch.testing.assert_close(torch.func.grad(lambda q: op(tables, 1)(q, k, v).sum())(q.detach()), expected)
-
-
 @pytest.mark.parametrize("count", [None, torch.tensor([1])], ids=["all", "padded"])
 def test_opcheck(count) -> None:
     (q, k, v), tables = problem(2, 9, 2, 32)

@@ -160,13 +160,6 @@ def test_compile(op) -> None:
     torch.testing.assert_close(value_and_gradients(compiled, logits), expected)
 
 
-def test_gradients_of_functorch(op) -> None:
-    logits = torch.randn(5, 4)
-    function = weights_of(SELECTED, 2, op)
-    _, expected = value_and_gradients(lambda x: function(x).square(), [logits], torch.ones(5, 4))
-    torch.testing.assert_close(torch.func.grad(lambda x: function(x).square().sum())(logits), expected)
-
-
 def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     many = torch.zeros(1, 1025)
     for logits, expected in ((LOGITS, "cpu"), (LOGITS.bfloat16(), "cpu"), (many, "reference")):

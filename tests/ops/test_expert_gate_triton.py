@@ -150,13 +150,6 @@ def test_same_bits_every_time() -> None:
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def test_torch_func() -> None:
-    logits = torch.randn(5, 4)
-    expected = value_and_gradients(op(SELECTED, 2), [logits], torch.ones(5, 4).tril())[1]
-    found = torch.func.grad(lambda x: op(SELECTED, 2)(x).tril().sum())(logits)
-    torch.testing.assert_close(found, expected)
-
-
 @DTYPES
 def test_opcheck(dtype) -> None:
     logits = torch.randn(5, 4).to(dtype)

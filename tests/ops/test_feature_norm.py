@@ -188,13 +188,6 @@ def test_activation_checkpointing(backend) -> None:
     torch.testing.assert_close(found, value_and_gradients(function, x))
 
 
-def test_gradients_of_functorch(backend) -> None:
-    x = torch.randn(1, 6, 19)
-    function = op([(2, 3)], OUT, [None], backend)
-    _, expected = value_and_gradients(lambda x: function(x).square(), [x], torch.ones(1, 20 * 19).flatten())
-    torch.testing.assert_close(torch.func.grad(lambda x: function(x).square().sum())(x), expected)
-
-
 def test_exported_program_serves_other_batches() -> None:
     class Module(torch.nn.Module):
         def forward(self, x: Tensor, rows: Tensor) -> Tensor:

@@ -192,13 +192,6 @@ def test_only_some_results_are_used() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_torch_func() -> None:
-    x = features()
-    loss = lambda t: kernels()(t, *x[1:]).square().sum()  # noqa: E731
-    found = torch.func.grad(loss)(x[0])
-    torch.testing.assert_close(found, torch.autograd.grad(loss(x[0].requires_grad_()), x[0])[0])
-
-
 def test_opcheck() -> None:
     rows, sizes = tensors([[1, 0], None]), [2, 3, 4, 5, 4, 5]
     x = [torch.randn(6, 3, 4).transpose(0, 1), torch.randn(3, 20, 9)[..., 2:6]]

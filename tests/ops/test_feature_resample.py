@@ -228,17 +228,6 @@ def test_exported_program_serves_other_batches() -> None:
         assert torch.equal(program.module()(*inputs), Module()(*inputs))
 
 
-def test_torch_func_sees_the_same_gradient(backend) -> None:
-    x, rows = torch.randn(3, 6, 4), tensor_rows([2, -1, 2])
-
-    def loss(x: Tensor) -> Tensor:
-        return feature_resample(x, (2, 3), (4, 5), rows, backend=backend).square().sum()
-
-    leaf = x.clone().requires_grad_()
-    loss(leaf).backward()
-    assert torch.equal(torch.func.grad(loss)(x), leaf.grad)
-
-
 X = torch.zeros(2, 6, 4)
 
 

@@ -232,14 +232,6 @@ def test_autocast_mixes_dtypes(backend) -> None:
         assert all(t.grad is None or t.grad.dtype == t.dtype for t in leaves)
 
 
-def test_gradients_of_functorch(backend) -> None:
-    inputs = problem(MIXED, torch.float32)
-    function = op(RaggedPairs.from_routing(MIXED))
-    expected = value_and_gradients(lambda *flat: function(*flat).square().sum(), inputs, torch.ones(()))[1:]
-    found = torch.func.grad(lambda flat: function(*flat).square().sum())(tuple(inputs))
-    torch.testing.assert_close(list(found), expected)
-
-
 @pytest.mark.parametrize("name", ["no pair", "idle expert and sample without experts", "no sample"])
 def test_opcheck(name, isa) -> None:
     selected = ROUTINGS[name]
@@ -322,7 +314,7 @@ def test_bad_arguments_of_cpp() -> None:
     with pytest.raises(ValueError, match=r"I must be in \[1, 8192\], got 8193"):
         native_impl._weigh(*[torch.zeros(1, 8193)] * 3, 0.0, torch.zeros(1, 8193), 0.0)
     with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):
-        native_impl._bwd(*[0] * 9, 1, 1, 1, 0.0, 0.0, 2)
+        native_impl._bwd(*[None] * 9, 1, 1, 1, 0.0, 0.0, 2)
     with pytest.raises(BackendError, match="it takes 1 to 8192 attended channels, not 8193"):
         op_module._choose("cpu", torch.zeros(1, 1, 8193))
 

@@ -129,14 +129,6 @@ def test_compiled_graph_serves_every_routing() -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_torch_func() -> None:
-    x, *others = problem(MIXED, torch.float32)
-    function = op(RaggedPairs.from_routing(MIXED))
-    expected = torch.autograd.grad(function(x, others[0].requires_grad_(), *others[1:]).sum(), others[0])[0]
-    found = torch.func.grad(lambda t: function(x, t, *others[1:]).sum())(others[0].detach())
-    torch.testing.assert_close(found, expected)
-
-
 def test_wide_floats_are_refused_with_a_reason() -> None:
     with pytest.raises(BackendError, match=r"gated_combine .* float16, not torch\.float64"):
         op(RaggedPairs.from_routing(MIXED))(*problem(MIXED))

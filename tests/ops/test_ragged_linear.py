@@ -318,15 +318,6 @@ def test_idle_experts_get_none(backend) -> None:
     assert [t.grad is not None for t in leaves[3:]] == busy * (len(leaves[3:]) // 3)
 
 
-def test_gradients_of_functorch(backend) -> None:
-    problem = Problem(MIXED)
-    inputs = problem.inputs(torch.float32)
-    function = problem.op(RaggedPairs.from_routing(MIXED))
-    expected = value_and_gradients(lambda *flat: function(*flat).square().sum(), inputs, torch.ones(()))[1:]
-    found = torch.func.grad(lambda flat: function(*flat).square().sum())(tuple(inputs))
-    torch.testing.assert_close(list(found), expected)
-
-
 def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     choose = lambda dtype: backends.choose("ragged_linear", None, torch.device("cpu"), dtype)  # noqa: E731
     monkeypatch.setattr(_native, "cpu_reason", lambda: None)
@@ -395,7 +386,7 @@ def test_bad_arguments_of_cpp() -> None:
     with pytest.raises(ValueError, match="must have 48 bytes, got 40"):
         _native.function("mk_ragged_linear_sum", "2Q3q")(*[None] * 2, *[0] * 3)
     with pytest.raises(ValueError, match=r"C must be in \[0, .*\], got -1"):
-        native_impl._sum(0, 0, 1, -1, 1, 0)
+        native_impl._sum(None, None, 1, -1, 1, 0)
     with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):
         native_impl._unfold(*[0] * 12, 2)
 

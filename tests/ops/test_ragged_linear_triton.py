@@ -211,15 +211,6 @@ def test_compiled_graph_serves_every_routing() -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_torch_func() -> None:
-    problem = Problem(MIXED)
-    function = problem.op(RaggedPairs.from_routing(MIXED))
-    x, *others = problem.inputs(torch.float32)
-    expected = torch.autograd.grad(function(x.requires_grad_(), *others).sum(), x)[0]
-    found = torch.func.grad(lambda t: function(t, *others).sum())(x.detach())
-    torch.testing.assert_close(found, expected)
-
-
 def test_wide_floats_are_refused_with_a_reason() -> None:
     problem = Problem(MIXED)
     with pytest.raises(

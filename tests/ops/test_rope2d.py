@@ -182,12 +182,6 @@ def test_compile(op) -> None:
     torch.testing.assert_close(value_and_gradients(compiled, inputs), expected)
 
 
-def test_gradients_of_functorch(op) -> None:
-    tables, x = rope2d_table(3, 8), torch.randn(2, 9, 3, 8)
-    _, expected = value_and_gradients(lambda x: op(x, *tables), [x], torch.ones_like(x))
-    torch.testing.assert_close(torch.func.grad(lambda x: op(x, *tables).sum())(x), expected)
-
-
 def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     for dtype, expected in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
         monkeypatch.setattr(_native, "cpu_reason", lambda: None)

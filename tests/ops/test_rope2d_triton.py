@@ -107,12 +107,6 @@ def test_same_bits_every_time() -> None:
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def test_torch_func() -> None:
-    both, x = tables(9, 8), torch.randn(2, 9, 3, 8)
-    expected = value_and_gradients(op(*both), [x], torch.ones_like(x))[1]
-    torch.testing.assert_close(torch.func.grad(lambda x: op(*both)(x).sum())(x), expected)
-
-
 def test_opcheck() -> None:
     arguments = (torch.randn(2, 9, 3, 8), *tables(9, 8), "triton")
     torch.library.opcheck(torch.ops.mova_kernels.rope2d_fwd.default, arguments)

@@ -123,13 +123,6 @@ def test_compile(op) -> None:
     torch.testing.assert_close(value_and_gradients(compiled, inputs), value_and_gradients(op, inputs))
 
 
-def test_gradients_of_functorch(op) -> None:
-    inputs = problem((2, 3, 21), torch.float32)
-    _, *expected = value_and_gradients(op, inputs, torch.ones(2, 3, 21))
-    found = torch.func.grad(lambda *t: op(*t).sum(), argnums=(0, 1, 2, 3))(*inputs)
-    torch.testing.assert_close(list(found), expected)
-
-
 def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     wide = torch.zeros(1, 1, 8193)
     for gate, expected in ((G, "cpu"), (G.bfloat16(), "cpu"), (G.double(), "reference"), (wide, "reference")):

@@ -188,13 +188,6 @@ def test_only_some_inputs_need_gradients(wanted, backend) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_torch_func(backend) -> None:
-    x, *flat = problem(2, torch.float32)
-    expected = torch.autograd.grad(op(2, backend)(x.requires_grad_(), *flat).sum(), x)[0]
-    found = torch.func.grad(lambda x: op(2, backend)(x, *flat).sum())(x.detach())
-    torch.testing.assert_close(found, expected)
-
-
 def test_one_compiled_graph_for_all_batch_sizes(backend) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(op(4, backend), fullgraph=True, backend="aot_eager")

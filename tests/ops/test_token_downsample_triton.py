@@ -125,13 +125,6 @@ def test_frozen_weights_cost_no_gradients(monkeypatch) -> None:
     assert found.isfinite().all()
 
 
-def test_torch_func() -> None:
-    x, *flat = small()
-    expected = torch.autograd.grad(op(2, "triton")(x.requires_grad_(), *flat).sum(), x)[0]
-    found = torch.func.grad(lambda x: op(2, "triton")(x, *flat).sum())(x.detach())
-    torch.testing.assert_close(found, expected)
-
-
 def test_mixed_precision_keeps_every_dtype() -> None:
     """Norms may stay fp32 where convolutions are bf16; they are then not rounded."""
     inputs = small(dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _native, _triton, backends
-from ..._checks import check, check_device, check_floats, check_tensor
+from ..._checks import check, check_dense, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
 from ..._plain import only_reference
@@ -59,6 +59,8 @@ def ragged_linear(
         native_impl.Resampling(*source[1:]) if isinstance(source, CentredFeatures) else None for source in given
     ]
     sources = [source.tokens if isinstance(source, CentredFeatures) else source for source in given]
+    for e, source in enumerate(sources):
+        check_dense("x" if shared else f"x[{e}]", source)
     length = next((r.rstd.shape[1] for r in resamplings if r), sources[0].shape[1] if sources else 0)
     check(shared or len(sources) == pairs.num_experts, "x", f"must be one tensor or {pairs.num_experts}", len(sources))
     for e, source in enumerate(sources):
@@ -92,15 +94,18 @@ def _check_parameters(
     rule = f"must be as many as weights, {len(weights)}, or none"
     check(len(biases) in (0, len(weights)), "biases", rule, len(biases))
     for e, width in enumerate(widths):
-        parameters: list[tuple[str, Tensor, tuple[int, ...]]] = [
-            (f"affines[{e}][0]", affines[e][0], (width,)),
-            (f"affines[{e}][1]", affines[e][1], (width,)),
-            *((f"weights[{i}][{e}]", w[e], (w[0].shape[0], width)) for i, w in enumerate(weights)),
-            *((f"biases[{i}][{e}]", b[e], (weights[i][0].shape[0],)) for i, b in enumerate(biases)),
-        ]
-        for name, parameter, shape in parameters:
-            check_tensor(name, parameter, shape)
-            check_device(name, parameter, "x", x)
+        for i, affine in enumerate(affines[e]):
+            _check_parameter(f"affines[{e}][{i}]", affine, (width,), x)
+        for i, projection in enumerate(weights):
+            outputs = projection[0].shape[0] if e else "O"
+            _check_parameter(f"weights[{i}][{e}]", projection[e], (outputs, width), x)
+        for i, projection in enumerate(biases):
+            _check_parameter(f"biases[{i}][{e}]", projection[e], (weights[i][0].shape[0],), x)
+
+
+def _check_parameter(name: str, parameter: Tensor, shape: tuple[int | str, ...], x: Tensor) -> None:
+    check_tensor(name, parameter, shape)
+    check_device(name, parameter, "x", x)
 
 
 def project(
@@ -207,6 +212,8 @@ def _resampling_backward_kernel(grads, x, rows, tables, scale, shift, weight, bi
 
 
 def _resampling_forward_fake(x, rows, tables, scale, shift, weight, bias, dtype, rstds, sizes):
+    for e, source in enumerate(sources):
+        check_dense("x" if shared else f"x[{e}]", source)
     length = next(rstd.shape[1] for rstd in rstds if rstd is not None)
     firsts = weight[:: len(scale)]
     return [w.new_empty((tables[0].shape[0], length, w.shape[0]), dtype=dtype) for w in firsts]

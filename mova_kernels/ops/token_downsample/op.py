@@ -88,7 +88,9 @@ def _as_autocast_asks(stage: StageWeights, device: str) -> StageWeights:
 
 
 def _check_stage(name: str, stage: StageWeights, x: Tensor) -> None:
-    width, squeezed = x.shape[2], stage.squeeze[0].shape[0]
+    width = x.shape[2]
+    check_tensor(f"{name}.squeeze[0]", stage.squeeze[0], ("S", width, 1, 1))
+    squeezed = stage.squeeze[0].shape[0]
     convolutions = {
         "conv1": (stage.conv1, (width, width, 1, 1)),
         "conv2": (stage.conv2, (width, 1, 3, 3)),
