@@ -10,8 +10,9 @@ constexpr int64_t max_head_width = 256;
 // Queries of one head that a thread takes at a time.
 constexpr int64_t query_group = 192;
 
-// Loops compute in fp32 and say what that cannot hold, for wide_rows.h: sums that overflow, and queries whose log-sum-exp
-// is beyond `largest_lse`. Rounded to fp32, that would make weights that backward computes from it wrong by over 1e-4.
+// Loops compute in fp32 and say what that cannot hold, for wide_rows.h: sums that overflow, and queries whose
+// log-sum-exp is beyond `largest_lse`. Rounded to fp32, that would make weights that backward computes from it wrong by
+// over 1e-4.
 constexpr float largest_lse = 0x1p12f;
 
 // One head of one pair. Its tensors are (L, D), with a stride from token to token.
