@@ -64,6 +64,11 @@ inline float total(const vfloat (&v)[n]) {
   return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
 }
 
+// 1 / sqrt(variance + eps), NaN where the squares of a token overflowed: 0 would make it a token of zeros.
+inline float inverse_deviation(float variance, float eps) {
+  return 1 / __builtin_sqrtf(variance + eps) + (variance - variance);
+}
+
 // For exp2: split leaves the rest of x in [-1/2, 1/2] and returns the integer in a form that scale understands, which
 // multiplies by its power of 2. x may be infinite.
 #if defined(__AVX512DQ__)

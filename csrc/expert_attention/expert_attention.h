@@ -1,7 +1,8 @@
 // Attention of P (sample, expert) pairs with H heads of width D: softmax(rope(q) rope(k)^T / sqrt(D)) v per pair and
 // head, where rope turns the channels (2i, 2i + 1) of token t: (a, b) -> (a cos - b sin, b cos + a sin) with the
-// tables' entries at (t, 2i) for the first and (t, 2i + 1) for the second. Scores are never stored. Sums are fp32; with
-// the instruction set avx512_bf16 and bf16 tensors, factors of products are rounded to bf16.
+// tables' entries at (t, 2i) for the first and (t, 2i + 1) for the second. Scores are never stored. Sums are fp32, and
+// fp64 where scores or sums are beyond that; with the instruction set avx512_bf16 and bf16 tensors, factors of products
+// are rounded to bf16.
 #pragma once
 
 #include "common/mova_kernels.h"

@@ -66,7 +66,7 @@ void norm_line(const mk::NormLine& line) {
     }
     for (; i < vectors; ++i) add_deviation(token[i] - mean, deviation[0], squares[0]);
     const float shift = total(deviation) / (float)C;
-    const float rstd = 1 / __builtin_sqrtf(total(squares) / (float)C - shift * shift + line.eps);
+    const float rstd = inverse_deviation(total(squares) / (float)C - shift * shift, line.eps);
     mean += shift;
 
     line.rstd[x] = rstd;

@@ -65,7 +65,7 @@ MK_INLINE float normalise(const typename Format::type* x, int64_t channels, floa
     variance += total(squares) / (float)channels;
   }
   mean = deviations / (float)channels;
-  const float rstd = 1 / __builtin_sqrtf(variance - mean * mean + eps);
+  const float rstd = inverse_deviation(variance - mean * mean, eps);
   over_channels<Format>(channels, [&](int64_t, int64_t i, int, int) {
     for (int part = 0; part < parts; ++part) token[i + part] = (token[i + part] - mean) * rstd;
   });

@@ -37,7 +37,7 @@ void norm_token(const mk::SwigluToken& t) {
     squares[j] += v * v;
   });
   const float shift = total(deviation) / (float)t.F;
-  const float rstd = 1 / __builtin_sqrtf(total(squares) / (float)t.F - shift * shift + t.eps);
+  const float rstd = inverse_deviation(total(squares) / (float)t.F - shift * shift, t.eps);
   mean += shift;
   *t.mean = mean;
   *t.rstd = rstd;

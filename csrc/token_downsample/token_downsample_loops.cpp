@@ -38,7 +38,7 @@ inline void find_moments(Token& t, const vfloat (&sum)[sums], int64_t C, float e
       });
   const float shift = total(deviation) / (float)C;
   t.mean = mean + shift;
-  t.rstd = 1 / __builtin_sqrtf(total(squares) / (float)C - shift * shift + eps);
+  t.rstd = inverse_deviation(total(squares) / (float)C - shift * shift, eps);
 }
 
 template <class Format>
