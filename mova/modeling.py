@@ -369,8 +369,7 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
 
         Raises:
             OSError: a file is not there.
-            ValueError: the checkpoint lacks weights, or has some that the model does not know. A file is damaged, and the
-                message names it.
+            ValueError: weights are missing or unknown to the model, or a file is damaged; the message names it.
         """
         path = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)

@@ -151,12 +151,14 @@ class ExpertPool:
         """
         if self.source is None:
             return
+        is_local = Path(self.source).is_dir()
+        remote = () if is_local else file_names(self.source, "experts", self.hub_arguments)
         for name in self._allowed:
             try:
-                names = file_names(self.source, f"experts/{name}", self.hub_arguments)
-                if not Path(self.source).is_dir():
-                    if not any(file.endswith((".safetensors", ".bin")) for file in names):
-                        raise FileNotFoundError(f"no weights of the expert {name!r}: none in {self.source}")
+                if not is_local:
+                    files = [file for file in remote if file.startswith(f"{name}/")]
+                    if not any(file.endswith((".safetensors", ".bin")) for file in files):
+                        raise FileNotFoundError(f"no weights of the expert {name!r} in {self.source}")
                     continue
                 directory = self._directory(name)
                 check_files(weight_files(directory, self.variant))
@@ -208,7 +210,7 @@ class ExpertPool:
         """Of the expert's files; what was fetched from the hub once is not asked for again."""
         assert self.source is not None
         key = (self.source, name)
-        if key not in self._folders:
+        if key not in self._folders or not self._folders[key].is_dir():
             try:
                 self._folders[key] = folder(self.source, f"experts/{name}", self.hub_arguments)
             except FileNotFoundError as error:
