@@ -46,7 +46,6 @@ def in_all_forms(
     with torch.device("meta"):
         module = MoVAdapter(config)
     module.load_state_dict(parameters, assign=True)
-    module.rope.to_empty(device=device)
     rows = {
         e: selected[:, e].nonzero().squeeze(1).to(device) for e in range(config.num_experts) if selected[:, e].any()
     }

@@ -30,8 +30,7 @@ def ours(t: Inputs) -> Tensor:
         with torch.no_grad():
             features, packed = t.module._align(t.experts, t.selected, t.grids, True)
         t.normalised = features, RaggedPairs.from_routing(t.selected, packed, t.base.device)
-    rope = t.module.rope
-    return t.module.blocks[0](t.base, t.text, *t.normalised, rope.cos, rope.sin)
+    return t.module.blocks[0](t.base, t.text, *t.normalised, *t.module.rope.tables(t.base))
 
 
 def work(case: Case) -> Work:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,23 +30,26 @@ from .configuration import MoVAConfig
 from .convert import convert
 from .demo import run as run_demo
 from .images import open_image
-from .modeling import ROUTING_LORA
 from .pipeline import MoVAPipeline
 from .routing import selection
+from .routing_lora import ROUTING_LORA
 from .visualize import routing_figure
 
 DONE, SOME_FAILED, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141  # the exit codes
 _FIGURES = (".png", ".svg", ".pdf")
 _BAD_INPUT = (ValueError, OSError)
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 
 Repeated = tyro.conf.UseAppendAction
 File = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+Images = Annotated[tuple[str, ...], Repeated, tyro.conf.arg(metavar="PATH")]  # a Path would make "http:/" of "http://"
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 def answer(
     model: str,
-    image: Annotated[tuple[Path, ...], Repeated] = (),
+    image: Images = (),
     question: Annotated[tuple[str, ...], Repeated] = (),
     jsonl: File = None,
     output: File = None,
@@ -64,9 +68,10 @@ def answer(
 
     Args:
         model: Directory or hub repository (owner/name) of a model.
-        image: An image; several times for several.
+        image: The file of an image; --image several times for several.
         question: About the image in the same place; one is asked about all images, and one image all questions.
-        jsonl: Lines with "image", "question" (or "text") and, if wanted, "experts"; "-" is standard input.
+        jsonl: Lines with "image", "question" (or "text") and, if wanted, "experts"; "-" is standard input. A relative
+            path of an image is relative to the file that holds the line (of standard input, to the current folder).
         output: Where the lines go; default standard output.
         experts: Use these instead of asking the router; or "all" or "none" alone.
         suffix: Appended to every question, such as "Answer with one word."
@@ -100,12 +105,12 @@ def answer(
         )
         return [{"answer": a.text, "experts": list(a.route.experts), "router": a.route.answer} for a in answers]
 
-    return _each(items, 1 if stream else batch_size, run, pool, output, progress=not stream)
+    return _each(items, 1 if stream else batch_size, run, pipeline, output, progress=not stream)
 
 
 def route(
     model: str,
-    image: Annotated[tuple[Path, ...], Repeated] = (),
+    image: Images = (),
     question: Annotated[tuple[str, ...], Repeated] = (),
     jsonl: File = None,
     output: File = None,
@@ -121,9 +126,10 @@ def route(
 
     Args:
         model: Directory or hub repository (owner/name) of a model.
-        image: An image; several times for several.
+        image: The file of an image; --image several times for several.
         question: About the image in the same place; one is asked about all images, and one image all questions.
-        jsonl: Lines with "image" and "question" (or "text"); "-" is standard input.
+        jsonl: Lines with "image" and "question" (or "text"); "-" is standard input. A relative path of an image is
+            relative to the file that holds the line (of standard input, to the current folder).
         output: Where the lines go; default standard output.
         batch_size: How many are routed together.
         device: Where the model computes; default the GPU, if there is one.
@@ -155,7 +161,7 @@ def route(
             for r, gates in zip(routes, fusion.gates, strict=True)
         ]
 
-    code = _each(items, batch_size, run, pool, output)
+    code = _each(items, batch_size, run, pipeline, output)
     if figure is not None and drawn:
         images, questions, chosen, gates, tokens = zip(*drawn, strict=True)
         routing_figure(images, questions, chosen, torch.stack(gates), pool, torch.stack(tokens)).savefig(figure)
@@ -222,6 +228,7 @@ def main(args: Sequence[str] | None = None) -> None:
         # JSON lines are UTF-8; half a surrogate pair, which has none, stays the escape that it came as.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
+        _check_words(sys.argv[1:] if args is None else args)
         with _quiet():
             code = tyro.extras.subcommand_cli_from_dict(commands, prog="mova", description=about, args=args)
     except KeyboardInterrupt:
@@ -237,11 +244,15 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @dataclass
 class _Item:
-    """A line of the input: its ``fields``, which come back, and the ``image``, once it is opened; or an ``error``."""
+    """A line of the input: its ``fields``, which come back, and the ``image``, once it is opened; or an ``error``.
+
+    The path of the image is relative to ``folder``.
+    """
 
     fields: dict[str, Any]
     error: str | None = None
     image: Image | None = None
+    folder: Path = Path()
 
     def open(self, pool: Sequence[str]) -> None:
         """Open the image and check the rest; experts must be in ``pool``."""
@@ -254,9 +265,10 @@ class _Item:
                 value.encode()  # type: ignore[union-attr]  # half a surrogate pair, which JSON can hold, is an error
             experts = self.fields.get("experts")
             selection("none" if experts is None else experts, pool)
-            self.image = open_image(self.fields["image"])
-        except (ValueError, TypeError, OSError) as error:
-            self.error = str(error)
+            _check_no_url(self.fields["image"])
+            self.image = open_image(str(self.folder / self.fields["image"]))
+        except Exception as error:
+            self.error = _reason(error)
 
 
 class _Streamer(TextStreamer):
@@ -315,48 +327,79 @@ def _pool(pipeline: MoVAPipeline) -> list[str]:
     return [expert.name for expert in pipeline.processor.pool]
 
 
-def _items(images: Sequence[Path], questions: Sequence[str], jsonl: Path | None, experts: Any) -> list[_Item]:
+def _items(images: Sequence[str], questions: Sequence[str], jsonl: Path | None, experts: Any) -> list[_Item]:
     """What to do, where ``experts`` is the value of lines that have none."""
     if jsonl is not None:
         check(not images and not questions, "jsonl", "must be without image and question", str(jsonl))
-        lines = (sys.stdin.buffer.read() if str(jsonl) == "-" else jsonl.read_bytes()).splitlines()
-        items = [_item(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+        is_input = str(jsonl) == "-"
+        lines = (sys.stdin.buffer.read() if is_input else jsonl.read_bytes()).splitlines()
+        folder = Path() if is_input else jsonl.parent
+        items = [_item(line, number, folder) for number, line in enumerate(lines, 1) if line.strip()]
     else:
         check(images, "image", "or jsonl must be given", list(images))
         check(questions, "question", "must be given", list(questions))
+        for image in images:
+            _check_no_url(image)
+            is_pattern = re.search(r"[*?[]", image) and not Path(image).exists()
+            rule = "must be a file: no file matches this pattern, which the shell hands on as it is"
+            check(not is_pattern, "image", rule, image)
         count = max(len(images), len(questions))
         fits = len(images) in (1, count) and len(questions) in (1, count)
         check(fits, "question", f"must be 1 or {len(images)}, one for each image", len(questions))
         pairs = zip([*images] * (count // len(images)), [*questions] * (count // len(questions)), strict=True)
-        items = [_Item({"image": str(image), "question": question}) for image, question in pairs]
+        items = [_Item({"image": image, "question": question}) for image, question in pairs]
     if experts is not None:
         for item in items:
             item.fields.setdefault("experts", experts)
     return items
 
 
-def _item(line: bytes, number: int) -> _Item:
+def _item(line: bytes, number: int, folder: Path) -> _Item:
     try:
         fields = json.loads(line)
         check(isinstance(fields, dict), "a line", "must be a JSON object", fields)
-    except ValueError as error:  # json's own included
+        json.dumps(fields)  # what is nested too deeply to be written again
+    except (ValueError, RecursionError) as error:  # json's own included
         return _Item({"line": number}, f"line {number} cannot be read: {error}")
     fields.pop("error", None)  # of an earlier run, whose lines are tried again
     if "question" not in fields and "text" in fields:
         fields["question"] = fields["text"]
-    return _Item(fields)
+    return _Item(fields, folder=folder)
+
+
+def _check_words(args: Sequence[str]) -> None:
+    """Raise where an option has more words than it takes, and say why that happens."""
+    if not args or args[0] not in ("answer", "route"):
+        return
+    option, left = args[0], 0
+    for word in args[1:]:
+        if word.startswith("-") and word != "-":
+            option, is_assigned, _ = word.partition("=")
+            left = 0 if is_assigned else 1
+        elif option != "--experts":
+            rule = "must have one word" if option.startswith("-") else "must have options alone"
+            cure = (
+                "quote what has spaces, write --image before each image (a pattern such as *.png becomes many words), "
+                "or list them in a file for --jsonl"
+            )
+            check(left > 0, option, f"{rule}: {cure}", word)
+            left -= 1
+
+
+def _check_no_url(image: str) -> None:
+    check(not _URL.match(image), "image", "must be a file of this machine, so download it first", image[:200])
 
 
 def _each(
     items: Sequence[_Item],
     batch_size: int,
     run: Callable[[Sequence[_Item]], list[dict[str, Any]]],
-    pool: Sequence[str],
+    pipeline: MoVAPipeline,
     output: Path | None,
     progress: bool = True,
 ) -> int:
     """Write a line for each item, in order, as soon as its batch is done."""
-    failed = 0
+    failed, pool = 0, _pool(pipeline)
     with ExitStack() as stack:
         out = sys.stdout
         if output is not None:
@@ -366,7 +409,7 @@ def _each(
             batch = items[start : start + batch_size]
             for item in batch:
                 item.open(pool)
-            results = iter(_results([item for item in batch if item.error is None], run))
+            results = iter(_results([item for item in batch if item.error is None], run, pipeline.clear))
             for item in batch:
                 result = next(results) if item.error is None else {"error": item.error}
                 item.image = None
@@ -379,14 +422,39 @@ def _each(
     return SOME_FAILED if failed else DONE
 
 
-def _results(batch: Sequence[_Item], run: Callable[[Sequence[_Item]], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The results of a batch; if it fails, of each item by itself, so that a bad one takes no other with it."""
+def _results(
+    batch: Sequence[_Item], run: Callable[[Sequence[_Item]], list[dict[str, Any]]], make_room: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """The results of a batch; if it fails, of each of its halves, so that a bad item takes no other with it.
+
+    ``make_room`` is called where memory did not suffice.
+    """
     try:
         return run(batch) if batch else []
-    except _BAD_INPUT as error:
-        if len(batch) == 1:
-            return [{"error": str(error)}]
-        return [result for item in batch for result in _results([item], run)]
+    except Exception as error:
+        reason, lacks_memory = _reason(error), _lacks_memory(error)
+        if len(batch) == 1 and not lacks_memory and not isinstance(error, _BAD_INPUT):  # a bug, perhaps: where is it?
+            tqdm.write("".join(traceback.format_exception(error)), file=sys.stderr, end="")
+    # Out of the except, for the error holds the memory of what it interrupted.
+    if lacks_memory:
+        make_room()
+    if len(batch) == 1:
+        return [{"error": reason}]
+    middle = len(batch) // 2
+    return [result for half in (batch[:middle], batch[middle:]) for result in _results(half, run, make_room)]
+
+
+def _lacks_memory(error: Exception) -> bool:
+    is_one = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_one or any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line, by its kind too where it is none of ours."""
+    said = " ".join(str(error).split())
+    if _lacks_memory(error):
+        return f"out of memory: a shorter question or fewer experts need less ({said[:200] or type(error).__name__})"
+    return said if isinstance(error, (*_BAD_INPUT, TypeError)) and said else f"{type(error).__name__}: {said}"
 
 
 def _check_target(argument: str, path: Path | None) -> None:

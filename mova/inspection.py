@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mova_kernels import AdapterBlock, MoVAdapter, RaggedPairs, ops
 
 from ._checks import check, check_whole
+from ._wrapped import unwrapped, without_graphs
 
 
 class Record:
@@ -30,7 +32,7 @@ class Record:
         ``topk``, have 0, and so does all of a sample that selected none.
 
         Raises:
-            RuntimeError: no forward of the adapter has ended yet.
+            RuntimeError: no forward of the adapter has ended yet in this thread.
         """
         if self._gates is None:
             raise RuntimeError("nothing is recorded: no forward of the adapter has ended inside recorded()")
@@ -41,14 +43,16 @@ class Record:
 def recorded(adapter: MoVAdapter) -> Iterator[Record]:
     """Record the gates of the adapter's forwards inside the ``with``; what it computes stays the same, bit by bit.
 
-    Of several forwards the last one that ended counts. The record outlives the ``with``, the hooks behind it do not.
-    For eager forwards: a compiled graph that was made without the hooks does not call them.
+    Only forwards of the thread that opened it count, of several the last one that ended. The record outlives the
+    ``with``, the hooks behind it do not. An adapter that torch.compile, peft's ``modules_to_save`` or FSDP has wrapped
+    is recorded too; while it is, compiled parts of it run eagerly, for a graph that was made without the hooks does not
+    call them.
 
     Raises:
         TypeError: ``adapter`` is no MoVAdapter.
     """
-    check(isinstance(adapter, MoVAdapter), "adapter", "must be a MoVAdapter", type(adapter).__name__, TypeError)
-    blocks = cast(list[AdapterBlock], list(adapter.blocks))
+    inner = unwrapped(adapter, MoVAdapter)
+    blocks = cast(list[AdapterBlock], list(inner.blocks))
     record = Record()
     selected: list[Tensor] = [torch.empty(0)] * len(blocks)
     weights: list[Tensor] = [torch.empty(0)] * len(blocks)
@@ -64,11 +68,11 @@ def recorded(adapter: MoVAdapter) -> Iterator[Record]:
     def leave(*_: Any) -> None:
         record._gates = torch.stack(weights, 1)
 
-    with ExitStack() as hooks:
+    with without_graphs(adapter), ExitStack() as hooks:
         for i, block in enumerate(blocks):
-            hooks.callback(block.register_forward_pre_hook(partial(enter, i)).remove)
-            hooks.callback(block.gate.register_forward_hook(partial(weigh, i)).remove)
-        hooks.callback(adapter.register_forward_hook(leave).remove)
+            hooks.callback(block.register_forward_pre_hook(_of_this_thread(partial(enter, i))).remove)
+            hooks.callback(block.gate.register_forward_hook(_of_this_thread(partial(weigh, i))).remove)
+        hooks.callback(inner.register_forward_hook(_of_this_thread(leave)).remove)
         yield record
 
 
@@ -103,19 +107,20 @@ def attention_maps(
     Raises:
         TypeError, ValueError: an argument that this function or the adapter's forward does not take.
     """
-    check(isinstance(adapter, MoVAdapter), "adapter", "must be a MoVAdapter", type(adapter).__name__, TypeError)
-    side, depth = adapter.config.resolution, adapter.config.num_layers
+    inner = unwrapped(adapter, MoVAdapter)
+    side, depth = inner.config.resolution, inner.config.num_layers
     check_whole("block", block)
     check(-depth <= block < depth, "block", f"must be from {-depth} to {depth - 1}", block)
     check(isinstance(point, tuple | list) and len(point) == 2, "point", "must be (row, column)", point, TypeError)
     for i, cell in enumerate(point):
         check_whole(f"point[{i}]", cell)
         check(0 <= cell < side, f"point[{i}]", f"must be from 0 to {side - 1}", cell)
-    chosen = cast(AdapterBlock, adapter.blocks[block])
+    chosen = cast(AdapterBlock, inner.blocks[block])
     entered: list[tuple[Any, ...]] = []
-    hook = chosen.register_forward_pre_hook(lambda _, args: entered.append(args))
+    hook = chosen.register_forward_pre_hook(_of_this_thread(lambda _, args: entered.append(args)))
     try:
-        adapter(base, experts, routing, text, grids=grids)
+        with without_graphs(adapter):
+            adapter(base, experts, routing, text, grids=grids)
     finally:
         hook.remove()
     x, selected = entered[0][0], _pairs(entered[0]).selected
@@ -129,7 +134,7 @@ def attention_maps(
         size = grids[e] if grids is not None else None
         size = size or (math.isqrt(feature.shape[1]),) * 2
         aligned = ops.feature_resample(feature, size, (side, side), rows)
-        found = _attention(adapter, chosen, e, x[samples, None, token], aligned, token)
+        found = _attention(inner, chosen, e, x[samples, None, token], aligned, token)
         for sample, weights in zip(samples.tolist(), found, strict=True):
             maps[sample][e] = weights
     return maps
@@ -139,13 +144,24 @@ def _attention(adapter: MoVAdapter, block: AdapterBlock, e: int, query: Tensor, 
     """One query (P, 1, C) at ``token``, its expert's tokens on the base grid (P, R*R, C_e) -> (P, R, R) fp32."""
     cross: Any = block.cross_attn[e]
     heads, side = adapter.config.num_heads, adapter.config.resolution
-    cos, sin = adapter.rope.cos, adapter.rope.sin
+    cos, sin = adapter.rope.tables(context)
     q = cross.q_proj(block.norm1[e](query)).unflatten(-1, (heads, -1))
     k = cross.k_proj(block.norm2[e](context)).unflatten(-1, (heads, -1))
     q = ops.rope2d(q, cos[token : token + 1], sin[token : token + 1]).float()
     k = ops.rope2d(k, cos, sin).float()
     scores = torch.einsum("pqhd,plhd->phl", q, k) * adapter.config.head_channels**-0.5
     return scores.softmax(-1).mean(1).unflatten(-1, (side, side))
+
+
+def _of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """Hooks are the module's, and so see the forwards of all threads; this one is called for the caller's own."""
+    mine = threading.get_ident()
+
+    def call(*args: Any) -> None:
+        if threading.get_ident() == mine:
+            hook(*args)
+
+    return call
 
 
 def _pairs(arguments: tuple[Any, ...]) -> RaggedPairs:

@@ -2,31 +2,34 @@
 
 # No "from __future__ import annotations": transformers reads the annotation of "config" at run time.
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mova_kernels import MoVAdapter
 
 from ._checks import check, check_weights
-from .checkpoint import check_files, read_json, read_state, weight_files
+from ._lock import Lock, locked, locked_with_lora
+from ._wrapped import compute_device, compute_dtype
+from .chat import RoutingRequest, route_requested
+from .checkpoint import check_files, read_json, weight_files
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
+from .generating import PromptGenerationMixin, cache_length
 from .hub import UploadsFolders, elsewhere, folder, loading_arguments, pinned
 from .pool import ExpertPool
+from .ranks import has_several_processes, with_zero_times
+from .routing_lora import LORA_KEYS, ROUTING_LORA, RoutingLoRA
 
-ROUTING_LORA = "routing"  # the adapter's name in peft, and its folder beside the model
 
-
-class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMixin):
+class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel, PromptGenerationMixin):
     """Language model, base encoder, text encoder, MoV-Adapter; and the experts, loaded when they are asked.
 
     Images come prepared (:class:`MoVAProcessor` does it), each with the experts that it selected; to let the model pick
@@ -34,6 +37,7 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
 
     Attributes:
         experts: the :class:`ExpertPool`: ``model.experts.place("sam", device="cpu")``, ``model.experts.only([...])``.
+        lock: held by a thread that generates or routes; re-entrant.
     """
 
     config: MoVAConfig
@@ -47,6 +51,7 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [LORA_KEYS]  # noqa: RUF012  # they are loaded from their own folder
 
     def __init__(self, config: MoVAConfig) -> None:
         super().__init__(config)
@@ -56,11 +61,14 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
         self.text_encoder = AutoModel.from_config(config.text_encoder_config, add_pooling_layer=False)
         self.adapter = MoVAdapter(config.adapter_config)
         self.experts = ExpertPool(config.pool, config.encoder_sizes, config.experts_in_use)
+        self.lock = Lock()
         self.base.requires_grad_(True)
         self._freeze()
         self.post_init()
 
     def _freeze(self) -> None:
+        for parameter in self.base.unused_parameters():  # trainable, they would wait for gradients that never come
+            parameter.requires_grad_(False)
         if self.config.freeze_text_encoder:
             self.text_encoder.requires_grad_(False)
 
@@ -89,20 +97,39 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
 
     def base_features(self, pixel_values: Tensor) -> Tensor:
         """(M, 3, S, S) prepared for the base encoder -> (M, L, C)."""
-        reference = self.adapter.pos_embed
-        return self.base(pixel_values.to(self.base_device, reference.dtype)).to(reference)
+        return self.base(pixel_values.to(self.base_device, self.adapter_dtype)).to(**self._at_adapter())
+
+    # Where the parts compute, and in what: under accelerate's offload the weights themselves are on no device.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model computes."""
+        return compute_device(self.language_model)
 
     @property
     def base_device(self) -> torch.device:
         """Where the base encoder computes."""
-        return next(self.base.parameters()).device
+        return compute_device(self.base)
+
+    @property
+    def adapter_device(self) -> torch.device:
+        """Where the adapter computes."""
+        return compute_device(self.adapter)
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """What the adapter computes in."""
+        return compute_dtype(self.adapter)
+
+    def _at_adapter(self) -> dict[str, Any]:
+        return {"device": self.adapter_device, "dtype": self.adapter_dtype}
 
     def text_features(self, question_ids: Tensor, question_mask: Tensor) -> Tensor:
         """(M, T) tokens of the questions and their mask -> (M, text_channels), the hidden state at [CLS]."""
-        device = next(self.text_encoder.parameters()).device
+        device = compute_device(self.text_encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text_encoder):
             hidden = self.text_encoder(question_ids.to(device), attention_mask=question_mask.to(device))[0]
-        return hidden[:, 0].to(self.adapter.pos_embed)
+        return hidden[:, 0].to(**self._at_adapter())
 
     def fuse(self, base: Tensor, experts: Mapping[str, Tensor], routing: Tensor, text: Tensor | None) -> Tensor:
         """The image tokens for the language model.
@@ -142,15 +169,20 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
     ) -> Tensor:
         """Encode and fuse: each expert runs once, on exactly the images that selected it.
 
+        Where torch.distributed has several processes, the text encoder runs even if nothing is selected (see
+        :mod:`mova.ranks`).
+
         Args:
             pixel_values: (M, 3, S, S).
-            routing: (M, N) bool; None: no experts.
+            routing: (M, N) bool; None: no experts; or what the processor made of a chat: the router picks them first.
             expert_pixel_values: name to the prepared images that selected this expert, in their order.
             question_ids, question_mask: (M, T), for the text encoder; may be None if nothing is selected.
 
         Returns:
             (M, num_image_tokens, hidden_size).
         """
+        if isinstance(routing, RoutingRequest | list):
+            return self.get_image_features(pixel_values, **route_requested(self, routing))
         base = self.base_features(pixel_values)
         expert_pixel_values = expert_pixel_values or {}
         if routing is None:
@@ -164,29 +196,65 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
                     name in expert_pixel_values, "expert_pixel_values", f"must have {name!r}, which is selected", None
                 )
                 features[name] = self.experts.encode(name, expert_pixel_values[name], base)
-        text = None
+        text, unused = None, None
         if routing.any():
             given = question_ids is not None and question_mask is not None
             check(given, "question_ids", "must be given, with question_mask, when an image selected an expert", None)
             text = self.text_features(question_ids, question_mask)  # type: ignore[arg-type]
-        return self.fuse(base, features, routing, text)
+        elif has_several_processes():
+            token = torch.zeros(1, 1, dtype=torch.long)
+            unused = self.text_features(token, torch.ones_like(token))
+        tokens = self.fuse(base, features, routing, text)
+        return tokens if unused is None else with_zero_times(tokens, unused)
 
-    def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor | None, image_features: Tensor | None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
         """(B, T) tokens -> (B, T, hidden_size), image features in the place of placeholders, in their order.
 
+        Args:
+            input_ids: the tokens; or None, then ``inputs_embeds`` (B, T, hidden_size) are their embeddings.
+            image_features: (M, num_image_tokens, hidden_size); None: no images.
+
         Raises:
-            ValueError: there are more or fewer placeholders than image tokens.
+            ValueError: there are more or fewer placeholders than image tokens, or these are not as wide as embeddings.
         """
-        embedded = self.get_input_embeddings()(input_ids)
-        where = input_ids == self.config.image_token_id
-        given = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
-        if not torch.compiler.is_compiling():
-            found = int(where.sum())
-            check(found == given, "input_ids", f"must have one placeholder for each of {given} image tokens", found)
+        embeddings = self.get_input_embeddings()
+        if input_ids is not None:
+            embedded, where = embeddings(input_ids), input_ids == self.config.image_token_id
+        elif image_features is None:
+            return cast(Tensor, inputs_embeds)
+        else:
+            embedded = cast(Tensor, inputs_embeds)
+            placeholder = embeddings(torch.full((1,), self.config.image_token_id, device=embedded.device))
+            where = (embedded == placeholder.to(embedded)).all(-1)
+        self._check_places(where, image_features, embedded.shape[-1])
         if image_features is None:
             return embedded
         return embedded.masked_scatter(where[..., None].to(embedded.device), image_features.to(embedded))
 
+    def _check_places(self, where: Tensor, image_features: Tensor | None, width: int) -> None:
+        given = 0
+        if image_features is not None:
+            shape = tuple(image_features.shape)
+            check(len(shape) == 3 and shape[2] == width, "image_features", f"must be of shape (M, T, {width})", shape)
+            given = shape[0] * shape[1]
+        rule = f"must have one placeholder for each of {given} image tokens"
+        if torch.compiler.is_compiling():
+            torch._assert_async(where.sum() == given, f"input_ids {rule}")
+        else:
+            found = int(where.sum())
+            check(found == given, "input_ids", rule, found)
+
+    def _image_features(self, image_features: Tensor | None, images: Mapping[str, Any]) -> Tensor | None:
+        """Those that are given, or of the images that are; an argument that would be ignored is an error."""
+        if images["pixel_values"] is not None:
+            check(image_features is None, "image_features", "must be None, or pixel_values must", "both")
+            return self.get_image_features(**images)
+        check(not images["expert_pixel_values"], "pixel_values", "must be given with expert_pixel_values", None)
+        return image_features
+
+    @locked_with_lora
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -202,26 +270,43 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
         question_ids: Tensor | None = None,
         question_mask: Tensor | None = None,
         image_features: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One step of the language model; all arguments that are not of images are those of transformers.
+
+        With a cache of keys and values, the images are those whose placeholders are in this step's ``input_ids``. Where
+        torch.distributed has several processes, a batch of text alone runs the parts for images as well, on a blank one
+        (see :mod:`mova.ranks`).
 
         Args:
             pixel_values, routing, expert_pixel_values, question_ids, question_mask: see :meth:`get_image_features`.
             image_features: (M, num_image_tokens, hidden_size) instead of them.
             labels: (B, T), -100 where there is no loss; images and prompts usually.
+            prompt_embeds: of :meth:`generate`'s steps, (B, n, hidden_size): what the first n tokens are embedded as;
+                the others were generated, and a placeholder among them is a token like any other.
+
+        Raises:
+            ValueError: there are more or fewer placeholders than image tokens, whatever the cache.
         """
         check((input_ids is None) != (inputs_embeds is None), "input_ids", "or inputs_embeds must be given", input_ids)
-        if inputs_embeds is None:
-            if image_features is None and pixel_values is not None:
-                image_features = self.get_image_features(
-                    pixel_values, routing, expert_pixel_values, question_ids, question_mask
-                )
-            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the second is its name before 5.24
-            if cache is not None and cache.get_seq_length() > 0:
-                inputs_embeds = self.get_input_embeddings()(input_ids)  # images stand in the prompt alone
-            else:
-                inputs_embeds = self.embed(input_ids, image_features)  # type: ignore[arg-type]
+        if prompt_embeds is not None:
+            inputs_embeds = self._embed_step(cast(Tensor, input_ids), prompt_embeds)
+        else:
+            images = {
+                "pixel_values": pixel_values,
+                "routing": routing,
+                "expert_pixel_values": expert_pixel_values,
+                "question_ids": question_ids,
+                "question_mask": question_mask,
+            }
+            image_features = self._image_features(image_features, images)
+            unused = None  # computed before the embeddings, as images are: the order is the same for all processes
+            if image_features is None and has_several_processes() and not cache_length(kwargs):
+                unused = self.get_image_features(self.base.blank())
+            inputs_embeds = self.embed(input_ids, image_features, inputs_embeds)
+            if unused is not None:
+                inputs_embeds = with_zero_times(inputs_embeds, unused)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -232,10 +317,11 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
             **kwargs,
         )
 
+    @locked
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         routing: Tensor | None = None,
@@ -247,78 +333,30 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
     ) -> Any:
         """Continue ``input_ids`` (left-padded); ``kwargs`` are those of transformers' ``generate``.
 
-        Images are encoded and fused once, whatever the number of beams. Arguments of images: see :meth:`forward`.
+        Images are encoded and fused once, whatever the number of beams. Arguments of images: see :meth:`forward`. With
+        a cache of an earlier part of ``input_ids``, the images are those of all of them, or of the new part.
 
         Returns:
             As in transformers: (B, T + new) tokens, or its output object.
-        """
-        if image_features is None and pixel_values is not None:
-            image_features = self.get_image_features(
-                pixel_values, routing, expert_pixel_values, question_ids, question_mask
-            )
-        return super().generate(
-            input_ids=input_ids,
-            inputs_embeds=self.embed(input_ids, image_features),
-            attention_mask=attention_mask,
-            **kwargs,
-        )
-
-    # The routing LoRA changes the language model in the routing pass alone. It is peft's own work: transformers' mixin
-    # around it wants, at the time of writing, a peft that is not released yet.
-
-    def add_routing_lora(self, config: Any) -> None:
-        """Give the language model a LoRA for the routing pass.
-
-        Args:
-            config: a ``peft.LoraConfig`` for the language model.
-        """
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(config, self.language_model, adapter_name=ROUTING_LORA)
-        self._switch_lora(False)
-        self.config.routing_lora = True
-
-    def load_routing_lora(self, directory: str | Path) -> None:
-        """Load one that :meth:`save_pretrained`, or peft for the language model, wrote.
 
         Raises:
-            ValueError: weights are missing or unknown.
+            ValueError: there are more or fewer placeholders than image tokens; a way of generating cannot have images.
         """
-        from peft import PeftConfig, set_peft_model_state_dict
-
-        state = read_state(Path(directory))
-        state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-        self.add_routing_lora(PeftConfig.from_pretrained(str(directory)))
-        wrong: Any = set_peft_model_state_dict(self.language_model, state, adapter_name=ROUTING_LORA)
-        missing = [key for key in wrong.missing_keys if f".{ROUTING_LORA}." in key]
-        check_weights("the routing LoRA", missing, wrong.unexpected_keys)
-
-    def _save_routing_lora(self, directory: Path) -> None:
-        from peft import get_peft_model_state_dict
-
-        directory.mkdir(parents=True, exist_ok=True)
-        self.language_model.peft_config[ROUTING_LORA].save_pretrained(str(directory))
-        state = get_peft_model_state_dict(self.language_model, adapter_name=ROUTING_LORA)
-        save_file({key: value.contiguous() for key, value in state.items()}, directory / "adapter_model.safetensors")
-
-    def _switch_lora(self, on: bool) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for module in self.language_model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.enable_adapters(on)
-
-    @contextmanager
-    def routing_pass(self) -> Iterator[None]:
-        """Inside, the language model is the router: its routing LoRA is on."""
-        if not self.config.routing_lora:
-            yield
-            return
-        self._switch_lora(True)
-        try:
-            yield
-        finally:
-            self._switch_lora(False)
+        images = {
+            "pixel_values": pixel_values,
+            "routing": routing,
+            "expert_pixel_values": expert_pixel_values,
+            "question_ids": question_ids,
+            "question_mask": question_mask,
+        }
+        is_mask = attention_mask is None or isinstance(attention_mask, Tensor)
+        check(is_mask, "attention_mask", "must be a tensor", type(attention_mask).__name__, TypeError)
+        image_features = self._image_features(image_features, images)
+        if input_ids is None:
+            input_ids = kwargs.pop("inputs", None)
+        if "prompt_embeds" not in kwargs:
+            kwargs |= self._prompt(input_ids, attention_mask, image_features, kwargs)
+        return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     # Saving and loading: the experts have folders of their own beside the model.
 
@@ -341,22 +379,31 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
         """
         directory = Path(save_directory)
         check(not directory.is_file(), "save_directory", "must not be a file", str(directory))
+        state = self.state_dict() if state_dict is None else state_dict
         # Before the model's own files, which transformers may upload at once.
         if self.config.routing_lora and is_main_process:
-            self._save_routing_lora(directory / ROUTING_LORA)
+            self._save_routing_lora(directory / ROUTING_LORA, state)
         if self.config.expert_path is None and is_main_process:
             self.experts.save(directory, variant=kwargs.get("variant"), max_shard_size=kwargs.get("max_shard_size"))
-        state = self.state_dict() if state_dict is None else state_dict
-        if self.config.routing_lora:
-            state = {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
         super().save_pretrained(
-            directory, is_main_process=is_main_process, state_dict=state, push_to_hub=push_to_hub, **kwargs
+            directory,
+            is_main_process=is_main_process,
+            state_dict=self._saved_state(state),
+            push_to_hub=push_to_hub,
+            **kwargs,
         )
 
     def _folders(self) -> list[str]:
         experts = () if self.config.expert_path else self.experts.experts
         lora = [ROUTING_LORA] if self.config.routing_lora else []
         return [*(f"experts/{name}" for name in experts), *lora]
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        model = super()._from_config(config, **kwargs)
+        if is_deepspeed_zero3_enabled():  # there, transformers keeps modules from initialising themselves
+            model.adapter.reset_parameters()
+        return model
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -385,8 +432,6 @@ class MoVAForConditionalGeneration(UploadsFolders, PreTrainedModel, GenerationMi
             wrong = [str(key) for key in info["mismatched_keys"]]
             check_weights(f"the model {path}", info["missing_keys"], info["unexpected_keys"], wrong)
             model._freeze()
-            rope = model.adapter.rope  # its tables are in no file, and are computed when it moves
-            rope.to(rope.cos.device)
             own = model.config.expert_path is None
             source = path if own else model.config.expert_path
             model.experts.source = None if source is None else str(source)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check, check_int
+from ._checks import check
+from ._lock import Lock, locked
 from .cache import FeatureCache
+from .generating import generate_arguments, length_limits
 from .hub import loading_arguments, pinned
 from .images import PreparedImage
 from .inspection import attention_maps, recorded
@@ -19,6 +21,7 @@ from .processing import MoVAProcessor, per_image
 from .routing import TEMPLATE, Prompts, parse_routing, prompts, routing_mask
 
 ROUTER_TOKENS = 16  # of the router's answer, as in the official code
+ANSWER_TOKENS = 128  # of an answer, if nobody says how many
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class MoVAPipeline:
     A sample's result does not depend on the others of its batch. Features are kept by the content of the image, the
     question and the expert: a second question about an image runs no encoder for it that ran before.
 
+    Threads may share it, and pipelines a model: each of a request's stages holds the model's lock, so that one thread
+    computes at a time, while others open their images.
+
     Args:
         model: put into eval mode. Call :meth:`clear` after its weights have changed.
         processor: the model's.
@@ -81,6 +87,11 @@ class MoVAPipeline:
         processor = MoVAProcessor.from_pretrained(path, **hub)
         model = MoVAForConditionalGeneration.from_pretrained(path, **kwargs | hub)
         return cls(model, processor, cache_bytes=cache_bytes)
+
+    @property
+    def lock(self) -> Lock:
+        """The model's."""
+        return self.model.lock
 
     def clear(self) -> None:
         """Forget all features."""
@@ -141,7 +152,7 @@ class MoVAPipeline:
         experts: Any = None,
         suffix: str = "",
         suffix_in: Sequence[str] = ("answer",),
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         **generate: Any,
     ) -> list[Answer]:
         """Answer one question about each image.
@@ -152,17 +163,19 @@ class MoVAPipeline:
             experts: None: the router picks. "all", "none" or a list of names: these, for all images; a list of B such
                 entries, None among them: one for each image.
             suffix, suffix_in: see ``mova.prompts``.
-            max_new_tokens: of the answer.
+            max_new_tokens: of the answer. None: ``max_length`` if it is given, else what the model's generation config
+                says, else 128.
             generate: further arguments of transformers' ``generate`` (``num_beams``, ``do_sample``, ``streamer``, ...).
+                There is one answer for each image, whatever ``num_return_sequences`` the generation config has.
 
         Raises:
             TypeError, ValueError: an argument breaks its rule; an image cannot be read.
         """
-        check_int("max_new_tokens", max_new_tokens, 1)
+        generate = generate_arguments({"max_new_tokens": max_new_tokens, **generate})
         samples, asked = self._samples(images, questions, {"suffix": suffix, "suffix_in": suffix_in})
         routes = self._routes(samples, asked, experts)
         fusion = self._fuse(samples, asked, routes)
-        texts = self._generate([p.answer for p in asked], fusion.tokens, max_new_tokens=max_new_tokens, **generate)
+        texts = self._generate([p.answer for p in asked], fusion.tokens, **generate)
         return [Answer(*row) for row in zip(texts, routes, fusion.gates, fusion.tokens, strict=True)]
 
     def _samples(
@@ -175,7 +188,8 @@ class MoVAPipeline:
         pool = [self.model.experts.experts[name] for name in self.model.experts.allowed]
         template = self.processor.routing_template or TEMPLATE
         asked = [prompts(q, pool, topk=self.processor.topk, template=template, **wording) for q in questions]
-        return [PreparedImage(image) for image in images], asked
+        opened = [image if isinstance(image, PreparedImage) else PreparedImage(image) for image in images]
+        return opened, asked
 
     def _routes(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], experts: Any) -> list[Route]:
         """Chosen by hand where ``experts`` has an entry for a sample, by the router where that is None."""
@@ -187,6 +201,7 @@ class MoVAPipeline:
         by_hand = [Route(tuple(name for name, on in zip(pool, row, strict=True) if on)) for row in mask]
         return [next(routed) if entry is None else route for entry, route in zip(entries, by_hand, strict=True)]
 
+    @locked
     def _route(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts]) -> list[Route]:
         base = self._base(samples)
         tokens = self._rows(
@@ -195,18 +210,20 @@ class MoVAPipeline:
         )
         with self.model.routing_pass():
             texts = [p.router.text for p in asked]
-            answers = self._generate(texts, tokens, max_new_tokens=ROUTER_TOKENS, do_sample=False)
+            answers = self._generate(texts, tokens, max_new_tokens=ROUTER_TOKENS, min_new_tokens=0, do_sample=False)
         topk = self.processor.topk
         return [
             Route(parse_routing(answer, p.router.pool, topk=topk), answer, p.router.letters)
             for answer, p in zip(answers, asked, strict=True)
         ]
 
+    @locked
     def _fuse(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], routes: Sequence[Route]) -> Fusion:
         with recorded(self.model.adapter) as record:
             tokens = self.model.fuse(*self._features(samples, asked, routes))
         return Fusion(tokens, record.gates)
 
+    @locked
     def _features(
         self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], routes: Sequence[Route]
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
@@ -222,7 +239,8 @@ class MoVAPipeline:
                     pixels = torch.stack([chosen[i].view(expert) for i in rows])
                     return self.model.experts.encode(expert.name, pixels, base)
 
-                features[expert.name] = self._rows([("expert", expert.name, sample.key) for sample in chosen], encode)
+                where = self.model.experts.placement(expert.name)
+                features[expert.name] = self._rows([("expert", expert, where, s.key) for s in chosen], encode)
         return base, features, routing, self._text(asked, routing.any(1).tolist(), base)
 
     def _base(self, samples: Sequence[PreparedImage]) -> Tensor:
@@ -231,7 +249,7 @@ class MoVAPipeline:
         def encode(rows: list[int]) -> Tensor:
             return self.model.base_features(torch.stack([samples[i].view(expert) for i in rows]))
 
-        return self._rows([("base", None, sample.key) for sample in samples], encode)
+        return self._rows([("base", expert, sample.key) for sample in samples], encode)
 
     def _text(self, asked: Sequence[Prompts], needed: Sequence[bool], base: Tensor) -> Tensor | None:
         """(B, text_channels), zeros where no expert is selected; the text encoder reads only the other questions."""
@@ -254,16 +272,20 @@ class MoVAPipeline:
         tokens = self.processor.tokenize(conversations, image_tokens.shape[1])
         if self.model.generation_config.pad_token_id is None:
             generate.setdefault("pad_token_id", self.processor.tokenizer.pad_token_id)
-        device = self.model.get_input_embeddings().weight.device
-        tokens = {name: value.to(device) for name, value in tokens.items()}
-        result = self.model.generate(**tokens, image_features=image_tokens, **generate)
-        new = result[:, tokens["input_ids"].shape[1] :]
+        tokens = {name: value.to(self.model.device) for name, value in tokens.items()}
+        length = tokens["input_ids"].shape[1]
+        generate |= length_limits(generate, self.model.generation_config, length, ANSWER_TOKENS)
+        result = self.model.generate(**tokens, image_features=image_tokens, num_return_sequences=1, **generate)
+        new = getattr(result, "sequences", result)[:, length:]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def _rows(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -> Tensor:
-        """One row for each key; those that are not kept come from one call with the first index of each."""
-        where = self.model.adapter.pos_embed
-        full = [(key, where.dtype, where.device) for key in keys]
+        """One row for each key; those that are not kept come from one call with the first index of each.
+
+        A key begins with what the row is ("base", "expert", "router" or "text"), for an expert may have any name.
+        """
+        dtype, device = self.model.adapter_dtype, self.model.adapter_device
+        full = [(key, dtype, device) for key in keys]
         found = {key: self.cache.get(key) for key in dict.fromkeys(full)}
         missing = [full.index(key) for key, row in found.items() if row is None]
         if missing:

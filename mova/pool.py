@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check
+from ._lock import Lock, locked
 from .checkpoint import check_files, weight_files
 from .encoders import VisionEncoder
 from .encoders.encoder import check_config
@@ -34,7 +35,8 @@ class ExpertPool:
     """The frozen encoders of a model's experts, by name.
 
     They are no parameters of the model, for they never train: ``model.to(...)`` does not move them, an expert follows
-    the base tokens to their device and dtype when it is asked, unless :meth:`place` says otherwise.
+    the base tokens to their device and dtype when it is asked, unless :meth:`place` says otherwise. Threads may share
+    it: they are served one after another.
 
     Args:
         experts: in the order of the adapter's columns.
@@ -64,6 +66,7 @@ class ExpertPool:
         self._loaded: dict[str, VisionEncoder] = {}
         self._placements: dict[str, Placement] = {}
         self._allowed = tuple(self.experts)
+        self.lock = Lock()
         if names is not None:
             self.only(names)
 
@@ -72,6 +75,7 @@ class ExpertPool:
         """The experts that may be used, in the order of the adapter's columns."""
         return self._allowed
 
+    @locked
     def only(self, names: Iterable[str]) -> None:
         """Use these experts alone: the router offers no other, and to select one is an error; others are unloaded."""
         wanted = {self._known(name) for name in names}
@@ -79,6 +83,7 @@ class ExpertPool:
         for name in set(self._loaded) - wanted:
             self.unload(name)
 
+    @locked
     def place(
         self,
         *names: str,
@@ -90,14 +95,21 @@ class ExpertPool:
         for name in names or self.experts:
             self._placements[self._known(name)] = Placement(device, dtype, offload)
 
+    def placement(self, name: str) -> Placement:
+        """What :meth:`place` said of this expert."""
+        return self._placements.get(self._known(name), Placement())
+
+    @locked
     def loaded(self) -> tuple[str, ...]:
         """The names of the experts in memory."""
         return tuple(self._loaded)
 
+    @locked
     def unload(self, name: str) -> None:
         """Give the expert's memory back; it is loaded again when it is next asked."""
         self._loaded.pop(self._known(name), None)
 
+    @locked
     def __getitem__(self, name: str) -> VisionEncoder:
         """The encoder, loaded now if it was not; its keys are checked strictly."""
         self._known(name)
@@ -113,9 +125,10 @@ class ExpertPool:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(crc32(name.encode()))
                 return VisionEncoder(expert, sizes).eval().requires_grad_(False)
-        dtype = self._placements.get(name, Placement()).dtype
+        dtype = self.placement(name).dtype
         return VisionEncoder.load(self._directory(name), expert, sizes, dtype=dtype, variant=self.variant)
 
+    @locked
     @torch.no_grad()
     def encode(self, name: str, pixels: Tensor, like: Tensor) -> Tensor:
         """(B_e, T_e, C_e) tokens of the prepared images, on the device and in the dtype of ``like``.
@@ -132,15 +145,18 @@ class ExpertPool:
         check(name in self._allowed, "name", f"must be one of the experts in use ({', '.join(self._allowed)})", name)
         if pixels.shape[0] == 0:
             return like.new_empty(0, self.experts[name].num_tokens, self.experts[name].channels)
-        place = self._placements.get(name, Placement())
+        place = self.placement(name)
         device, dtype = place.device or like.device, place.dtype or like.dtype
         with torch.inference_mode(False):
-            encoder = self[name].to(device, dtype)
-        tokens = encoder(pixels.to(device, dtype)).to(like)
-        if place.offload:
+            encoder = self[name]
+        try:
             with torch.inference_mode(False):
-                encoder.to("cpu")
-        return tokens
+                encoder.to(device, dtype)
+            return encoder(pixels.to(device, dtype)).to(like)
+        finally:  # also where memory did not suffice
+            if place.offload:
+                with torch.inference_mode(False):
+                    encoder.to("cpu")
 
     def check_files(self) -> None:
         """Raise where an expert in use could not be loaded for its files; no weights are read or fetched.
@@ -169,6 +185,7 @@ class ExpertPool:
                 ) from error
             check_config(self.experts[name], self._sizes.get(name, {}), directory)
 
+    @locked
     def save(
         self, directory: str | Path, *, variant: str | None = None, max_shard_size: int | str | None = None
     ) -> None:

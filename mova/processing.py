@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from ._checks import check, check_int
+from ._lock import Lock
+from .chat import IMAGE_TOKEN, RoutingRequest, chat_images, chat_questions, gate_texts, message_text
 from .checkpoint import read_json
 from .configuration import MoVAConfig
 from .experts import VisionExpert
@@ -20,8 +23,14 @@ from .hub import UploadsFolders
 from .images import PreparedImage
 from .routing import routing_mask
 
-IMAGE_TOKEN = "<image>"
 _QUESTIONS = "question_tokenizer"  # the folder of the text encoder's tokenizer
+# Of the tokenizers: a call sets their padding and truncation before it uses them, which threads must not do at once.
+_TOKENIZING = Lock()
+# The arguments of the processor's call that apply_chat_template hands on.
+_OF_THE_CALL = (
+    "experts", "questions", "padding", "padding_side", "pad_to_multiple_of", "truncation", "max_length",
+    "add_special_tokens",
+)  # fmt: skip
 # For a tokenizer that brings no template of its own.
 CHAT_TEMPLATE = (
     "{{ bos_token or '' }}"
@@ -32,6 +41,34 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+
+
+class MoVAImageProcessor(BaseImageProcessor):
+    """Images as the base encoder takes them, for those who know the image processors of transformers.
+
+    Args:
+        base: the base encoder's VisionExpert as the config has it.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012  # as in transformers
+
+    def __init__(self, base: Mapping[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.base = dict(base)
+        expert = VisionExpert(**self.base)
+        self.size = {"height": expert.image_size, "width": expert.image_size}
+        self.image_mean, self.image_std = expert.mean, expert.std
+
+    def preprocess(self, images: Any, return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
+        """pixel_values (M, 3, S, S) of one image, a list, or a list of lists, as the processor takes them.
+
+        Raises:
+            TypeError, ValueError: an argument breaks its rule, or an image cannot be read.
+        """
+        check(return_tensors == "pt", "return_tensors", "must be 'pt'", return_tensors)
+        check(not kwargs, "preprocess", "must have no other argument", sorted(kwargs), TypeError)
+        expert = VisionExpert(**self.base)
+        return BatchFeature({"pixel_values": torch.stack([PreparedImage(x).view(expert) for x in _flat(images)])})
 
 
 class MoVAProcessor(UploadsFolders, ProcessorMixin):
@@ -130,6 +167,11 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         )
 
     @property
+    def image_processor(self) -> MoVAImageProcessor:
+        """What the base encoder is given; the experts are given their own by ``__call__``."""
+        return MoVAImageProcessor(self.base)
+
+    @property
     def pool(self) -> tuple[VisionExpert, ...]:
         """The experts in the order of the adapter's columns."""
         return tuple(VisionExpert(**expert) for expert in self.experts)
@@ -141,28 +183,70 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
 
     def apply_chat_template(
         self,
-        conversation: Sequence[Mapping[str, Any]],
+        conversation: Sequence[Any],
         chat_template: str | None = None,
         *,
         add_generation_prompt: bool = True,
         tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str = "pt",
+        processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> str:
-        """Messages as one text. A content may be a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``.
+    ) -> Any:
+        """Messages, or a list of conversations, as text; or with ``tokenize`` as the model's arguments.
 
-        The template holds whatever special tokens belong before the text, so ``__call__`` adds none.
+        A content may be a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``. The template holds
+        whatever special tokens belong before the text, so ``__call__`` adds none.
+
+        Args:
+            conversation: with ``tokenize`` its images stand in their parts, under "image" or "path" (a PIL image, a
+                path or bytes), "url" or "base64".
+            chat_template, add_generation_prompt: as in transformers.
+            tokenize: return tokens instead of text.
+            return_dict: with ``tokenize``, all that ``model.generate(**inputs)`` takes, instead of ``input_ids`` alone.
+                The model then picks the experts of each image itself, as :class:`MoVAPipeline` does, unless ``experts``
+                says which.
+            return_tensors, processor_kwargs: of ``__call__``, whose arguments may also stand beside them: ``padding``,
+                ``max_length``, ``experts``, ``questions``, ...
+            kwargs: what else the template reads.
 
         Raises:
-            ValueError: ``tokenize``: pass the text to the processor, with its images.
+            TypeError, ValueError: a part is no image or text, or those of ``__call__``.
         """
-        check(not tokenize, "tokenize", "must be False: give the text and its images to the processor", tokenize)
-        messages = [{**message, "content": _text(message["content"])} for message in conversation]
-        if self.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        check(conversation, "conversation", "must not be empty", conversation)
+        batched = isinstance(conversation[0], list | tuple)
+        chats: list[Any] = list(conversation) if batched else [conversation]
+        given = {key: kwargs.pop(key) for key in _OF_THE_CALL if key in kwargs} | dict(processor_kwargs or {})
         template = chat_template or self.chat_template or self.tokenizer.chat_template or CHAT_TEMPLATE
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False, **kwargs
-        )
+        texts = []
+        for chat in chats:
+            messages = [{**message, "content": message_text(message)} for message in chat]
+            if self.system_prompt is not None and messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": self.system_prompt})
+            texts.append(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=template,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    **kwargs,
+                )
+            )
+        if not tokenize:
+            return texts if batched else texts[0]
+        images, questions = [], []
+        for chat in chats:
+            images += (found := chat_images(chat))
+            questions += [chat_questions(chat)] * len(found)
+        if images and given.get("experts") is not None:
+            given.setdefault("questions", gate_texts(self, questions))
+        inputs = self(images or None, texts, return_tensors=return_tensors, **given)
+        if not return_dict:
+            return inputs["input_ids"]
+        if images and "routing" not in inputs:
+            gate_texts(self, questions)  # for its checks, before the model is asked
+            inputs["routing"] = RoutingRequest(self, images, questions)
+        return inputs
 
     def __call__(
         self,
@@ -171,19 +255,26 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         *,
         experts: str | Sequence[str | Iterable[str]] | None = None,
         questions: str | Sequence[str] | None = None,
+        padding: bool | str = True,
+        truncation: bool | None = None,
         max_length: int | None = None,
         return_tensors: str = "pt",
+        **tokenizer: Any,
     ) -> BatchFeature:
         """The model's arguments, for ``model(**inputs)`` and ``model.generate(**inputs, ...)``.
 
         Args:
-            images: one or a list: PIL images, paths or bytes; in the order of the placeholders in ``text``.
+            images: one or a list, or a list of lists, one for each text: PIL images, paths or bytes; in the order of
+                the placeholders in ``text``.
             text: one or a list of B, with :data:`IMAGE_TOKEN` where an image belongs (see :meth:`conversation`).
             experts: "all", "none" or a list of names, for all M images; or a list of M such entries. None is none.
             questions: what the adapter's gates read, one for each image (see ``mova.prompts``'s ``text``); needed where
                 an image uses experts.
-            max_length: longer texts are cut on the right; never an image.
+            padding, max_length: as in transformers.
+            truncation: whether longer texts are cut on the right, never an image; None: if ``max_length`` is given.
             return_tensors: "pt" only.
+            tokenizer: of transformers' tokenizers: ``padding_side``, ``pad_to_multiple_of``, ``add_special_tokens``
+                (False, for the template has them).
 
         Returns:
             input_ids, attention_mask (B, T), left-padded; with images also pixel_values (M, 3, S, S), and with experts
@@ -193,36 +284,48 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
             TypeError, ValueError: what is given does not fit together, or an image would be cut.
         """
         check(return_tensors == "pt", "return_tensors", "must be 'pt'", return_tensors)
+        unknown = sorted(set(tokenizer) - {"padding_side", "pad_to_multiple_of", "add_special_tokens"})
+        check(not unknown, "an argument", f"must be one of {', '.join(_OF_THE_CALL)}", unknown, TypeError)
         check(
             isinstance(text, str | list | tuple) and text, "text", "must be a text or a list of texts", text, TypeError
         )
         texts = [text] if isinstance(text, str) else list(text)  # type: ignore[arg-type]
-        opened = (
-            [] if images is None else [PreparedImage(x) for x in (images if isinstance(images, list) else [images])]
-        )
+        opened = [image if isinstance(image, PreparedImage) else PreparedImage(image) for image in _flat(images)]
         places = sum(t.count(IMAGE_TOKEN) for t in texts)
         check(places == len(opened), "images", f"must be {places}, as many as {IMAGE_TOKEN} in text", len(opened))
-        inputs = dict(self.tokenize(texts, self.num_image_tokens, max_length))
+        wanted = {"padding": padding, "truncation": truncation, **tokenizer}
+        inputs = dict(self.tokenize(texts, self.num_image_tokens, max_length, **wanted))
         if opened:
             base = VisionExpert(**self.base)
             inputs["pixel_values"] = torch.stack([image.view(base) for image in opened])
         if experts is not None:
             names = [expert.name for expert in self.pool]
-            inputs |= self._routed(opened, per_image(experts, len(opened), names), questions)
+            inputs |= self.routed(opened, per_image(experts, len(opened), names), questions)
         return BatchFeature(inputs)
 
-    def tokenize(self, texts: Sequence[str], image_tokens: int, max_length: int | None = None) -> dict[str, Tensor]:
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        image_tokens: int,
+        max_length: int | None = None,
+        *,
+        padding: bool | str = True,
+        truncation: bool | None = None,
+        **tokenizer: Any,
+    ) -> dict[str, Tensor]:
         """input_ids and attention_mask (B, T), left-padded, each image's place widened to ``image_tokens``."""
         expected = [text.count(IMAGE_TOKEN) * image_tokens for text in texts]
         wide = [text.replace(IMAGE_TOKEN, IMAGE_TOKEN * image_tokens) for text in texts]
-        encoded = self.tokenizer(
-            wide,
-            add_special_tokens=False,
-            padding=True,
-            truncation=max_length is not None,
-            max_length=max_length,
-            return_tensors="pt",
-        )
+        cuts = max_length is not None if truncation is None else truncation
+        with _TOKENIZING:
+            encoded = self.tokenizer(
+                wide,
+                padding=padding,
+                truncation=cuts,
+                max_length=max_length if cuts or padding == "max_length" else None,
+                return_tensors="pt",
+                **{"add_special_tokens": False, **tokenizer},
+            )
         found = (encoded["input_ids"] == self.image_token_id).sum(1).tolist()
         for row, (kept, wanted) in enumerate(zip(found, expected, strict=True)):
             check(kept == wanted, "max_length", f"must leave text[{row}] its {wanted} image tokens", max_length)
@@ -231,12 +334,13 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
     def tokenize_questions(self, questions: Sequence[str]) -> dict[str, Tensor]:
         """question_ids and question_mask (M, T_q), padded on the right, cut at 512 tokens."""
         limit = min(512, self.question_tokenizer.model_max_length)
-        encoded = self.question_tokenizer(
-            list(questions), padding=True, padding_side="right", truncation=True, max_length=limit, return_tensors="pt"
-        )
+        how = {"padding": True, "padding_side": "right", "truncation": True, "max_length": limit}
+        with _TOKENIZING:
+            encoded = self.question_tokenizer(list(questions), return_tensors="pt", **how)
         return {"question_ids": encoded["input_ids"], "question_mask": encoded["attention_mask"]}
 
-    def _routed(self, images: Sequence[PreparedImage], chosen: Sequence[Any], questions: Any) -> dict[str, Any]:
+    def routed(self, images: Sequence[PreparedImage], chosen: Sequence[Any], questions: Any) -> dict[str, Any]:
+        """routing, expert_pixel_values, question_ids and question_mask, of one entry of experts for each image."""
         pool = self.pool
         mask = routing_mask(chosen, pool)
         pixels = {
@@ -263,15 +367,12 @@ def per_image(experts: Any, count: int, pool: Sequence[str]) -> list[Any]:
     return list(experts)
 
 
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    parts = []
-    for part in content:
-        kind = part.get("type")
-        check(kind in ("image", "text"), "conversation", "must hold parts of type image or text", kind)
-        parts.append(f"{IMAGE_TOKEN}\n" if kind == "image" else part["text"])
-    return "".join(parts)
+def _flat(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    if not isinstance(images, list | tuple):
+        return [images]
+    return [image for entry in images for image in (entry if isinstance(entry, list | tuple) else [entry])]
 
 
 def _check_words(tokenizer: Any, expected: int | None) -> int:

@@ -16,11 +16,14 @@ def check_tensor(argument: str, value: object, shape: tuple[int | str, ...]) -> 
     """``value`` must be a tensor of this shape; strings in ``shape`` are free dimensions and name themselves.
 
     Raises:
-        TypeError: ``value`` is no tensor.
+        TypeError: ``value`` is no tensor, or one that is not numbers with strides (sparse, nested, quantised).
         ValueError: wrong rank or size.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} must be a tensor, got {type(value).__name__!r}")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        raise TypeError(f"{argument} must be a dense, strided tensor, got a {kind} one")
     fits = value.dim() == len(shape)
     for want, have in zip(shape, value.shape, strict=False):
         fits = fits and (isinstance(want, str) or have == want)
@@ -35,8 +38,14 @@ def check_floats(argument: str, value: object, shape: tuple[int | str, ...]) -> 
     check(value.is_floating_point(), argument, "must be floating point", value.dtype, TypeError)
 
 
+def check_device(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    """``value`` must live on the device of ``reference``."""
+    if value.device != reference.device:
+        raise ValueError(f"{argument} must be on {reference_name}'s {reference.device}, got {value.device!r}")
+
+
 def check_like(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     """``value`` must live on the device of ``reference`` and, outside autocast, have its dtype."""
-    check(value.device == reference.device, argument, f"must be on {reference_name}'s {reference.device}", value.device)
-    if not torch.is_autocast_enabled(reference.device.type):
-        check(value.dtype == reference.dtype, argument, f"must have {reference_name}'s {reference.dtype}", value.dtype)
+    check_device(argument, value, reference_name, reference)
+    if value.dtype != reference.dtype and not torch.is_autocast_enabled(reference.device.type):
+        raise ValueError(f"{argument} must have {reference_name}'s {reference.dtype}, got {value.dtype}")

@@ -13,19 +13,29 @@ from typing import Any
 
 import torch
 
+from . import _plain
+
 NAMESPACE = "mova_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define ``mova_kernels::name`` with a kernel for every device and a fake; returns the op, ready to be called."""
+    """Define ``mova_kernels::name`` with a kernel for every device and a fake; returns the op, ready to be called.
+
+    What the kernel gets has passed the door of :mod:`mova_kernels._plain`. The fake is also what PyTorch calls as soon
+    as one tensor is on the meta device. Its result is memory that nobody wrote, so all of them must be there.
+    """
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    names = [argument.name for argument in op._schema.arguments]
 
+    def on_device(*arguments: Any) -> Any:
+        return kernel(*_plain.readable(name, names, arguments))
 
-def functorch_active() -> bool:
-    """Whether torch.func transforms are on: they need the (slower) ``setup_context`` form of autograd.Function."""
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return bool(active()) if active is not None else False
+    def without_values(*arguments: Any) -> Any:
+        _plain.on_one_device(name, names, arguments)
+        return fake(*arguments)
+
+    _LIBRARY.impl(name, on_device, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", without_values, lib=_LIBRARY)
+    return op

@@ -11,10 +11,10 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _native
-from ._library import functorch_active
+from ._plain import functorch_active, is_plain
 
 # a, b, bias, added, c; M, N, K, six strides, dtype
 _matmul = _native.function("mk_matmul", "5Q10q")
@@ -42,9 +42,8 @@ def product(
     if _is_ours(x, weight):
         bias = None if bias is None else bias.contiguous()
         added = None if added is None else _native.adjacent_channels(added)
-        pointers = (0 if t is None else t.data_ptr() for t in (rows, weight, bias, added, result))
         strides = (*rows.stride(), *weight.t().stride(), 0 if added is None else added.stride(0), result.stride(0))
-        _matmul(*pointers, *result.shape, x.shape[-1], *strides, _native.DTYPES[x.dtype])
+        _matmul(rows, weight, bias, added, result, *result.shape, x.shape[-1], *strides, _native.DTYPES[x.dtype])
     elif bias is None and added is None:
         torch.mm(rows, weight.t(), out=result)
     else:
@@ -57,10 +56,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``, differentiable any number of times, with the products of forward and backward by :func:`product`.
 
     It is F.linear itself wherever something else than plain eager PyTorch on fp32 or bf16 CPU tensors goes on: a
-    compiler, an exporter, torch.func, forward-mode AD, autocast, a dispatch mode or a tensor subclass.
+    compiler, an exporter, torch.func, forward-mode AD, autocast, a dispatch mode, a tensor subclass or a tensor whose
+    numbers are not what its memory holds.
     """
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if not (_is_eager() and x.dim() > 1 and all(map(_is_plain, operands)) and _is_ours(*operands)):
+    if not (_is_eager() and x.dim() > 1 and all(map(is_plain, operands)) and _is_ours(*operands)):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
         # Rows go in and come out: a view made inside of a Function could not be modified in place.
@@ -108,7 +108,3 @@ def _is_eager() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.jit.is_tracing()
     )
-
-
-def _is_plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ._plain import address
 from .backends import Backend
 
 ABI_VERSION = 4  # MK_ABI_VERSION of csrc/common/mova_kernels.h
@@ -106,22 +107,24 @@ def function(name: str, layout: str, library: str = "cpu") -> Callable[..., None
     Args:
         name: of the C function.
         layout: of its argument block, in the letters of :mod:`struct`: ``Q`` uint64_t and pointers, ``q`` int64_t,
-            ``d`` double, in the order of the C struct.
+            ``d`` double, in the order of the C struct. The ``Q`` at its beginning are tensors.
         library: "cpu" or "cuda"; looked up at the first call.
 
     Returns:
-        A function of the block's fields. It raises ValueError for bad arguments, RuntimeError for all other failures.
+        A function of the block's fields, of a tensor or None for each pointer. It raises ValueError for bad arguments,
+        RuntimeError for all other failures.
     """
     block = struct.Struct("=" + layout)
     pack, size = block.pack, block.size
+    pointers = int(layout.partition("Q")[0]) if "Q" in layout else 0
     entry: Any = None
 
-    def call(*fields: int | float) -> None:
+    def call(*fields: Any) -> None:
         nonlocal entry
         if entry is None:
             entry = getattr(_require(library), name)
             entry.argtypes = (ctypes.c_char_p, ctypes.c_uint64)
-        status = entry(pack(*fields), size)
+        status = entry(pack(*map(address, fields[:pointers]), *fields[pointers:]), size)
         if status:
             _raise(_require(library), status)
 
@@ -132,7 +135,7 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     """like.new_empty(shape) for a CPU. What is large lies in huge pages, as in NumPy: fresh memory costs less then."""
     x = like.new_empty(shape)
     if x.nbytes >= 1 << 22:
-        _require("cpu").mk_advise_huge_pages(x.data_ptr(), x.nbytes)
+        _require("cpu").mk_advise_huge_pages(address(x), x.nbytes)
     return x
 
 

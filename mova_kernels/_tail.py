@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from ._readable import reads
 
 EPS = 1e-5  # of every LayerNorm, also where the official code asks for 1e-6 and timm replaces its norm class
 
 
+@reads()
 class RegStage(nn.Module):
     """One RegNet bottleneck, under the name that timm gives it."""
 
@@ -25,6 +27,7 @@ class RegStage(nn.Module):
         return self.b1(x)
 
 
+@reads()
 class Bottleneck(nn.Module):
     """x + LN(1x1(SE(SiLU(LN(depthwise 3x3(SiLU(LN(1x1 x))))))))."""
 
@@ -49,6 +52,7 @@ class Bottleneck(nn.Module):
         )  # fmt: skip
 
 
+@reads()
 class ConvNorm(nn.Module):
     """A convolution and a LayerNorm over its channels."""
 
@@ -62,6 +66,7 @@ class ConvNorm(nn.Module):
         return self.bn(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+@reads()
 class SqueezeExcite(nn.Module):
     """x * sigmoid(fc2(SiLU(fc1(mean of x))))."""
 

@@ -3,19 +3,21 @@
 # No "from __future__ import annotations" here: the hub mixin reads the annotation of __init__'s config at run time.
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, distributed, nn
 
 from . import backends, ops
 from ._checks import check, check_floats, check_like, check_tensor
-from ._linear import linear
-from ._tail import EPS, Bottleneck, ConvNorm, RegStage, SqueezeExcite, affine
+from ._files import read_config, read_weights
+from ._readable import describe, is_readable, refuse_meta, unreadable
+from ._tail import EPS, Bottleneck, affine
 from .config import MoVAdapterConfig
+from .modules import Attention, Downsample, OutputMLP, RopeTable, SwiGLU
 from .ragged import RaggedPairs, host_sees_values, validated_routing
 
 
@@ -37,15 +39,18 @@ class MoVAdapter(
         config: the dimensions.
 
     Attributes:
-        idle_expert_gradients: if True, the parameters of experts which no sample of a batch selected get gradients of
-            zero instead of None, as DistributedDataParallel without ``find_unused_parameters`` needs. Default False.
+        idle_expert_gradients: whether the parameters of experts which no sample of a batch selected get gradients of
+            zero instead of None. DistributedDataParallel without ``find_unused_parameters`` and FSDP need that where
+            processes use different experts. True: always; False: never; None, the default: where torch.distributed
+            has more than one process. There, modules that are called one by one (wrapped by FSDP, for example) are
+            also called for idle experts, with no rows, since all processes must call them in the same order.
     """
 
     def __init__(self, config: MoVAdapterConfig) -> None:
         super().__init__()
         check(isinstance(config, MoVAdapterConfig), "config", "must be a MoVAdapterConfig", config, TypeError)
         self.config = config
-        self.idle_expert_gradients = False
+        self.idle_expert_gradients: bool | None = None
         width = config.in_channels
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, width))
         self.rope = RopeTable(config.resolution, config.head_channels)
@@ -114,41 +119,92 @@ class MoVAdapter(
 
         Raises:
             TypeError, ValueError: before anything is computed; the message names the argument, the rule and the value.
+            ValueError: ``idle_expert_gradients`` is False where FSDP shards the adapter over several processes.
         """
-        config = self.config
         self._check_base(base)
         selected = self._selected(base, experts, routing)
         sizes = self._check_experts(base, experts, selected, grids)
         text = self._check_text(base, text, selected)
+        join_idle = self._joins_idle()
+        if join_idle and text is None:
+            text = base.new_zeros(base.shape[0], self.config.text_channels)
         blocks = cast(list[AdapterBlock], list(self.blocks))
-        unusual = next((name for block in blocks for name in block.unusual_modules()), None)
+        unusual = next((name for block in blocks for name in block.unusual_modules(self.pos_embed)), None)
         features, packed = self._align(experts, selected, sizes, normalise=unusual is None)
         pairs = RaggedPairs.from_routing(selected, packed, base.device)
+        cos, sin = self.rope.tables(base)
 
         x = base + self.pos_embed
         for block in blocks:
-            x = block(x, text, features, pairs, self.rope.cos, self.rope.sin, unusual)
-        x = self.mlp(self.downsample((x + base) / 2))
-        if self.idle_expert_gradients and pairs.bounds is not None and torch.is_grad_enabled():
-            # Where a sample chose more than topk, a block may have dropped an expert of which the pairs know.
-            uncertain, bounds = pairs.most_per_sample > config.topk, pairs.bounds
-            idle = [e for e in range(config.num_experts) if uncertain or bounds[e] == bounds[e + 1]]
-            x = _ZeroGradients.apply(x, *(p for block in blocks for p in block.expert_parameters(idle)))
-        return x
+            x = block(x, text, features, pairs, cos, sin, unusual, join_idle)
+        return self.mlp(self.downsample((x + base) / 2))
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The state under the official names, with the rotary tables that official checkpoints repeat per attention."""
         state = dict(self.state_dict())
+        cos, sin = self.rope.tables(self.pos_embed)
         for name, module in self.named_modules():
             if isinstance(module, Attention):
-                state[f"{name}.rope.freqs_cos"] = self.rope.cos.clone()
-                state[f"{name}.rope.freqs_sin"] = self.rope.sin.clone()
+                state[f"{name}.rope.freqs_cos"] = cos.clone()
+                state[f"{name}.rope.freqs_sin"] = sin.clone()
         return state
 
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **arguments: Any) -> "MoVAdapter":
-        # The mixin's default is to leave out silently what a file lacks.
-        return super()._from_pretrained(strict=strict, **arguments)
+    def from_pretrained(  # type: ignore[override]  # the mixin's takes any keyword
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        config: MoVAdapterConfig | None = None,
+        strict: bool = True,
+        map_location: str | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "MoVAdapter":
+        """Load what :meth:`save_pretrained` or :meth:`push_to_hub` wrote; the adapter is in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a repository on the hub, with config.json and with
+                model.safetensors or, where there is none, pytorch_model.bin, of which no code is run.
+            dtype: what the parameters are converted to. Default: they keep the dtype that they have in the file.
+            config: the dimensions; default: those of config.json.
+            strict: if False, weights may be missing or unknown.
+            map_location: the device.
+            revision, token, cache_dir, local_files_only, force_download: those of ``huggingface_hub``.
+
+        Raises:
+            TypeError: an unknown argument, or ``dtype`` is no floating point dtype.
+            FileNotFoundError: config or weights are missing.
+            ValueError: a file is damaged or not that of an adapter; or its weights have several dtypes, and ``dtype``
+                does not say which to take.
+            RuntimeError: weights are missing, unknown or of another shape.
+        """
+        is_float = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        check(dtype is None or is_float, "dtype", "must be a floating point torch.dtype", dtype, TypeError)
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        hub |= {"local_files_only": local_files_only, "force_download": force_download}
+        source = pretrained_model_name_or_path
+        adapter = cls(read_config(source, hub) if config is None else config)
+        state = read_weights(source, map_location, hub)
+        if dtype is None:
+            found = sorted({str(tensor.dtype) for name, tensor in state.items() if ".rope." not in name})
+            check(len(found) == 1, "dtype", f"must be given for the weights in {source}, which have several", found)
+            dtype = next(tensor.dtype for name, tensor in state.items() if ".rope." not in name)
+        adapter.to(map_location, dtype).load_state_dict(state, strict=strict)
+        return adapter.eval()
+
+    def _joins_idle(self) -> bool:
+        """Whether experts that no sample selected take part, for the sake of other processes."""
+        wanted = self.idle_expert_gradients
+        check(wanted in (None, True, False), "idle_expert_gradients", "must be None, True or False", wanted)
+        several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        if wanted is False and several:  # FSDP marks every module whose parameters it shards
+            sharded = any(getattr(module, "_is_fsdp_managed_module", False) for module in self.modules())
+            check(not sharded, "idle_expert_gradients", "must be None or True where FSDP shards the adapter", wanted)
+        return several if wanted is None else bool(wanted)
 
     def _check_base(self, base: Tensor) -> None:
         config = self.config
@@ -280,6 +336,7 @@ class AdapterBlock(nn.Module):
         self.gate = nn.Sequential(
             nn.Linear(config.text_channels + width, width), nn.GELU(), nn.Linear(width, config.num_experts)
         )
+        self._built = {name: describe(getattr(self, name)) for name in ("cross_attn", "norm1", "norm2")}
 
     def forward(
         self,
@@ -290,35 +347,47 @@ class AdapterBlock(nn.Module):
         cos: Tensor,
         sin: Tensor,
         unusual: str | None = None,
+        join_idle: bool = False,
     ) -> Tensor:
         """(B, L, C) tokens, (B, text_channels), the experts' features on the base grid -> (B, L, C).
 
         The features are normalised (feature_norm) for the ops; they are as they came for the modules, which are called
-        one by one if ``unusual`` names one that the ops must not bypass.
+        one by one if ``unusual`` names one that the ops must not bypass. With ``join_idle``, experts and gate take part
+        even if no sample needs them: all their parameters get a gradient, and all experts' modules are called.
         """
-        if text is not None and pairs.num_pairs > 0:
+        if text is not None and (pairs.num_pairs > 0 or join_idle):
             weights, kept = self._gate(x, text, pairs.selected)
             pairs = pairs.topk(kept, self.topk)
             gate = weights[pairs.sample, pairs.expert]
             if unusual is None:
+                gate = self._joined(gate, pairs) if join_idle else gate
                 x = self._fuse(x, features, pairs, gate, cos, sin)
             else:
-                x = self._fuse_by_module(x, features, pairs, gate, cos, sin, unusual)
+                x = self._fuse_by_module(x, features, pairs, gate, cos, sin, unusual, join_idle)
         normed = self.norm3(x)
         x = x + self.self_attn(normed, normed, cos, sin)
         return x + self.mlp(self.norm4(x))
 
-    def unusual_modules(self) -> list[str]:
-        """The experts' modules whose weights an op must not read behind their back."""
-        if all(map(_are_plain, (self.cross_attn, self.norm1, self.norm2))):
+    def unusual_modules(self, like: Tensor | None = None) -> list[str]:
+        """The experts' modules whose weights an op must not read behind their back.
+
+        With ``like``, a parameter of another dtype (outside autocast) or device is unusual, too.
+        """
+        if all(is_readable(getattr(self, name), built, like) for name, built in self._built.items()):
             return []
-        return [name for name, m in self.named_modules() if _is_of_experts(name) and not _is_plain(m)]
+        parts = (part for name, built in self._built.items() for part in unreadable(self, name, built, like))
+        return list(dict.fromkeys(parts))
+
+    def _joined(self, gate: Tensor, pairs: RaggedPairs) -> Tensor:
+        """``gate``, through which the parameters of experts without pairs get gradients of zero."""
+        if pairs.bounds is None or not torch.is_grad_enabled():  # without bounds, the ops give zeros themselves
+            return gate
+        idle = [e for e in range(pairs.num_experts) if pairs.bounds[e] == pairs.bounds[e + 1]]
+        return _ZeroGradients.apply(gate, *self.expert_parameters(idle))
 
     def expert_parameters(self, experts: Sequence[int]) -> list[nn.Parameter]:
-        """The parameters which only these experts use; with all experts, also those of the gate."""
+        """The parameters which only these experts use."""
         modules = [m[e] for e in experts for m in (self.cross_attn, self.norm1, self.norm2)]
-        if len(experts) == len(self.cross_attn):
-            modules.append(self.gate)
         return [p for module in modules for p in module.parameters()]
 
     def _gate(self, x: Tensor, text: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,6 +395,7 @@ class AdapterBlock(nn.Module):
         some = selected.any(1, keepdim=True)
         text = torch.where(some, text.to(x.dtype), 0)
         pooled = torch.where(some, x.mean(1), 0)
+        refuse_meta(self.gate, x, "gate")
         return ops.expert_gate(self.gate(torch.cat([text, pooled], 1)), selected, self.topk)
 
     def _fuse(
@@ -350,6 +420,7 @@ class AdapterBlock(nn.Module):
         cos: Tensor,
         sin: Tensor,
         unusual: str,
+        join_idle: bool,
     ) -> Tensor:
         """The same, calling the modules: for hooks, LoRA, parametrisations, DTensor and quantised layers."""
         if pairs.bounds is None:
@@ -360,132 +431,33 @@ class AdapterBlock(nn.Module):
         fused = x
         for e, attention in enumerate(self.cross_attn):
             pair = slice(pairs.bounds[e], pairs.bounds[e + 1])
-            if pair.start < pair.stop:
+            if pair.start < pair.stop or join_idle:
                 sample, row = pairs.sample[pair], pairs.row[pair]
                 out = attention(self.norm1[e](x[sample]), self.norm2[e](features[e][row]), cos, sin)
                 fused = fused.index_add(0, sample, (gate[pair, None, None].to(out.dtype) * out).to(x.dtype))
         return fused
 
 
-class Attention(nn.Module):
-    """Attention to a context, with rotary positions and a LayerNorm before the output projection."""
-
-    def __init__(self, width: int, context: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(context, width, bias=False)
-        self.v_proj = nn.Linear(context, width, bias=False)
-        self.inner_attn_ln = nn.LayerNorm(width, EPS)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(P, L, C), (P, L, C_e), tables of rope2d -> (P, L, C)."""
-        q, k, v = _linear(self.q_proj, x), _linear(self.k_proj, context), _linear(self.v_proj, context)
-        attended = ops.expert_attention(q, k, v, cos, sin, self.num_heads)
-        return _linear(self.proj, self.inner_attn_ln(attended))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for table in ("freqs_cos", "freqs_sin"):  # official checkpoints carry them; ours come from the config
-            state_dict.pop(f"{prefix}rope.{table}", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class SwiGLU(nn.Module):
-    """w3 LayerNorm(SiLU(w1 x) * w2 x), with int(8/3 C) hidden channels."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        hidden = int(width * 8 / 3)
-        self.w1 = nn.Linear(width, hidden)
-        self.w2 = nn.Linear(width, hidden)
-        self.ffn_ln = nn.LayerNorm(hidden, EPS)
-        self.w3 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, C) -> (B, L, C)."""
-        if x.is_cuda and self.w1.out_features % 64 and all(map(_is_plain, self.children())):
-            return self._aligned(x)
-        gate, up = _linear(self.w1, x), _linear(self.w2, x)
-        if _is_plain(self.ffn_ln):
-            normed = ops.swiglu_norm(gate, up, self.ffn_ln.weight, self.ffn_ln.bias, self.ffn_ln.eps)
-        else:
-            normed = self.ffn_ln(F.silu(gate) * up)
-        return _linear(self.w3, normed)
-
-    def _aligned(self, x: Tensor) -> Tensor:
-        """The same with hidden rows padded to a multiple of 64 channels.
-
-        A GPU loads 16 bytes at a time only where rows begin at multiples of that, which the official 2730 channels do
-        not. Padding the weights costs one copy of them per call. By prediction; not measured.
-        """
-        hidden = self.w1.out_features
-        padding = -hidden % 64
-        zeros = self.w1.weight.new_zeros(padding, self.w1.in_features)
-        weight = torch.cat([self.w1.weight, zeros, self.w2.weight, zeros])
-        bias = torch.cat([self.w1.bias, zeros[:, 0], self.w2.bias, zeros[:, 0]])
-        gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)
-        scale, shift = (F.pad(t, (0, padding)) for t in (self.ffn_ln.weight, self.ffn_ln.bias))
-        normed = ops.swiglu_norm(gate, up, scale, shift, self.ffn_ln.eps, channels=hidden)
-        return F.linear(normed, F.pad(self.w3.weight, (0, padding)), self.w3.bias)
-
-
-class OutputMLP(nn.Sequential):
-    """Linear, GELU, Linear."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, (R // 2)**2, C) -> (B, (R // 2)**2, out_channels)."""
-        for module in self:
-            x = _linear(module, x) if isinstance(module, nn.Linear) else module(x)
-        return x
-
-
-class Downsample(nn.Sequential):
-    """Bottleneck stage, average pooling to half the side, bottleneck stage: (B, R*R, C) -> (B, (R // 2)**2, C)."""
-
-    def __init__(self, width: int, resolution: int) -> None:
-        super().__init__(RegStage(width), nn.AdaptiveAvgPool2d(resolution // 2), RegStage(width))
-        self.resolution = resolution
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, R*R, C) -> (B, (R // 2)**2, C)."""
-        if all(map(_are_plain, self.children())):
-            first, _, second = cast(list[RegStage], list(self))
-            return ops.token_downsample(x, self.resolution, (first.b1.weights(), second.b1.weights()), EPS)
-        grid = super().forward(x.unflatten(1, (self.resolution, self.resolution)).permute(0, 3, 1, 2))
-        return grid.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-class RopeTable(nn.Module):
-    """The rotary tables (R*R, D): one pair for all attentions, never saved, fp32 whatever the module is cast to."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, resolution: int, head_channels: int) -> None:
-        super().__init__()
-        self.size = (resolution, head_channels)
-        for name, table in zip(("cos", "sin"), ops.rope2d_table(*self.size), strict=True):
-            self.register_buffer(name, table, persistent=False)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "RopeTable":
-        super()._apply(fn, recurse)
-        # Casting would round them, to_empty would lose them: computed afresh wherever the module has moved.
-        self.cos, self.sin = ops.rope2d_table(*self.size, device=self.cos.device)
-        return self
-
-
 class _ZeroGradients(torch.autograd.Function):
     """The identity on x which gives every parameter a gradient of zeros."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, *parameters):
-        ctx.save_for_backward(*parameters)
-        return x.view_as(x)
+    def forward(x, *parameters):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, grad):
         return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return tangent.clone()
 
 
 def split_concatenated(x: Tensor, config: MoVAdapterConfig) -> tuple[Tensor, list[Tensor]]:
@@ -504,29 +476,6 @@ def split_concatenated(x: Tensor, config: MoVAdapterConfig) -> tuple[Tensor, lis
     check_tensor("x", x, ("B", config.num_tokens, config.in_channels + sum(config.expert_channels)))
     base, *experts = x.split([config.in_channels, *config.expert_channels], dim=-1)
     return base, experts
-
-
-_PLAIN = {nn.Linear, nn.LayerNorm, nn.Conv2d, nn.AdaptiveAvgPool2d, nn.ModuleList}
-_PLAIN |= {Attention, RegStage, Bottleneck, ConvNorm, SqueezeExcite}
-_PLAIN_TENSORS = {nn.Parameter, Tensor, FakeTensor}  # the last one is what torch.export traces with
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether an op may read the module's weights instead of calling it: nobody has hooked, wrapped or replaced it."""
-    state = vars(module)
-    return (
-        type(module) in _PLAIN
-        and state.get("eps", EPS) == EPS
-        and not (state["_forward_hooks"] or state["_forward_pre_hooks"])
-        and not (state["_backward_hooks"] or state["_backward_pre_hooks"])
-        and "forward" not in state
-        and all(p is None or type(p) in _PLAIN_TENSORS for p in state["_parameters"].values())
-    )
-
-
-def _are_plain(module: nn.Module) -> bool:
-    """Whether the module and all its parts are; without the names that Module.modules() would make up."""
-    return _is_plain(module) and all(map(_are_plain, vars(module)["_modules"].values()))
 
 
 def _normalised(
@@ -549,14 +498,3 @@ def _normalised(
         for e, normed in zip(rest, ops.feature_norm(*arguments, EPS), strict=True):
             found[e] = normed
     return found
-
-
-def _linear(module: Any, x: Tensor) -> Tensor:
-    """The module's result, by a faster product where the module may be bypassed."""
-    if torch.compiler.is_compiling() or not _is_plain(module):
-        return module(x)
-    return linear(x, module.weight, module.bias)
-
-
-def _is_of_experts(name: str) -> bool:
-    return name.partition(".")[0] in ("cross_attn", "norm1", "norm2")

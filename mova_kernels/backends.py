@@ -12,11 +12,14 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from ._plain import only_reference
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")  # the order in which auto tries them
 ENVIRONMENT_VARIABLE = "MOVA_KERNELS_BACKEND"
@@ -79,21 +82,32 @@ def use_backend(request: str) -> Iterator[None]:
 
 
 def choose(
-    op: str, backend: str | None, device: torch.device, dtype: torch.dtype, unfit: Mapping[str, str] | None = None
+    op: str,
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    unfit: Mapping[str, str] | None = None,
+    tensors: Sequence[Tensor] | None = None,
 ) -> str:
     """The name of the backend that runs ``op`` on tensors of this device and dtype.
 
-    ``unfit`` holds, per backend that cannot run this very call, the reason: for limits on shapes.
+    ``unfit`` holds, per backend that cannot run this very call, the reason: for limits on shapes. ``tensors`` are the
+    arguments of the call. Where a derivative other than one backward pass is asked of them, where they are batched by
+    vmap, of a subclass that computes in its own way, or where torch.jit.trace or torch.onnx look on, only the reference
+    can run. None: kernels call each other, where that has been asked before.
 
     Raises:
         ValueError: unknown backend.
         BackendError: the backend that was asked for cannot run the op here, or none can.
     """
     name = _requested(op, backend)
+    only = None if tensors is None else only_reference(tensors)
     unfit = unfit or {}
+    if only:
+        unfit = {**dict.fromkeys(_TABLE[op], only), "reference": unfit.get("reference", "")}
     if name == "auto":
         for b in _TABLE[op].values():
-            if b.name not in unfit and not b.only_when_asked(device) and not b.declines(device, dtype):
+            if not unfit.get(b.name) and not b.only_when_asked(device) and not b.declines(device, dtype):
                 if b.caution and not torch.compiler.is_compiling():
                     _warn(b.caution)
                 return b.name
@@ -115,19 +129,27 @@ def choose(
 def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str]]:
     """Per op and backend: ``"runs"``, or the reason why it does not run on this device and dtype.
 
-    The answer honours :func:`use_backend` and the environment. Reasons are sentences for people, not for programs.
+    The answer honours :func:`use_backend` and the environment, and torch.func transforms, torch.jit.trace and ONNX
+    export where it is asked inside of them. It is about plain tensors: those with a tangent (forward-mode AD) and those
+    of subclasses with ``__torch_dispatch__`` run on the reference. Reasons are sentences for people, not for programs.
     """
     device = torch.device(device)
     answer: dict[str, dict[str, str]] = {}
     for op, implementations in _TABLE.items():
         try:
-            chosen = choose(op, None, device, dtype)
+            chosen = choose(op, None, device, dtype, tensors=())
         except BackendError:
             chosen = None
         answer[op] = {}
         for b in implementations.values():
             idle = b.only_when_asked(device) if _requested(op, None) == "auto" else None
-            reason = b.declines(device, dtype) or idle or f"could run, but {chosen or _requested(op, None)} was chosen"
+            special = None if b.name == "reference" else only_reference(())
+            reason = (
+                b.declines(device, dtype)
+                or special
+                or idle
+                or f"could run, but {chosen or _requested(op, None)} was chosen"
+            )
             answer[op][b.name] = "runs" if b.name == chosen else reason
     return answer
 

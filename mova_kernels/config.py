@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ._checks import check
@@ -40,7 +40,10 @@ class MoVAdapterConfig:
 
     def __post_init__(self) -> None:
         # A list (from JSON) becomes a tuple, so that the config stays hashable.
-        object.__setattr__(self, "expert_channels", tuple(self.expert_channels))
+        widths = self.expert_channels
+        is_list = isinstance(widths, Iterable) and not isinstance(widths, str)
+        check(is_list, "expert_channels", "must be a sequence of integers", widths, TypeError)
+        object.__setattr__(self, "expert_channels", tuple(widths))
         for name in ("in_channels", "out_channels", "num_heads", "num_layers", "topk", "resolution", "text_channels"):
             _check_int(name, getattr(self, name), 2 if name == "resolution" else 1)
         check(

@@ -156,9 +156,15 @@ def validated_routing(routing: Tensor, device: torch.device) -> Tensor:
 
     Raises:
         TypeError: no tensor, or complex.
-        ValueError: not (B, N), a value other than 0 and 1, or on the host where a device is needed.
+        ValueError: not (B, N), a value other than 0 and 1, on the host where a device is needed, or one through which
+            somebody expects a derivative.
     """
     check_tensor("routing", routing, ("B", "N"))
+    if routing.requires_grad or torch.autograd.forward_ad.unpack_dual(routing).tangent is not None:
+        raise ValueError(
+            "routing must not require grad, since selecting experts is not differentiable: pass routing.detach() and "
+            "train the router with a loss of its own, got a routing with a derivative"
+        )
     check(not routing.is_complex(), "routing", "must be bool, integer or floating point", routing.dtype, TypeError)
     on_host = host_sees_values(device)
     if not on_host and not torch.compiler.is_compiling():  # a copy would synchronise, which a capture does not survive

@@ -90,6 +90,12 @@ CALLS = {
         ValueError,
         "routing must hold only 0 and 1, got [2]",
     ),
+    "routing: a derivative": (
+        {"routing": tiny.ROUTING.float().requires_grad_()},
+        ValueError,
+        "routing must not require grad, since selecting experts is not differentiable: pass routing.detach() and train "
+        "the router with a loss of its own, got a routing with a derivative",
+    ),
     "routing: device": (
         {"routing": tiny.ROUTING.to(META)},
         ValueError,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from mova_kernels import _linear, _native, adapter
+from mova_kernels import _linear, _native, modules
 from mova_kernels._linear import linear, product
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -152,25 +152,25 @@ def test_whatever_watches_sees_torchs_own_linear(calls) -> None:
 @ours
 def test_modules_are_bypassed_only_where_they_are_plain(calls) -> None:
     x, module = torch.randn(4, 6), nn.Linear(6, 5)
-    torch.testing.assert_close(adapter._linear(module, x), module(x))
+    torch.testing.assert_close(modules._linear(module, x), module(x))
     assert len(calls) > 0
     calls.clear()
     module.register_forward_hook(lambda module, inputs, output: output + 1)
-    assert torch.equal(adapter._linear(module, x), module(x))
+    assert torch.equal(modules._linear(module, x), module(x))
 
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
     doubled = Doubled(6, 5)
-    assert torch.equal(adapter._linear(doubled, x), doubled(x))
+    assert torch.equal(modules._linear(doubled, x), doubled(x))
     assert not calls
 
 
 @ours
 def test_the_dense_layers_of_the_adapter_take_it(calls) -> None:
-    attention, swiglu = adapter.Attention(8, 8, 2), adapter.SwiGLU(8)
-    mlp = adapter.OutputMLP(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 6))
+    attention, swiglu = modules.Attention(8, 8, 2), modules.SwiGLU(8)
+    mlp = modules.OutputMLP(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 6))
     x, tables = torch.randn(1, 4, 8), torch.ones(4, 4)
     with torch.no_grad():
         for layer, arguments, expected in (

@@ -195,7 +195,7 @@ def test_threads_do_not_change_results(dtype):
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match="must have 112 bytes, got 104"):
-        _native.function("mk_feature_resample_fwd", "3Q10q")(*[0] * 13)
+        _native.function("mk_feature_resample_fwd", "3Q10q")(*[None] * 3, *[0] * 10)
     x, y = torch.zeros(1, 4, 8), torch.zeros(1, 9, 8)
     with pytest.raises(ValueError, match=r"in_h must be in \[1, 32767\], got 0"):
         native_impl._cpu_fwd(*native_impl._block(x, None, y, [0, 2], [3, 3]))
@@ -340,7 +340,7 @@ def test_opcheck_of_the_norm():
 
 def test_bad_arguments_of_the_norm():
     with pytest.raises(ValueError, match="must have 112 bytes, got 104"):
-        _native.function("mk_feature_norm_fwd", "4Q8qd")(*[0] * 12, 0.0)
+        _native.function("mk_feature_norm_fwd", "4Q8qd")(*[None] * 4, *[0] * 8, 0.0)
     with pytest.raises(ValueError, match=r"in_h must be in \[1, 32767\], got 0"):
         norm(torch.zeros(1, 0, 8), in_size=(0, 2))
     with pytest.raises(ValueError, match=r"C must be in \[0, 8192\], got 8193"):

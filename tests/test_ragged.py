@@ -176,6 +176,33 @@ def test_bad_routing(routing, error, message) -> None:
         RaggedPairs.from_routing(routing)
 
 
+def straight_through(p: Tensor) -> Tensor:
+    return (p > 0.5).float() + p - p.detach()
+
+
+REFUSED = r"routing must not require grad, .*pass routing\.detach\(\)"
+
+
+def test_a_routing_with_a_derivative_is_refused() -> None:
+    p = torch.tensor([[0.9, 0.2], [0.4, 0.6]])
+    gumbel = torch.nn.functional.gumbel_softmax(p.clone().requires_grad_(), hard=True)
+    for routing in (gumbel, straight_through(p.clone().requires_grad_()), p.round().requires_grad_()):
+        with pytest.raises(ValueError, match=REFUSED):
+            RaggedPairs.from_routing(routing)
+        assert RaggedPairs.from_routing(routing.detach().round()).num_pairs == 2
+    with pytest.raises(ValueError, match=REFUSED):
+        torch.func.grad(lambda p: RaggedPairs.from_routing(p).num_pairs * p.sum())(p.round())
+    with pytest.raises(ValueError, match=REFUSED):
+        torch.func.jvp(lambda p: RaggedPairs.from_routing(p).num_pairs * p.sum(), (p.round(),), (p,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(ValueError, match=REFUSED):
+        RaggedPairs.from_routing(torch.autograd.forward_ad.make_dual(p.round(), p))
+
+
+def test_a_nearly_whole_routing_is_refused_by_its_value() -> None:
+    with pytest.raises(ValueError, match=r"routing must hold only 0 and 1, got \[0\.9999999"):
+        RaggedPairs.from_routing(torch.tensor([[1.0, 1 - 2**-24]]))
+
+
 def test_packed_has_one_entry_per_expert() -> None:
     with pytest.raises(ValueError, match="packed must have 3 entries, got 2"):
         RaggedPairs.from_routing(mask("x.x"), [True, False])

@@ -114,21 +114,31 @@ inline void soften(const float* scores, const float* products, const float* lse,
   }
 }
 
-// Rows of fp32 sums to a gradient, rotated back if there are tables.
+// Rows of fp32 sums to a gradient, rotated back if there are tables. Whether all of it is finite.
 template <class Format>
-void store_rows(const float* sums, int64_t sums_stride, int64_t rows, int64_t D, float scale, const float* cos,
+bool store_rows(const float* sums, int64_t sums_stride, int64_t rows, int64_t D, float scale, const float* cos,
                 const float* sin, typename Format::type* dst, int64_t stride) {
+  vfloat zeros[1] = {};
   for (int64_t i = 0; i < rows; ++i) {
     for_lanes(D, [&](int64_t d, int count) __attribute__((always_inline)) {
       vfloat v = load<F32>(sums + i * sums_stride + d, count) * scale;
       if (cos) v = rotate<true>(v, load<F32>(cos + i * D + d, count), load<F32>(sin + i * D + d, count));
+      zeros[0] += v * 0;
       store<Format>(dst + i * stride + d, count, v);
     });
   }
+  return total(zeros) == 0;
+}
+
+// Whether weights can be computed again from the saved sums. A NaN comes from an input and makes the right NaN.
+inline bool in_range(const float* lse, int64_t count) {
+  float most = 0;
+  for (int64_t t = 0; t < count; ++t) most = __builtin_fabsf(lse[t]) > most ? __builtin_fabsf(lse[t]) : most;
+  return most <= mk::largest_lse;
 }
 
 template <class Format, class Product>
-void keys(const mk::AttentionGradients& g, void* workspace, int64_t begin, int64_t end, float* part) {
+mk::AttentionOutcome keys(const mk::AttentionGradients& g, void* workspace, int64_t begin, int64_t end, float* part) {
   typedef typename Format::type type;
   typedef typename Product::element element;
   constexpr int depth = Product::depth, tile_units = tile_columns / depth;
@@ -136,6 +146,7 @@ void keys(const mk::AttentionGradients& g, void* workspace, int64_t begin, int64
   const int64_t L = h.L, D = h.D;
   const Layout<Product> layout(L, D);
   const float root = 1 / __builtin_sqrtf((float)D), scale = log2e * root;
+  if (!in_range(h.lse, L)) return mk::out_of_range;
 
   Cursor cursor{(char*)workspace};
   unit* const q_columns = cursor.take(layout.by_column());
@@ -164,10 +175,15 @@ void keys(const mk::AttentionGradients& g, void* workspace, int64_t begin, int64
   for (int64_t t = L; t < layout.queries; ++t) lse[t] = delta[t] = 0;  // queries that do not exist
   memset(part, 0, layout.part() * sizeof *part);
   memset(k_transposed, 0, layout.transposed() * sizeof(unit));
+  const float longest_query = longest_column<Product>(q_columns, layout.queries, layout.units);
+  bool all_finite = true;
 
   for (int64_t key = begin; key < end; key += key_block) {
     const int64_t valid = end - key < key_block ? end - key : key_block, whole = round_up(valid, tile_rows);
     stage<Format, Product>({(const type*)h.k, h.k_stride, h.cos, h.sin}, key, key_block, end, D, k_rows);
+    if (!holds_scores(longest_query * longest_row<Product>((const unit*)k_rows, valid, layout.row_units))) {
+      return mk::out_of_range;
+    }
     stage<Format, Product>({(const type*)h.v, h.v_stride, nullptr, nullptr}, key, whole, end, D, v_rows);
     transpose<Product>(k_rows, layout.row_units * depth, D, k_transposed);
     memset(dk, 0, layout.gradient() * sizeof *dk);
@@ -214,19 +230,21 @@ void keys(const mk::AttentionGradients& g, void* workspace, int64_t begin, int64
       }
     }
 
-    store_rows<Format>(dk, layout.columns, valid, D, root, h.cos + key * D, h.sin + key * D,
-                       (type*)g.grad_k + key * h.out_stride, h.out_stride);
-    store_rows<Format>(dv, layout.columns, valid, D, 1, nullptr, nullptr, (type*)g.grad_v + key * h.out_stride,
-                       h.out_stride);
+    all_finite &= store_rows<Format>(dk, layout.columns, valid, D, root, h.cos + key * D, h.sin + key * D,
+                                     (type*)g.grad_k + key * h.out_stride, h.out_stride);
+    all_finite &= store_rows<Format>(dv, layout.columns, valid, D, 1, nullptr, nullptr,
+                                     (type*)g.grad_v + key * h.out_stride, h.out_stride);
   }
+  return all_finite ? mk::finite : mk::not_finite;
 }
 
 template <class Format, class Product>
-void queries(const mk::AttentionGradients& g, const float* part, int64_t parts) {
+mk::AttentionOutcome queries(const mk::AttentionGradients& g, const float* part, int64_t parts) {
   typedef typename Format::type type;
   alignas(64) float rows[tile_columns * mk::max_head_width];
   const mk::AttentionHead& h = g.head;
   const Layout<Product> layout(h.L, h.D);
+  bool all_finite = true;
   for (int64_t t = 0; t < h.L; t += tile_columns, part += layout.rows * tile_columns) {
     for (int64_t d = 0; d < h.D; ++d) {
       for (int j = 0; j < tile_columns; ++j) {
@@ -236,9 +254,10 @@ void queries(const mk::AttentionGradients& g, const float* part, int64_t parts) 
       }
     }
     const int64_t count = h.L - t < tile_columns ? h.L - t : tile_columns;
-    store_rows<Format>(rows, h.D, count, h.D, 1 / __builtin_sqrtf((float)h.D), h.cos + t * h.D, h.sin + t * h.D,
-                       (type*)g.grad_q + t * h.out_stride, h.out_stride);
+    all_finite &= store_rows<Format>(rows, h.D, count, h.D, 1 / __builtin_sqrtf((float)h.D), h.cos + t * h.D,
+                                     h.sin + t * h.D, (type*)g.grad_q + t * h.out_stride, h.out_stride);
   }
+  return all_finite ? mk::finite : mk::not_finite;
 }
 
 template <class Format, class Product>

@@ -1,9 +1,11 @@
 #include "expert_attention/expert_attention_cpu.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "common/cpu.h"
 #include "expert_attention/expert_attention.h"
+#include "expert_attention/wide_rows.h"
 
 MK_DECLARE_LOOPS(mk::AttentionForwardLoops, attention_forward_loops)
 MK_DECLARE_LOOPS(mk::AttentionBackwardLoops, attention_backward_loops)
@@ -68,7 +70,9 @@ MK_API int mk_expert_attention_fwd(const void* block, uint64_t nbytes) {
       const int64_t first = i % groups * mk::query_group, last = first + mk::query_group;
       const mk::AttentionHead h = head(a, i / groups);
       if (i == begin || first == 0) loops.pack(h, workspace);
-      loops.rows(h, workspace, first, last < a.L ? last : a.L);
+      int64_t wide[mk::query_group];
+      const int64_t num_wide = loops.rows(h, workspace, first, last < a.L ? last : a.L, wide);
+      if (num_wide > 0 && !mk::wide_forward(h, a.dtype, wide, num_wide)) failed = true;
     }
   });
   return failed ? mk::no_memory(function) : status;
@@ -89,8 +93,11 @@ MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
   const int64_t part_size = loops.part_size(a.L, a.D), head_size = parts * part_size * (int64_t)sizeof(float);
   // As many heads at a time as keeps the threads busy, and their parts in scratch memory that is worth keeping.
   const int64_t fitting = most_scratch / head_size, group = fitting < enough_tasks ? enough_tasks : fitting;
-  float* const partial = (float*)mk::workspace((group < heads ? group : heads) * head_size, mk::shared_slot);
+  const int64_t at_once = group < heads ? group : heads, num_outcomes = at_once * parts;
+  float* const partial =
+      (float*)mk::workspace(at_once * head_size + num_outcomes * sizeof(mk::AttentionOutcome), mk::shared_slot);
   if (!partial) return mk::no_memory(function);
+  mk::AttentionOutcome* const outcomes = (mk::AttentionOutcome*)((char*)partial + at_once * head_size);
 
   const auto gradients = [&](int64_t index) {
     const int64_t pair = index / a.H, offset = itemsize * (index % a.H) * a.D;
@@ -109,14 +116,23 @@ MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
       if (!workspace) failed = true;
       for (int64_t i = begin; workspace && i < end; ++i) {
         const int64_t key = i % parts * keys, last = key + keys < a.L ? key + keys : a.L;
-        loops.keys(gradients(first + i / parts), workspace, key, last, partial + i * part_size);
+        outcomes[i] = loops.keys(gradients(first + i / parts), workspace, key, last, partial + i * part_size);
       }
     });
     if (failed) return mk::no_memory(function);
     if (status) return status;
     status = mk::parallel_for(count, 1 + (1 << 20) / (part_size * parts), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) loops.queries(gradients(first + i), partial + i * parts * part_size, parts);
+      for (int64_t i = begin; i < end; ++i) {
+        const mk::AttentionGradients g = gradients(first + i);
+        mk::AttentionOutcome worst = *std::max_element(outcomes + i * parts, outcomes + (i + 1) * parts);
+        if (worst != mk::out_of_range) {
+          worst = std::max(worst, loops.queries(g, partial + i * parts * part_size, parts));
+        }
+        const bool wide = worst == mk::out_of_range || (worst == mk::not_finite && mk::inputs_are_finite(g, a.dtype));
+        if (wide && !mk::wide_backward(g, a.dtype)) failed = true;
+      }
     });
+    if (failed) return mk::no_memory(function);
     if (status) return status;
   }
   return MK_OK;

@@ -14,8 +14,8 @@ constexpr float log2e = 1.44269504f;
 // A query's scores become powers of 2 relative to a `shift`. If it were the largest score, finding that would cost a
 // pass over all of them; anything near it keeps powers and sums within the range of fp32. No shift is needed where
 // lengths of queries and keys bound the scores by `harmless`. Elsewhere a tile of keys is looked at, and all keys if a
-// sum of powers relative to their largest score is `too_large` after all.
-constexpr float harmless = 48, too_large = 0x1p64f;
+// sum of powers relative to their largest score is `too_large` after all, or `too_small` for powers times values.
+constexpr float harmless = 48, too_large = 0x1p64f, too_small = 0x1p-24f;
 
 // Where things lie in the workspace: keys, values, the length of the longest key; of a group of queries themselves,
 // their shifts, sums of powers (a vector each) and sums of values.
@@ -46,49 +46,6 @@ int64_t workspace_bytes(int64_t L, int64_t D) {
   return Layout<Product>(L, D).bytes();
 }
 
-inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
-
-inline float largest(vfloat v) {
-  float most = v[0];
-  for (int i = 1; i < lanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-}
-
-// The square of the length of the longest of the keys, whose number is a multiple of tile_columns.
-template <class Product>
-float longest_key(const unit* keys, int64_t count, int64_t units) {
-  vfloat most = {};
-  for (int64_t j = 0; j < count; j += tile_columns) {
-    vfloat squares[tile_vectors] = {};
-    for (int64_t k = 0; k < units; ++k, keys += tile_columns) {
-      MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
-        vuint v;
-        memcpy(&v, keys + n * lanes, sizeof v);
-        squares[n] = Product::add(v, v, squares[n]);
-      }
-    }
-    MK_UNROLL for (int n = 0; n < tile_vectors; ++n) most = larger(squares[n], most);
-  }
-  return largest(most);
-}
-
-// The same of queries.
-template <class Product>
-float longest_query(const unit* queries, int64_t count, int64_t row_units) {
-  float most = 0;
-  for (int64_t i = 0; i < count; ++i, queries += row_units) {
-    vfloat squares[1] = {};
-    for_lanes(row_units, [&](int64_t k, int count) __attribute__((always_inline)) {
-      vuint v = {};
-      memcpy(&v, queries + k, count * sizeof *queries);
-      squares[0] = Product::add(v, v, squares[0]);
-    });
-    const float square = total(squares);
-    most = square > most ? square : most;
-  }
-  return most;
-}
-
 template <class Format, class Product>
 void pack(const mk::AttentionHead& h, void* workspace) {
   typedef typename Format::type type;
@@ -97,7 +54,7 @@ void pack(const mk::AttentionHead& h, void* workspace) {
   pack_columns<Format, Product>({(const type*)h.k, h.k_stride, h.cos, h.sin}, h.L, layout.keys, h.D, memory);
   pack_depth<Format, Product>({(const type*)h.v, h.v_stride, nullptr, nullptr}, h.L, layout.keys, h.D,
                               memory + layout.values());
-  *(float*)(memory + layout.longest()) = longest_key<Product>(memory, layout.keys, layout.units);
+  *(float*)(memory + layout.longest()) = longest_column<Product>(memory, layout.keys, layout.units);
 }
 
 // The powers of a tile of scores, and for each of its queries their sum over the first `valid` keys. Not inlined:
@@ -189,7 +146,7 @@ void largest_scores(const Layout<Product>& layout, const unit* keys, int64_t cou
 }
 
 template <class Format, class Product>
-void rows(const mk::AttentionHead& h, void* workspace, int64_t first, int64_t end) {
+int64_t rows(const mk::AttentionHead& h, void* workspace, int64_t first, int64_t end, int64_t* wide) {
   typedef typename Format::type type;
   typedef typename Product::element element;
   const Layout<Product> layout(h.L, h.D);
@@ -200,29 +157,46 @@ void rows(const mk::AttentionHead& h, void* workspace, int64_t first, int64_t en
   const float* const out = (const float*)(memory + layout.out());
   const float longest = *(const float*)(memory + layout.longest()), scale = log2e / __builtin_sqrtf((float)h.D);
   const int64_t count = end - first, whole = round_up(count, tile_rows);
+  int64_t num_wide = 0;
 
   stage<Format, Product>({(const type*)h.q, h.q_stride, h.cos, h.sin}, first, whole, end, h.D, (element*)queries);
-  const float squares = longest_query<Product>(queries, count, layout.row_units) * longest;
-  const bool is_harmless = squares * scale * scale <= harmless * harmless;
+  const float squares = longest_row<Product>(queries, count, layout.row_units) * longest;
+  if (!holds_scores(squares)) {
+    for (int64_t i = first; i < end; ++i) wide[num_wide++] = i;
+    return num_wide;
+  }
+  const float bound = squares * scale * scale;
+  const bool bounded = bound <= mk::largest_lse * mk::largest_lse;
   bool done = false;
-  for (int64_t seen = is_harmless ? 0 : least(tile_columns, h.L); !done; seen = h.L) {
+  for (int64_t seen = bound <= harmless * harmless ? 0 : least(tile_columns, h.L); !done; seen = h.L) {
     memset(shifts, 0, whole * sizeof *shifts);
     for (int64_t i = 0; seen > 0 && i < whole; i += tile_rows) {
       largest_scores(layout, memory, seen, queries + i * layout.row_units, scale, shifts + i);
     }
     attend_all(h, layout, memory, count);
     done = true;
-    for (int64_t i = 0; seen < h.L && i < count; ++i) done &= !(total({sums[i]}) > too_large);
+    for (int64_t i = 0; seen < h.L && i < count; ++i) {
+      const float sum = total({sums[i]});
+      done &= !(sum > too_large || sum < too_small);
+    }
   }
 
   for (int64_t i = 0; i < count; ++i) {
     const float sum = total({sums[i]});
     type* const dst = (type*)h.out + (first + i) * h.out_stride;
+    vfloat zeros[1] = {};
     for_lanes(h.D, [&](int64_t d, int count) __attribute__((always_inline)) {
-      store<Format>(dst + d, count, load(out + i * layout.columns + d) / sum);
+      const vfloat v = load(out + i * layout.columns + d);
+      zeros[0] += v * 0;
+      store<Format>(dst + d, count, v / sum);
     });
-    h.lse[first + i] = shifts[i] + __builtin_log2f(sum);
+    const float lse = shifts[i] + __builtin_log2f(sum);
+    h.lse[first + i] = lse;
+    // Scores that are bounded have a log-sum-exp within the range, or are NaN because an input is.
+    const bool in_range = __builtin_fabsf(lse) <= mk::largest_lse;
+    if (in_range ? total(zeros) != 0 : !bounded) wide[num_wide++] = first + i;
   }
+  return num_wide;
 }
 
 template <class Format, class Product>

@@ -78,4 +78,51 @@ void pack_depth(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, uni
   }
 }
 
+inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+
+inline float largest(vfloat v) {
+  float most = v[0];
+  for (int i = 1; i < lanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+// The square of the length of the longest of tokens that were packed as columns, whose number is a multiple of
+// tile_columns; NaN counts as 0.
+template <class Product>
+float longest_column(const unit* tokens, int64_t count, int64_t units) {
+  vfloat most = {};
+  for (int64_t j = 0; j < count; j += tile_columns) {
+    vfloat squares[tile_vectors] = {};
+    for (int64_t k = 0; k < units; ++k, tokens += tile_columns) {
+      MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
+        vuint v;
+        memcpy(&v, tokens + n * lanes, sizeof v);
+        squares[n] = Product::add(v, v, squares[n]);
+      }
+    }
+    MK_UNROLL for (int n = 0; n < tile_vectors; ++n) most = larger(squares[n], most);
+  }
+  return largest(most);
+}
+
+// The same of rows.
+template <class Product>
+float longest_row(const unit* tokens, int64_t count, int64_t row_units) {
+  float most = 0;
+  for (int64_t i = 0; i < count; ++i, tokens += row_units) {
+    vfloat squares[1] = {};
+    for_lanes(row_units, [&](int64_t k, int count) __attribute__((always_inline)) {
+      vuint v = {};
+      memcpy(&v, tokens + k, count * sizeof *tokens);
+      squares[0] = Product::add(v, v, squares[0]);
+    });
+    const float square = total(squares);
+    most = square > most ? square : most;
+  }
+  return most;
+}
+
+// Whether no sum on the way to a score overflows, given the product of the squares of a query's and a key's length.
+inline bool holds_scores(float squares) { return squares <= __FLT_MAX__; }
+
 }  // namespace

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CLIPVisionModel, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
 
 from mova_kernels.ops import feature_resample
 
@@ -78,6 +81,20 @@ class VisionEncoder(nn.Module):
             pixels = F.interpolate(pixels.float(), size=size, mode=expert.resize).to(pixels.dtype)
         tokens = self._tokens(pixels.to(dtype))
         return feature_resample(tokens, expert.native_grid, expert.grid)
+
+    def blank(self) -> Tensor:
+        """(1, 3, S, S) or (1, T, 2 + 3 p p), a prepared image of zeros."""
+        return torch.zeros(1, *self._pixels_shape())
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """What CLIP has behind the hidden state that is the expert's: it never gets a gradient."""
+        if self.expert.layer is None or not isinstance(self.backbone, CLIPVisionModel):
+            return []
+        names = [name for name, _ in self.backbone.named_modules()]
+        layers = [name for name in names if re.fullmatch(r"(.*\.)?encoder\.layers\.\d+", name)]
+        used = range(len(layers) + 1)[self.expert.layer]
+        behind = [*layers[used:], *(name for name in names if name.split(".")[-1] == "post_layernorm")]
+        return [p for name in behind for p in self.backbone.get_submodule(name).parameters()]
 
     def _pixels_shape(self) -> tuple[int, ...]:
         size, (h, w) = self.expert.image_size, self.expert.grid
@@ -206,18 +223,30 @@ def _from_pretrained(
     options: dict[str, Any] = {}
     if "add_pooling_layer" in inspect.signature(type(skeleton).__init__).parameters:
         options["add_pooling_layer"] = skeleton.pooler is not None
-    model, info = type(skeleton).from_pretrained(
-        None,
-        config=skeleton.config,
-        state_dict=dict(state),
-        dtype=dtype or "auto",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **options,
-    )
+    with _without_zero3():
+        model, info = type(skeleton).from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=dict(state),
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     wrong = [f"{key} {tuple(found)} instead of {tuple(own)}" for key, found, own in info["mismatched_keys"]]
     check_weights(f"{expert.name} at its sizes", info["missing_keys"], info["unexpected_keys"], wrong)
     return model
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Inside, transformers loads as if DeepSpeed were not there: no engine gathers the weights of an expert."""
+    set_by_user = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = set_by_user
 
 
 def check_config(expert: VisionExpert, sizes: Mapping[str, Any], directory: Path) -> None:

@@ -115,11 +115,23 @@ def test_letters_are_not_escaped(mova, saved_model):
     assert '"Où?"' in out
 
 
-def test_lines_of_a_file_into_a_file(answer, tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(lines(asked(), asked(experts=["sam"])))
+def test_lines_of_a_file_into_a_file(answer, folder, tmp_path):
+    image = str(folder / "good.png")
+    (tmp_path / "in.jsonl").write_bytes(lines(asked(image=image), asked(image=image, experts=["sam"])))
     code, out, _ = answer("--jsonl", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--experts", "none")
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert code == 0 and out == [] and [line["experts"] for line in written] == [[], ["sam"]]
+
+
+def test_images_of_a_file_are_relative_to_it(answer, folder, tmp_path):
+    (tmp_path / "deep").mkdir()
+    shutil.copy(folder / "grey.png", tmp_path / "deep" / "near.png")
+    items = [asked(image=image, experts=[]) for image in ("near.png", str(folder / "good.png"), "good.png")]
+    (tmp_path / "deep" / "in.jsonl").write_bytes(lines(*items))
+    code, out, _ = answer("--jsonl", tmp_path / "deep" / "in.jsonl")
+    assert code == cli.SOME_FAILED and [line["image"] for line in out] == [item["image"] for item in items]
+    assert ["error" in line for line in out] == [False, False, True]
+    assert str(tmp_path / "deep" / "good.png") in out[2]["error"]
 
 
 def test_all_experts_by_one_word(answer):
@@ -168,6 +180,9 @@ def test_route_draws_a_figure(mova, saved_model, tmp_path, suffix, start):
         (asked(image="words.png"), "words.png"),
         (asked(image="folder.png"), "directory"),
         (asked(image="absent.png"), "must be a file that exists"),
+        (asked(image="https://host/a.png"), "image must be a file of this machine, so download it first"),
+        (asked(image="s3://bucket/a.png"), "so download it first"),
+        (asked(image="data:image/png;base64,QUJD"), "so download it first"),
         (asked(question=" "), "question must be a string that is not empty"),
         (asked(question=None), "question must be a string that is not empty"),
         (asked(question="<image>"), "question must not contain <image>"),
@@ -185,7 +200,7 @@ def test_a_bad_item_has_its_error_and_the_others_their_answers(answer, bad, mess
     assert err == 'mova: 1 of 3 failed, see "error" in their lines\n'
 
 
-@pytest.mark.parametrize("bad", [b'{"image":', b"[1]", b'{"image": "\xff"}'])
+@pytest.mark.parametrize("bad", [b'{"image":', b"[1]", b'{"image": "\xff"}', b"[" * 100_000])
 def test_a_line_that_cannot_be_read_has_its_number(answer, bad):
     good = lines(asked(experts=[]))
     code, out, _ = answer("--jsonl", "-", stdin=b"\n".join([good, b"", bad, good]))
@@ -214,10 +229,96 @@ def test_a_broken_expert_is_named_before_any_item_is_answered(answer, saved_mode
     assert "experts/vary/model.safetensors" in err and "Traceback" not in err
 
 
-def test_a_bug_keeps_its_traceback(saved_model, folder, monkeypatch):
-    monkeypatch.setattr(MoVAPipeline, "answer", lambda *_, **__: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size"):
-        cli.main(["answer", "--model", str(saved_model), "--image", str(folder / "good.png"), "--question", "What?"])
+@pytest.fixture
+def fails(monkeypatch):
+    """Let ``pipeline.answer`` raise this where a question is "bad?"; returns the batches that it was given."""
+
+    def fail(error):
+        answer, batches = MoVAPipeline.answer, []
+
+        def instead(self, images, questions, **arguments):
+            batches.append(list(questions))
+            if "bad?" in questions:
+                raise error
+            return answer(self, images, questions, **arguments)
+
+        monkeypatch.setattr(MoVAPipeline, "answer", instead)
+        return batches
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB"), "out of memory: .* Tried to allocate"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"), "out of memory: .*DefaultCPUAllocator"),
+        (MemoryError(), "out of memory: .*MemoryError"),
+        (IndexError("index out of range in self"), "IndexError: index out of range in self"),
+        (ValueError("too long"), "too long"),
+    ],
+)
+def test_one_bad_question_of_eight_costs_no_other(answer, fails, error, reason):
+    batches = fails(error)
+    items = [asked(question="bad?" if i == 5 else f"{i}?", experts=[]) for i in range(8)]
+    code, out, _ = answer("--jsonl", "-", stdin=lines(*items))
+    assert code == cli.SOME_FAILED and [i for i, line in enumerate(out) if "answer" not in line] == [5]
+    assert re.fullmatch(f"{reason}.*", out[5]["error"]) and "\n" not in out[5]["error"]
+    assert [len(batch) for batch in batches] == [8, 4, 4, 2, 1, 1, 2]  # in halves
+
+
+def test_a_lack_of_memory_gives_the_kept_features_back(answer, fails, monkeypatch):
+    cleared = []
+    monkeypatch.setattr(MoVAPipeline, "clear", lambda self: cleared.append(len(self.cache)))
+    fails(MemoryError())
+    answer("--jsonl", "-", "--batch-size", 1, stdin=lines(asked(experts=[]), asked(question="bad?", experts=[])))
+    assert cleared == [1]
+
+
+def test_the_traceback_of_a_bug_is_on_standard_error(answer, fails):
+    fails(ZeroDivisionError("of the test"))
+    code, (line,), err = answer("--image", "good.png", "--question", "bad?")
+    assert code == cli.SOME_FAILED and line["error"] == "ZeroDivisionError: of the test"
+    assert err.startswith("Traceback") and "in instead" in err
+
+
+def test_an_interrupt_is_no_error_of_a_line(answer, fails):
+    fails(KeyboardInterrupt())
+    code, out, _ = answer("--jsonl", "-", stdin=lines(asked(question="bad?"), asked()))
+    assert (code, out) == (cli.INTERRUPTED, [])
+
+
+def test_a_route_that_fails_costs_no_other(mova, saved_model, monkeypatch):
+    route = MoVAPipeline.route
+
+    def instead(self, images, questions):
+        if "bad?" in questions:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return route(self, images, questions)
+
+    monkeypatch.setattr(MoVAPipeline, "route", instead)
+    stdin = lines(asked(), asked(question="bad?"), asked())
+    code, out, _ = mova("route", "--model", saved_model, "--jsonl", "-", stdin=stdin)
+    assert code == cli.SOME_FAILED
+    assert ["error" in json.loads(line) for line in out.splitlines()] == [False, True, False]
+
+
+def test_a_failed_batch_leaves_nothing_behind(answer, saved_model, monkeypatch):
+    """The first batch fails in the midst of its second pass; the answers are those of a run without it."""
+    good = [asked(question="A?", experts=["sam"]), asked(question="B?", experts=["vary"])]
+    _, expected, _ = answer("--jsonl", "-", stdin=lines(*good))
+    generate, calls = MoVAPipeline._generate, []
+
+    def once(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert not any(module._forward_pre_hooks for module in self.model.adapter.modules())
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(MoVAPipeline, "_generate", once)
+    code, found, _ = answer("--jsonl", "-", stdin=lines(*good))
+    assert code == 0 and found == expected and len(calls) == 3
 
 
 # What cannot be done at all: one message, before the work.
@@ -230,6 +331,12 @@ def test_a_bug_keeps_its_traceback(saved_model, folder, monkeypatch):
         (["--image", "good.png"], "question must be given"),
         (["--image", "a", "--image", "b", "--image", "c", "--question", "A?", "--question", "B?"], "must be 1 or 3"),
         (["--image", "good.png", "--question", "What?", "--jsonl", "-"], "jsonl must be without"),
+        (["--image", "http://host/a.png", "--question", "What?"], "so download it first, got 'http://host/a.png'"),
+        (["--image", "*.tiff", "--question", "What?"], "no file matches this pattern"),
+        (["--image", "good.png", "grey.png", "--question", "What?"], "--image must have one word: quote what"),
+        (["--image=good.png", "grey.png", "--question", "What?"], "--image must have one word"),
+        (["--image", "good.png", "--question", "What", "is", "it?"], "--question must have one word"),
+        (["--jsonl", "a.jsonl", "b.jsonl"], "got 'b.jsonl'"),
         (["--jsonl", "absent.jsonl"], "absent.jsonl"),
         (["--jsonl", "-", "--output", "absent/out.jsonl"], "output must be a file in a directory that exists"),
         (["--jsonl", "-", "--batch-size", "0"], "batch-size must be at least 1"),
@@ -242,6 +349,17 @@ def test_a_bug_keeps_its_traceback(saved_model, folder, monkeypatch):
 def test_bad_arguments(answer, args, message):
     code, out, err = answer(*args)
     assert code == cli.FAILED and out == [] and message in err
+
+
+def test_words_without_an_option(mova):
+    code, _, err = mova("answer", "good.png", "grey.png")
+    assert code == cli.FAILED and "answer must have options alone: quote what has spaces" in err
+
+
+def test_a_file_may_have_a_name_like_a_pattern(answer, folder, tmp_path):
+    shutil.copy(folder / "good.png", tmp_path / "a[1]?.png")
+    code, _, _ = answer("--image", tmp_path / "a[1]?.png", "--question", "What?", "--experts", "none")
+    assert code == 0
 
 
 def test_a_figure_of_another_kind_is_refused(mova, saved_model):

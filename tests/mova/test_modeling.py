@@ -366,55 +366,6 @@ def test_an_expert_of_ones_own_in_the_whole_model(tmp_path, monkeypatch):
     assert torch.equal(loaded.fuse(images, questions, [["edges"], ["edges", "sam"]]).tokens, expected.tokens)
 
 
-# The routing LoRA.
-
-
-@pytest.fixture
-def with_lora(tmp_path):
-    from peft import LoraConfig
-
-    pipeline = small_model()
-    torch.manual_seed(0)
-    pipeline.model.add_routing_lora(LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-    return pipeline
-
-
-def test_the_routing_lora_acts_in_the_routing_pass_alone(with_lora):
-    plain, model = small_model(), with_lora.model
-    inputs = inputs_for(with_lora)
-    expected = plain.model(**inputs).logits
-    assert torch.equal(model(**inputs).logits, expected)
-    with model.routing_pass():
-        assert (model(**inputs).logits - expected).abs().max() > 1e-3
-    assert torch.equal(model(**inputs).logits, expected)
-
-
-def test_the_pipelines_router_has_the_lora_and_its_answer_has_not(with_lora, monkeypatch):
-    active = []
-    generate = MoVAForConditionalGeneration.generate
-
-    def record(self, *args, **kwargs):
-        layer = self.language_model.model.layers[0].self_attn.q_proj
-        active.append(not layer.disable_adapters)
-        return generate(self, *args, **kwargs)
-
-    monkeypatch.setattr(MoVAForConditionalGeneration, "generate", record)
-    with pytest.warns(UserWarning, match="names no expert"):
-        with_lora.answer([pictures()[0].image], ["What?"], max_new_tokens=1)
-    assert active == [True, False]
-
-
-def test_the_routing_lora_is_saved_beside_the_model_and_found_again(with_lora, tmp_path):
-    model = with_lora.model
-    model.save_pretrained(tmp_path)
-    assert not any("lora" in key or "base_layer" in key for key in load_file(tmp_path / "model.safetensors"))
-    loaded = MoVAForConditionalGeneration.from_pretrained(tmp_path)
-    inputs = inputs_for(with_lora)
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    with loaded.routing_pass(), model.routing_pass():
-        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-
-
 # The config.
 
 

@@ -318,7 +318,7 @@ def test_bad_arguments_of_cpp() -> None:
     if _native.cpu_reason() is not None:
         pytest.skip(str(_native.cpu_reason()))
     with pytest.raises(ValueError, match="must have 88 bytes, got 80"):
-        _native.function("mk_gated_combine_fwd", "4Q4q2d")(*[0] * 8, 0.0, 0.0)
+        _native.function("mk_gated_combine_fwd", "4Q4q2d")(*[None] * 4, *[0] * 4, 0.0, 0.0)
     with pytest.raises(ValueError, match=r"I must be in \[1, 8192\], got 8193"):
         native_impl._weigh(*[torch.zeros(1, 8193)] * 3, 0.0, torch.zeros(1, 8193), 0.0)
     with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):

@@ -393,7 +393,7 @@ def test_bad_arguments_of_cpp() -> None:
     if _native.cpu_reason() is not None:
         pytest.skip(str(_native.cpu_reason()))
     with pytest.raises(ValueError, match="must have 48 bytes, got 40"):
-        _native.function("mk_ragged_linear_sum", "2Q3q")(*[0] * 5)
+        _native.function("mk_ragged_linear_sum", "2Q3q")(*[None] * 2, *[0] * 3)
     with pytest.raises(ValueError, match=r"C must be in \[0, .*\], got -1"):
         native_impl._sum(0, 0, 1, -1, 1, 0)
     with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):

@@ -106,7 +106,7 @@ def test_opcheck_of_rope2d() -> None:
 
 def test_bad_arguments_of_rope2d() -> None:
     with pytest.raises(ValueError, match="mk_rope2d: the argument block must have 104 bytes, got 96"):
-        _native.function("mk_rope2d", "4Q8q")(*[0] * 12)
+        _native.function("mk_rope2d", "4Q8q")(*[None] * 4, *[0] * 8)
     x, tables = torch.zeros(1, 9, 2, 8), rope2d_table(3, 8)
     with pytest.raises(ValueError, match=r"mk_rope2d: dtype must be in \[0, 1\], got 2"):
         rope_native.rotated(x.half(), *tables, False)

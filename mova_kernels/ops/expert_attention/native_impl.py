@@ -24,9 +24,8 @@ def forward(
     out = _native.empty(q, *q.shape)
     lse = q.new_empty((num_pairs, num_heads, length), dtype=torch.float32)
     out[used:], lse[used:] = 0, 0
-    tensors = (q, k, v, cos.contiguous(), sin.contiguous(), out, lse)
     _fwd(
-        *(t.data_ptr() for t in tensors),
+        q, k, v, cos.contiguous(), sin.contiguous(), out, lse,
         used, length, num_heads, width // num_heads, *_strides(q, k, v), _native.DTYPES[q.dtype],
     )  # fmt: skip
     return out, lse
@@ -43,9 +42,8 @@ def backward(
     grads = _native.empty(q, *q.shape), _native.empty(q, *q.shape), _native.empty(q, *q.shape)
     for g in grads:
         g[used:] = 0
-    tensors = (grad, q, k, v, out.contiguous(), lse.contiguous(), cos.contiguous(), sin.contiguous(), *grads)
     _bwd(
-        *(t.data_ptr() for t in tensors),
+        grad, q, k, v, out.contiguous(), lse.contiguous(), cos.contiguous(), sin.contiguous(), *grads,
         used, length, num_heads, width // num_heads, *_strides(grad, q, k, v), _native.DTYPES[q.dtype],
     )  # fmt: skip
     return grads

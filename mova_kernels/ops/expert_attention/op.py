@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ... import _native, _triton, backends
-from ..._checks import check, check_floats, check_like, check_tensor
+from ..._checks import check, check_device, check_floats, check_like, check_tensor
+from ..._gradients import differentiable_again, need_reference, of_reference
 from ..._library import define
+from ..._plain import transformed
 from . import native_impl, reference
 
 TRITON_WIDTHS = (32, 64, 128)  # head widths D
@@ -56,13 +58,18 @@ def expert_attention(
     check(num_heads >= 1 and q.shape[2] % num_heads == 0, "num_heads", f"must divide {q.shape[2]}", num_heads)
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, (q.shape[1], q.shape[2] // num_heads))
+        check_device(name, table, "q", q)
     if count is not None:
         check_tensor("count", count, (1,))
         check(count.dtype == torch.int64, "count", "must be int64", count.dtype, TypeError)
-        check(count.device == q.device, "count", f"must be on q's {q.device}", count.device)
-    backend = _choose(backend, q, num_heads)
+        check_device("count", count, "q", q)
+    tensors = (q, k, v, cos, sin)
+    backend = _choose(backend, q, num_heads, tensors)
     if backend == "reference":
-        return reference.expert_attention(q, k, v, cos, sin, num_heads)
+        if transformed(tensors):
+            return reference.expert_attention(*tensors, num_heads, stored=True)
+        out = reference.expert_attention(*tensors, num_heads)
+        return differentiable_again(out, lambda *t: [reference.expert_attention(*t, num_heads, stored=True)], *tensors)  # type: ignore[call-arg, misc]
     k, v = k.to(q.dtype), v.to(q.dtype)  # autocast lets them differ
     cos, sin = cos.float(), sin.float()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -70,12 +77,12 @@ def expert_attention(
     return _fwd(q, k, v, cos, sin, num_heads, count, backend)[0]
 
 
-def _choose(backend: str | None, q: Tensor, num_heads: int) -> str:
+def _choose(backend: str | None, q: Tensor, num_heads: int, tensors: tuple[Tensor, ...] | None = None) -> str:
     width = q.shape[2] // num_heads
     unfit = {} if width in TRITON_WIDTHS else {"triton": f"it takes head widths 32, 64 and 128, not {width}"}
     if width not in CPU_WIDTHS:
         unfit["cpu"] = f"it takes even head widths up to {CPU_WIDTHS[-1]}, not {width}"
-    return backends.choose("expert_attention", backend, q.device, q.dtype, unfit)
+    return backends.choose("expert_attention", backend, q.device, q.dtype, unfit, tensors)
 
 
 def _implementation(backend: str, q: Tensor, num_heads: int):
@@ -136,9 +143,12 @@ class _ExpertAttention(torch.autograd.Function):
         ctx.arguments = (num_heads, backend)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         q, k, v, out, lse, cos, sin, count = ctx.saved_tensors
         num_heads, backend = ctx.arguments
+        if need_reference([grad]):
+            function = lambda *t: [reference.expert_attention(*t, cos, sin, num_heads, stored=True)]  # type: ignore[call-arg, misc]  # noqa: E731
+            found = of_reference(function, (q, k, v), ctx.needs_input_grad[:3], [grad])
+            return *found, None, None, None, None, None
         grads = _bwd(grad, q, k, v, out, lse, cos, sin, num_heads, count, backend)
         return *grads, None, None, None, None, None

@@ -18,7 +18,7 @@ def forward(logits: Tensor, selected: Tensor, topk: int) -> tuple[Tensor, Tensor
     weights = logits.new_empty(logits.shape, dtype=torch.float32)
     kept = logits.new_empty(logits.shape, dtype=torch.bool)
     _fwd(
-        logits.data_ptr(), selected.data_ptr(), weights.data_ptr(), kept.data_ptr(),
+        logits, selected, weights, kept,
         *logits.shape, *logits.stride(), *selected.stride(), topk, _native.DTYPES[logits.dtype],
     )  # fmt: skip
     return weights, kept
@@ -28,7 +28,7 @@ def backward(grad: Tensor, logits: Tensor, kept: Tensor) -> Tensor:
     """Gradient of the weights (B, N) -> gradient of the logits (B, N), contiguous."""
     grad_logits = logits.new_empty(logits.shape)
     _bwd(
-        grad.data_ptr(), logits.data_ptr(), kept.data_ptr(), grad_logits.data_ptr(),
+        grad, logits, kept, grad_logits,
         *logits.shape, *grad.stride(), *logits.stride(), *kept.stride(), _native.DTYPES[logits.dtype],
     )  # fmt: skip
     return grad_logits

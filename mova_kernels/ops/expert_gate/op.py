@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import _native, _triton, backends
-from ..._checks import check, check_floats, check_tensor
+from ..._checks import check, check_device, check_floats, check_tensor
+from ..._gradients import need_reference, of_reference
 from ..._library import define
 from . import native_impl, reference
 
@@ -40,9 +41,9 @@ def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | N
     check_floats("logits", logits, ("B", "N"))
     check_tensor("selected", selected, tuple(logits.shape))
     check(selected.dtype == torch.bool, "selected", "must be bool", selected.dtype, TypeError)
-    check(selected.device == logits.device, "selected", f"must be on logits' {logits.device}", selected.device)
+    check_device("selected", selected, "logits", logits)
     check(topk >= 1, "topk", "must be at least 1", topk)
-    backend = _choose(backend, logits)
+    backend = _choose(backend, logits, (logits, selected))
     if backend == "reference":
         return reference.expert_gate(logits, selected, topk)
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -50,10 +51,10 @@ def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | N
     return _fwd(logits, selected, topk, backend)
 
 
-def _choose(backend: str | None, logits: Tensor) -> str:
+def _choose(backend: str | None, logits: Tensor, tensors: tuple[Tensor, ...] | None = None) -> str:
     experts = logits.shape[1]
     unfit = {b: f"it takes N up to {most}, not {experts}" for b, most in MOST.items() if experts > most}
-    return backends.choose("expert_gate", backend, logits.device, logits.dtype, unfit)
+    return backends.choose("expert_gate", backend, logits.device, logits.dtype, unfit, tensors)
 
 
 def _implementation(backend: str, logits: Tensor):
@@ -109,6 +110,9 @@ class _ExpertGate(torch.autograd.Function):
         ctx.save_for_backward(logits, kept)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        return _bwd(grad, *ctx.saved_tensors, ctx.backend), None, None, None
+        logits, kept = ctx.saved_tensors
+        if need_reference([grad]):  # the softmax over those that were kept, however many
+            function = lambda logits: [reference.expert_gate(logits, kept, logits.shape[1])[0]]  # noqa: E731
+            return *of_reference(function, [logits], [True], [grad]), None, None, None
+        return _bwd(grad, logits, kept, ctx.backend), None, None, None

@@ -13,7 +13,8 @@ def expert_gate(logits: Tensor, selected: Tensor, topk: int) -> tuple[Tensor, Te
     # equal numbers, of which fp32 leaves only noise.
     logits = torch.where(selected, logits.double(), -torch.inf)
     best = logits.topk(min(topk, logits.shape[1]), dim=1).indices
-    kept = selected & torch.zeros_like(selected).scatter(1, best, True)
+    experts = torch.arange(logits.shape[1], device=logits.device)
+    kept = selected & (best[:, :, None] == experts).any(1)
     # Softmax over the kept logits; a row without any would be NaN, so it gets zeros to work on and zeros as its result.
     logits = torch.where(kept, logits, torch.where(kept.any(1, keepdim=True), -torch.inf, 0.0))
     return torch.where(kept, logits.softmax(1), 0).to(dtype), kept

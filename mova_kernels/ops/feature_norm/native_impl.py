@@ -49,9 +49,8 @@ def centred(
     m = x.shape[0] if rows is None else rows.shape[0]
     n = x.new_empty(m, *x.shape[1:])
     rstd = x.new_empty((m, out_size[0] * out_size[1]), dtype=torch.float32)
-    pointers = (t.data_ptr() for t in (n, rstd))
     _centre(
-        x.data_ptr(), _pointer(rows), *pointers,
+        x, rows, n, rstd,
         m, *in_size, *out_size, x.shape[2], *x.stride()[:2], eps, _native.DTYPES[x.dtype],
     )  # fmt: skip
     return n, rstd
@@ -66,7 +65,7 @@ def _forward(
     m, tokens, channels = y.shape
     rstd = y.new_empty((m, tokens), dtype=torch.float32)
     _fwd(
-        x.data_ptr(), _pointer(rows), y.data_ptr(), rstd.data_ptr(),
+        x, rows, y, rstd,
         m, *in_size, *out_size, channels, *x.stride()[:2], eps, _native.DTYPES[x.dtype],
     )  # fmt: skip
     return y, rstd
@@ -79,7 +78,7 @@ def _backward(
     y, rstd = y.contiguous(), rstd.contiguous()
     resampled = torch.empty_like(y)  # its gradient, rounded to the dtype as in torch
     _bwd(
-        grad.data_ptr(), _pointer(rows), y.data_ptr(), rstd.data_ptr(), resampled.data_ptr(),
+        grad, rows, y, rstd, resampled,
         *y.shape, *grad.stride()[:2], _native.DTYPES[y.dtype],
     )  # fmt: skip
     found = resampled if in_size == out_size else feature_resample.cpu_backward(resampled, in_size, out_size)
@@ -93,7 +92,3 @@ def _grids(sizes: Sequence[int]) -> tuple[list[list[int]], list[int]]:
     """The experts' grids and the base grid."""
     *grids, out_size = ([h, w] for h, w in zip(sizes[::2], sizes[1::2], strict=True))
     return grids, out_size
-
-
-def _pointer(rows: Tensor | None) -> int:
-    return 0 if rows is None else rows.data_ptr()

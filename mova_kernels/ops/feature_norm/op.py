@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from ... import _native, _triton, backends
-from ..._checks import check, check_floats, check_tensor
-from ..._library import define, functorch_active
+from ..._checks import check, check_device, check_floats, check_tensor
+from ..._gradients import need_reference, of_reference
+from ..._library import define
+from ..._plain import is_plain, only_reference
 from ..feature_resample import feature_resample
+from ..feature_resample.reference import feature_resample as reference_resample
 from . import native_impl, reference
 
 WIDTH = {"triton": 4096, "cpu": 8192}  # the widest features
@@ -65,13 +68,13 @@ def feature_norm(
         name, first = f"features[{e}]", features[0]
         check_floats(name, x, ("R", size[0] * size[1], "C"))
         check(x.dtype == first.dtype, name, f"must have features[0]'s {first.dtype}", x.dtype)
-        check(x.device == first.device, name, f"must be on features[0]'s {first.device}", x.device)
+        check_device(name, x, "features[0]", first)
         if r is not None:
             check_tensor(f"rows[{e}]", r, ("M",))
             check(r.dtype == torch.int64, f"rows[{e}]", "must be int64", r.dtype, TypeError)
-            check(r.device == x.device, f"rows[{e}]", f"must be on the features' {x.device}", r.device)
+            check_device(f"rows[{e}]", r, "the features", x)
     sizes = [side for size in (*in_sizes, out_size) for side in size]
-    chosen = _choose(backend, features, sizes)
+    chosen = _choose(backend, features, sizes, features)
     if chosen == "reference":
         sources = zip(features, in_sizes, rows, strict=True)
         # What was asked of feature_norm is asked of its part: backend="reference" means both.
@@ -104,9 +107,11 @@ def centred_features(
     check_floats("x", x, ("R", in_size[0] * in_size[1], "C"))
     if rows is not None:
         check_tensor("rows", rows, ("M",))
+        check_device("rows", rows, "x", x)
         check(bool(((rows >= 0) & (rows < x.shape[0])).all()), "rows", f"must be from 0 to {x.shape[0] - 1}", rows)
-    _choose("cpu", [x], [*in_size, *out_size])
-    return CentredFeatures(*native_impl.centred(x.detach(), rows, in_size, out_size, eps), in_size, out_size)
+    sizes = [*in_size, *out_size]
+    _choose("cpu", [x], sizes, [x])
+    return CentredFeatures(*_centre(x.detach(), rows, sizes, eps), in_size, out_size)  # type: ignore[call-arg]
 
 
 def resamples_later(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, int]) -> bool:
@@ -116,23 +121,21 @@ def resamples_later(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, in
     product of 64 (benchmarks/ops/bench_ragged_linear.py), whatever the number of outputs.
     """
     tokens, length = in_size[0] * in_size[1], out_size[0] * out_size[1]
-    plain = type(x) is Tensor and x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad)
-    if (
-        not plain
-        or torch.compiler.is_compiling()
-        or functorch_active()
-        or (length - tokens) * x.shape[2] <= 64 * length
-    ):
+    if torch.compiler.is_compiling() or not is_plain(x) or (length - tokens) * x.shape[2] <= 64 * length:
+        return False
+    if (torch.is_grad_enabled() and x.requires_grad) or only_reference((x,)):
         return False
     return _choose(None, [x], [*in_size, *out_size]) == "cpu"
 
 
-def _choose(backend: str | None, features: Sequence[Tensor], sizes: Sequence[int]) -> str:
+def _choose(
+    backend: str | None, features: Sequence[Tensor], sizes: Sequence[int], tensors: Sequence[Tensor] | None = None
+) -> str:
     width, axis = max(x.shape[2] for x in features), max(sizes)
     unfit = {b: f"it takes up to {most} channels, not {width}" for b, most in WIDTH.items() if width > most}
     if axis > AXIS:
         unfit = dict.fromkeys(WIDTH, f"it takes grids of up to {AXIS} per side, not {axis}")
-    return backends.choose("feature_norm", backend, features[0].device, features[0].dtype, unfit)
+    return backends.choose("feature_norm", backend, features[0].device, features[0].dtype, unfit, tensors)
 
 
 def _implementation(backend: str, features: Sequence[Tensor], sizes: Sequence[int]):
@@ -168,12 +171,27 @@ def _backward_fake(grads, results, rstds, rows, num_rows, sizes, backend):
     return [y.new_empty((r, t, y.shape[2])) for y, r, t in zip(results, num_rows, tokens, strict=True)]
 
 
+def _centring_kernel(x, rows, sizes, eps):
+    return native_impl.centred(x, rows, sizes[:2], sizes[2:], eps)
+
+
+def _centring_fake(x, rows, sizes, eps):
+    m = x.shape[0] if rows is None else rows.shape[0]
+    return x.new_empty((m, *x.shape[1:])), x.new_empty((m, sizes[2] * sizes[3]), dtype=torch.float32)
+
+
 # ``sizes`` is h_0, w_0, h_1, w_1, ..., H, W.
 _fwd = define(
     "feature_norm_fwd",
     "(Tensor[] features, Tensor?[] rows, SymInt[] sizes, float eps, str backend) -> (Tensor[], Tensor[])",
     _forward_kernel,
     _forward_fake,
+)
+_centre = define(
+    "feature_norm_centre",
+    "(Tensor x, Tensor? rows, SymInt[] sizes, float eps) -> (Tensor, Tensor)",
+    _centring_kernel,
+    _centring_fake,
 )
 _bwd = define(
     "feature_norm_bwd",
@@ -193,20 +211,31 @@ class _FeatureNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        sizes, _, backend, *tensors = inputs
+        sizes, eps, backend, *tensors = inputs
         rows, features = _halves(tensors)
         ctx.mark_non_differentiable(*_halves(output)[1])
-        ctx.save_for_backward(*rows, *output)  # not the features, which the gradient does not depend on but by these
+        ctx.save_for_backward(*rows, *features, *output)  # the features for derivatives of the gradient alone
         ctx.arguments = ([x.shape[0] for x in features], sizes, backend)
+        ctx.eps = eps
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         num_rows, sizes, backend = ctx.arguments
         experts = len(num_rows)
         tensors = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
-        rows, output = tensors[:experts], tensors[experts:]
-        found = _bwd(_halves(grads)[0], *_halves(output), rows, num_rows, sizes, backend)
+        rows, features, output = tensors[:experts], tensors[experts : 2 * experts], tensors[2 * experts :]
+        grads = grads[:experts]
+        if need_reference(grads):
+            grids = [list(sizes[i : i + 2]) for i in range(0, len(sizes), 2)]
+
+            def function(*features):
+                sources = zip(features, rows, grids, strict=False)
+                resampled = [reference_resample(x, r, size, grids[-1]) for x, r, size in sources]
+                return reference.feature_norm(resampled, ctx.eps)
+
+            found = of_reference(function, features, ctx.needs_input_grad[3 + experts :], grads)
+            return None, None, None, *(None for _ in rows), *found
+        found = _bwd(list(grads), *_halves(output), rows, num_rows, sizes, backend)
         return None, None, None, *(None for _ in rows), *found
 
 

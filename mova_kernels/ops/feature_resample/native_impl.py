@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ... import _native
@@ -58,13 +60,13 @@ def _backward_operands(grad: Tensor, in_size: list[int]) -> tuple[Tensor, Tensor
     return _native.adjacent_channels(grad), grad_x
 
 
-def _block(x: Tensor, rows: Tensor | None, y: Tensor, in_size: list[int], out_size: list[int]) -> tuple[int, ...]:
+def _block(x: Tensor, rows: Tensor | None, y: Tensor, in_size: list[int], out_size: list[int]) -> tuple[Any, ...]:
     """The fields of mk_feature_resample_args."""
     m, _, channels = y.shape
     return (
-        x.data_ptr(),
-        0 if rows is None else rows.data_ptr(),
-        y.data_ptr(),
+        x,
+        rows,
+        y,
         m,
         *in_size,
         *out_size,

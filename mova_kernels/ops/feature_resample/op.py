@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ... import _native, backends
-from ..._checks import check, check_floats, check_tensor
-from ..._library import define, functorch_active
+from ..._checks import check, check_device, check_floats, check_tensor
+from ..._gradients import need_reference, of_reference
+from ..._library import define
+from ..._plain import only_reference
 from . import native_impl, reference
 
 _FORWARD = {
@@ -80,14 +82,16 @@ def feature_resample(
     if rows is not None:
         check_tensor("rows", rows, ("M",))
         check(rows.dtype == torch.int64, "rows", "must be int64", rows.dtype, TypeError)
-        check(rows.device == x.device, "rows", f"must be on x's {x.device}", rows.device)
+        check_device("rows", rows, "x", x)
     elif tuple(in_size) == tuple(out_size):
         return x
-    if not torch.compiler.is_compiling():  # compiled graphs choose when they run, which keeps exported ones portable
-        backend = backends.choose("feature_resample", backend, x.device, x.dtype)
+    # Compiled graphs choose when they run, which keeps exported ones portable.
+    if not torch.compiler.is_compiling() or only_reference((x,)):
+        backend = backends.choose("feature_resample", backend, x.device, x.dtype, tensors=(x,))
+        if only_reference((x,)):
+            return reference.feature_resample(x, rows, list(in_size), list(out_size))
     if torch.is_grad_enabled() and x.requires_grad:
-        function = _FeatureResampleFunctorch if functorch_active() else _FeatureResample
-        return function.apply(x, rows, tuple(in_size), tuple(out_size), backend)
+        return _FeatureResample.apply(x, rows, tuple(in_size), tuple(out_size), backend)
     return _fwd(x, rows, in_size, out_size, backend)
 
 
@@ -137,26 +141,16 @@ class _FeatureResample(torch.autograd.Function):
     def forward(ctx, x, rows, in_size, out_size, backend):  # a setup_context would cost 15 us more per call
         ctx.save_for_backward(rows)
         ctx.arguments = (x.shape[0], in_size, out_size, backend)
+        ctx.shape = x.shape
         return _fwd(x, rows, in_size, out_size, backend)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
+        if need_reference([grad]):
+            sizes = [list(size) for size in ctx.arguments[1:3]]
+            # The gradient does not depend on x, which was not kept.
+            x = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
+            function = lambda x: [reference.feature_resample(x, rows, *sizes)]  # noqa: E731
+            return *of_reference(function, [x], [True], [grad]), None, None, None, None
         return _gradient(grad, rows, *ctx.arguments), None, None, None, None
-
-
-class _FeatureResampleFunctorch(torch.autograd.Function):
-    """The same for torch.func, which demands the setup_context form."""
-
-    @staticmethod
-    def forward(x, rows, in_size, out_size, backend):
-        return _fwd(x, rows, in_size, out_size, backend)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, rows, in_size, out_size, backend = inputs
-        ctx.save_for_backward(rows)
-        ctx.arguments = (x.shape[0], in_size, out_size, backend)
-
-    backward = _FeatureResample.backward  # type: ignore[assignment]

@@ -141,8 +141,7 @@ def _of_samples(tables: PairTables) -> list[list[int]]:
 def _weigh(x: Tensor, scale: Tensor, shift: Tensor, gate: float, z: Tensor, eps: float) -> None:
     """z = gate * (normalised(x) * scale + shift) for (L, I), all of one dtype; z may be a slice of channels."""
     x, scale, shift = _native.adjacent_channels(x), scale.contiguous(), shift.contiguous()
-    pointers = (t.data_ptr() for t in (x, scale, shift, z))
-    _fwd(*pointers, *x.shape, x.stride(0), z.stride(0), eps, gate, _native.DTYPES[x.dtype])
+    _fwd(x, scale, shift, z, *x.shape, x.stride(0), z.stride(0), eps, gate, _native.DTYPES[x.dtype])
 
 
 def _weigh_backward(
@@ -151,5 +150,5 @@ def _weigh_backward(
 ) -> None:  # fmt: skip
     """What follows ``gate`` is written; the sums over tokens are partial, (parts, I) and (L,)."""
     x, dz, scale, shift = _native.adjacent_channels(x), dz.contiguous(), scale.contiguous(), shift.contiguous()
-    pointers = (t.data_ptr() for t in (x, dz, scale, shift, grad_x, z, grad_scale, grad_shift, grad_gate))
-    _bwd(*pointers, *x.shape, x.stride(0), eps, gate, _native.DTYPES[x.dtype])
+    written = (grad_x, z, grad_scale, grad_shift, grad_gate)
+    _bwd(x, dz, scale, shift, *written, *x.shape, x.stride(0), eps, gate, _native.DTYPES[x.dtype])

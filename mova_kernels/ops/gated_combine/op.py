@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _native, _triton, backends
-from ..._checks import check, check_floats, check_tensor
-from ..._library import define, functorch_active
+from ..._checks import check, check_device, check_floats, check_tensor
+from ..._gradients import need_reference, of_reference
+from ..._library import define
 from ...ragged import PairTables, RaggedPairs
 from ..ragged_linear.op import project, without_idle
 from . import native_impl, reference
@@ -55,31 +56,42 @@ def gated_combine(
     check_floats("x", x, (pairs.num_samples, "L", "C"))
     check_floats("attended", attended, (pairs.num_pairs, x.shape[1], "I"))
     check_floats("gate", gate, (pairs.num_pairs,))
+    for name, tensor in (("attended", attended), ("gate", gate), ("pairs", pairs.sample)):
+        check_device(name, tensor, "x", x)
     lengths = [len(norms), len(weights), len(biases)]
     rule = f"must have one entry for each of {pairs.num_experts} experts"
     check(lengths == [pairs.num_experts] * 3, "norms, weights and biases", rule, lengths)
     for e, (norm, weight, bias) in enumerate(zip(norms, weights, biases, strict=True)):
-        check_tensor(f"norms[{e}][0]", norm[0], (attended.shape[2],))
-        check_tensor(f"norms[{e}][1]", norm[1], (attended.shape[2],))
-        check_tensor(f"weights[{e}]", weight, (x.shape[2], attended.shape[2]))
-        check_tensor(f"biases[{e}]", bias, (x.shape[2],))
-    chosen = _choose(backend, attended)
+        width = (attended.shape[2],)
+        for name, parameter, shape in (
+            (f"norms[{e}][0]", norm[0], width),
+            (f"norms[{e}][1]", norm[1], width),
+            (f"weights[{e}]", weight, (x.shape[2], *width)),
+            (f"biases[{e}]", bias, (x.shape[2],)),
+        ):
+            check_tensor(name, parameter, shape)
+            check_device(name, parameter, "x", x)
+    scale, shift = [n[0] for n in norms], [n[1] for n in norms]
+    parameters = (*scale, *shift, *weights, *biases)
+    chosen = _choose(backend, attended, (x, attended, gate, *parameters))
     if chosen != "reference":
-        scale, shift = [n[0] for n in norms], [n[1] for n in norms]
-        gate, parameters = gate.float(), (*scale, *shift, *weights, *biases)
+        gate = gate.float()
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, attended, gate, *parameters)):
-            function = _GatedCombineFunctorch if functorch_active() else _GatedCombine
-            return function.apply((eps, pairs.bounds, chosen), x, attended, gate, *pairs.tables, *parameters)
+            return _GatedCombine.apply((eps, pairs.bounds, chosen), x, attended, gate, *pairs.tables, *parameters)
         return _fwd(x, attended, gate, list(pairs.tables), scale, shift, list(weights), list(biases), eps, chosen)
+    return _reference(x, attended, gate, pairs.tables, pairs.bounds, norms, weights, biases, eps)
+
+
+def _reference(x, attended, gate, tables, bounds, norms, weights, biases, eps):
     normed = F.layer_norm(attended, attended.shape[-1:], eps=eps)
-    (projected,) = project([normed], "pair", pairs, norms, [weights], [biases], "reference")
-    return reference.gated_combine(x, projected, gate, pairs.sample, pairs.bounds)
+    (projected,) = project([normed], "pair", tables, bounds, norms, [weights], [biases], "reference")
+    return reference.gated_combine(x, projected, gate, tables.sample, bounds)
 
 
-def _choose(backend: str | None, attended: Tensor) -> str:
+def _choose(backend: str | None, attended: Tensor, tensors: Sequence[Tensor] | None = None) -> str:
     width = attended.shape[2]
     unfit = {} if 1 <= width <= WIDTH else {"cpu": f"it takes 1 to {WIDTH} attended channels, not {width}"}
-    return backends.choose("gated_combine", backend, attended.device, attended.dtype, unfit)
+    return backends.choose("gated_combine", backend, attended.device, attended.dtype, unfit, tensors)
 
 
 def _forward_kernel(x, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
@@ -125,34 +137,41 @@ class _GatedCombine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings, x, attended, gate, *tensors):
         ctx.settings = settings
+        ctx.like_x = (x.shape, x.dtype, x.device)
         ctx.save_for_backward(attended, gate, *tensors)
         return _fwd(x, attended, gate, *_arguments(tensors), settings[0], settings[2])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         attended, gate, *tensors = ctx.saved_tensors
         eps, bounds, backend = ctx.settings
-        grad_attended, grad_gate, parameters = _bwd(grad, attended, gate, *_arguments(tensors), eps, backend)
         no_tables = (None,) * len(PairTables._fields)
+        if need_reference([grad]):
+            shape, dtype, device = ctx.like_x
+            tables = PairTables(*tensors[: len(no_tables)])
+            bounds = bounds or tuple(tables.expert_offsets.tolist())
+
+            def function(attended, gate, *parameters):
+                scale, shift, weights, biases = _quarters(parameters)
+                x = torch.zeros(shape, dtype=dtype, device=device)  # whose gradient is ``grad``
+                norms = list(zip(scale, shift, strict=True))
+                return [_reference(x, attended, gate, tables, bounds, norms, weights, biases, eps)]
+
+            inputs, needs = (attended, gate, *tensors[len(no_tables) :]), ctx.needs_input_grad
+            needed = (*needs[2:4], *needs[4 + len(no_tables) :])
+            found = of_reference(function, inputs, needed, [grad])
+            return None, grad, *found[:2], *no_tables, *found[2:]
+        grad_attended, grad_gate, parameters = _bwd(grad, attended, gate, *_arguments(tensors), eps, backend)
         return None, grad, grad_attended, grad_gate, *no_tables, *without_idle(parameters, bounds)
-
-
-class _GatedCombineFunctorch(_GatedCombine):
-    """The same for torch.func, which demands the setup_context form (which torch.compile refuses for *tensors)."""
-
-    @staticmethod
-    def forward(settings, x, attended, gate, *tensors):  # type: ignore[override]
-        return _fwd(x, attended, gate, *_arguments(tensors), settings[0], settings[2])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.settings, _, *saved = inputs
-        ctx.save_for_backward(*saved)
 
 
 def _arguments(tensors: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
     """tables, scale, shift, weight and bias from one sequence."""
     tables, parameters = list(tensors[: len(PairTables._fields)]), tensors[len(PairTables._fields) :]
+    return tables, *_quarters(parameters)
+
+
+def _quarters(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """scale, shift, weight and bias."""
     n = len(parameters) // 4
-    return tables, *(list(parameters[i * n : (i + 1) * n]) for i in range(4))
+    return [list(parameters[i * n : (i + 1) * n]) for i in range(4)]

@@ -36,8 +36,7 @@ class Resampling(NamedTuple):
     def forward(self, x: Tensor, rows: Tensor, constant: Tensor, out: Tensor) -> None:
         """(n, h*w, O), (n,), (O,) -> (n, H*W, O)."""
         rstd, constant = self.rstd[rows], constant.float()
-        pointers = (t.data_ptr() for t in (x, rstd, constant, out))
-        _resample(*pointers, len(x), *self.in_size, *self.out_size, x.shape[2], _native.DTYPES[x.dtype])
+        _resample(x, rstd, constant, out, len(x), *self.in_size, *self.out_size, x.shape[2], _native.DTYPES[x.dtype])
 
     def adjoint(self, dy: Tensor, rows: Tensor) -> Tensor:
         """(n, H*W, O), (n,) -> (n, h*w, O)."""
@@ -119,7 +118,7 @@ def weight_gradients(
     grad_scale, grad_shift = (grad_folded.new_empty(len(scale), dtype=torch.float32) for _ in range(2))
     tensors = (grad_folded, weight, total, scale, shift, grad_weight, grad_scale, grad_shift)
     _unfold(
-        *(t.data_ptr() for t in tensors), *weight.shape, grad_folded.stride(0), weight.stride(0),
+        *tensors, *weight.shape, grad_folded.stride(0), weight.stride(0),
         _native.DTYPES[weight.dtype],
     )  # fmt: skip
     return grad_weight, grad_scale, grad_shift, total
@@ -129,5 +128,5 @@ def column_sums(x: Tensor) -> Tensor:
     """(R, C) -> (C,) fp32."""
     x = _native.adjacent_channels(x)
     total = x.new_empty(x.shape[1], dtype=torch.float32)
-    _sum(x.data_ptr(), total.data_ptr(), *x.shape, x.stride(0), _native.DTYPES[x.dtype])
+    _sum(x, total, *x.shape, x.stride(0), _native.DTYPES[x.dtype])
     return total

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from ... import _native, _triton, backends
-from ..._checks import check, check_floats, check_tensor
-from ..._library import define, functorch_active
+from ..._checks import check, check_device, check_floats, check_tensor
+from ..._gradients import need_reference, of_reference
+from ..._library import define
+from ..._plain import only_reference
 from ...ragged import PairTables, RaggedPairs
 from ..feature_norm import CentredFeatures
+from ..feature_resample.reference import feature_resample
 from . import native_impl, reference
 
 backends.register("ragged_linear", _triton.BACKEND, _native.BACKEND)
@@ -63,12 +66,16 @@ def ragged_linear(
         resampling = resamplings[e]
         tokens = length if resampling is None else resampling.in_size[0] * resampling.in_size[1]
         check_floats(name, source, (pairs.num_samples if shared else "R", tokens, "C"))
+        check_device(name, source, "x[0]", sources[0])
         if resampling is not None:
+            check_device(f"{name}.rstd", resampling.rstd, name, source)
             check_tensor(f"{name}.rstd", resampling.rstd, (source.shape[0], length))
     widths = [source.shape[2] for source in sources] * (pairs.num_experts if shared else 1)
-    _check_parameters(widths, affines, weights, biases)
+    check_device("pairs", pairs.sample, "x", sources[0])
+    _check_parameters(widths, affines, weights, biases, sources[0])
     later = resamplings if any(resamplings) else None
-    return project(sources, "sample" if shared else "row", pairs, affines, weights, biases, backend, later)
+    rows = "sample" if shared else "row"
+    return project(sources, rows, pairs.tables, pairs.bounds, affines, weights, biases, backend, later)
 
 
 def _check_parameters(
@@ -76,6 +83,7 @@ def _check_parameters(
     affines: Sequence[tuple[Tensor, Tensor]],
     weights: Sequence[Sequence[Tensor]],
     biases: Sequence[Sequence[Tensor]],
+    x: Tensor,
 ) -> None:
     n = len(widths)
     lengths = {"affines": len(affines), "weights": [len(w) for w in weights], "biases": [len(b) for b in biases]}
@@ -84,18 +92,22 @@ def _check_parameters(
     rule = f"must be as many as weights, {len(weights)}, or none"
     check(len(biases) in (0, len(weights)), "biases", rule, len(biases))
     for e, width in enumerate(widths):
-        check_tensor(f"affines[{e}][0]", affines[e][0], (width,))
-        check_tensor(f"affines[{e}][1]", affines[e][1], (width,))
-        for i, projection in enumerate(weights):
-            check_tensor(f"weights[{i}][{e}]", projection[e], (projection[0].shape[0], width))
-        for i, projection in enumerate(biases):
-            check_tensor(f"biases[{i}][{e}]", projection[e], (weights[i][0].shape[0],))
+        parameters: list[tuple[str, Tensor, tuple[int, ...]]] = [
+            (f"affines[{e}][0]", affines[e][0], (width,)),
+            (f"affines[{e}][1]", affines[e][1], (width,)),
+            *((f"weights[{i}][{e}]", w[e], (w[0].shape[0], width)) for i, w in enumerate(weights)),
+            *((f"biases[{i}][{e}]", b[e], (weights[i][0].shape[0],)) for i, b in enumerate(biases)),
+        ]
+        for name, parameter, shape in parameters:
+            check_tensor(name, parameter, shape)
+            check_device(name, parameter, "x", x)
 
 
 def project(
     sources: Sequence[Tensor],
     rows: str,
-    pairs: RaggedPairs,
+    tables: PairTables,
+    bounds: Sequence[int] | None,
     affines: Sequence[tuple[Tensor, Tensor]],
     weights: Sequence[Sequence[Tensor]],
     biases: Sequence[Sequence[Tensor]] = (),
@@ -113,17 +125,18 @@ def project(
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight[0].dtype
     only_cpu = "it takes no CentredFeatures" if resamplings else None
     unfit = dict.fromkeys(("triton", "reference"), only_cpu) if only_cpu else None
-    backend = backends.choose("ragged_linear", backend, device, dtype, unfit)
-    if backend == "reference" and pairs.bounds is not None:
-        arguments = (sources, rows, pairs.tables, pairs.bounds, scale, shift, weight, bias, dtype)
-        return tuple(reference.ragged_linear(*arguments))
+    tensors = (*tables, *sources, *scale, *shift, *weight, *bias)
+    backend = backends.choose("ragged_linear", backend, device, dtype, unfit, tensors)
+    arguments = (scale, shift, weight, bias, dtype)
+    if backend == "reference" and bounds is not None:
+        return tuple(reference.ragged_linear(sources, rows, tables, bounds, *arguments))
+    if backend == "reference" and only_reference(tensors):
+        return tuple(reference.ragged_linear_on_device(sources, rows, tables, *arguments))
     sizes = (len(sources), len(scale), len(weight), len(bias))
-    sources = [source.to(dtype) for source in sources]
-    settings = (rows, dtype, backend, sizes, pairs.bounds, resamplings)
-    tensors = (*pairs.tables, *sources, *scale, *shift, *weight, *bias)
+    settings = (rows, dtype, backend, sizes, bounds, resamplings)
+    tensors = (*tables, *(source.to(dtype) for source in sources), *scale, *shift, *weight, *bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        function = _RaggedLinearFunctorch if functorch_active() else _RaggedLinear
-        return function.apply(settings, *tensors)
+        return _RaggedLinear.apply(settings, *tensors)
     return _forward(settings, tensors)
 
 
@@ -225,9 +238,12 @@ class _RaggedLinear(torch.autograd.Function):
         return _forward(settings, tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         rows, _, backend, sizes, bounds, resamplings = ctx.settings
+        if need_reference(grads):
+            needed = ctx.needs_input_grad[1:]
+            found = of_reference(lambda *t: _reference(ctx.settings, t), ctx.saved_tensors, needed, grads)
+            return None, *found
         num_sources = sizes[0]
         needs_x = any(ctx.needs_input_grad[1 + _NUM_TABLES :][:num_sources])
         arguments = (list(grads), *_arguments(rows, sizes, ctx.saved_tensors), needs_x)
@@ -237,23 +253,21 @@ class _RaggedLinear(torch.autograd.Function):
         return None, *(None,) * _NUM_TABLES, *of_x, *of_parameters
 
 
-class _RaggedLinearFunctorch(_RaggedLinear):
-    """The same for torch.func, which demands the setup_context form (which torch.compile refuses for *tensors)."""
-
-    @staticmethod
-    def forward(settings, *tensors):  # type: ignore[override]
-        return _forward(settings, tensors)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.settings = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-
-
 def _forward(settings: tuple, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     rows, dtype, backend, sizes, _, resamplings = settings
     arguments = (*_arguments(rows, sizes, tensors), dtype)
     return tuple(_resampling_fwd(*arguments, *_flat(resamplings)) if resamplings else _fwd(*arguments, backend))
+
+
+def _reference(settings: tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
+    rows, dtype, _, sizes, bounds, resamplings = settings
+    x, _, tables, *parameters = _arguments(rows, sizes, tensors)
+    for e, r in enumerate(resamplings or ()):
+        if r is not None:
+            wide = feature_resample(x[e], None, list(r.in_size), list(r.out_size))
+            x[e] = (wide * r.rstd[:, :, None]).to(dtype)
+    offsets = bounds or tables[3].tolist()
+    return reference.ragged_linear(x, rows, PairTables(*tables), offsets, *parameters, dtype)  # type: ignore[call-arg]
 
 
 def _flat(resamplings: Sequence[native_impl.Resampling | None]) -> tuple[list[Tensor | None], list[int]]:

@@ -44,6 +44,32 @@ def ragged_linear(
     return [torch.cat(output) if len(output) > 1 else output[0] for output in outputs]
 
 
+def ragged_linear_on_device(
+    x: Sequence[Tensor],
+    rows: str,
+    tables: PairTables,
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """The same in operators alone, none of which needs the offsets on the host: what is traced serves every routing."""
+    num_experts, pairs = len(scale), torch.arange(len(tables.sample), device=x[0].device)
+    first = x[0]
+    outputs = [first.new_zeros(len(pairs), first.shape[1], w.shape[0], dtype=dtype) for w in weight[::num_experts]]
+    for e in range(num_experts):
+        own = (pairs >= tables.expert_offsets[e]) & (pairs < tables.expert_offsets[e + 1])
+        own = own.nonzero().squeeze(1)
+        index = own if rows == "pair" else getattr(tables, rows)[own]
+        taken = (x[e] if len(x) > 1 else first).index_select(0, index).to(dtype)
+        for i, output in enumerate(outputs):
+            j = i * num_experts + e
+            parameters = folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)
+            outputs[i] = output.index_put((own,), F.linear(taken, *parameters))
+    return outputs
+
+
 def folded(
     scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

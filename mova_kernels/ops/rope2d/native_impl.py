@@ -16,7 +16,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> Tensor:
     x, cos, sin = _native.adjacent_channels(x), _table(cos), _table(sin)
     y = x.new_empty(x.shape)
     _rotate(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), *x.shape, *x.stride()[:3], adjoint,
+        x, cos, sin, y, *x.shape, *x.stride()[:3], adjoint,
         _native.DTYPES[x.dtype],
     )  # fmt: skip
     return y

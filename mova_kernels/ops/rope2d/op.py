@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import _native, _triton, backends
-from ..._checks import check, check_floats, check_tensor
+from ..._checks import check, check_device, check_floats, check_tensor
+from ..._gradients import need_reference, of_reference
 from ..._library import define
 from . import native_impl, reference
 
@@ -34,8 +35,8 @@ def rope2d(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -
     check(x.shape[3] % 2 == 0, "x", "must have an even head width D", x.shape[3])
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, (x.shape[1], x.shape[3]))
-        check(table.device == x.device, name, f"must be on x's {x.device}", table.device)
-    backend = backends.choose("rope2d", backend, x.device, x.dtype)
+        check_device(name, table, "x", x)
+    backend = backends.choose("rope2d", backend, x.device, x.dtype, tensors=(x, cos, sin))
     if backend == "reference":
         return reference.rope2d(x, cos, sin)
     cos, sin = cos.float(), sin.float()
@@ -77,10 +78,16 @@ class _Rope2d(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, cos, sin, ctx.backend = inputs
+        x, cos, sin, ctx.backend = inputs
+        ctx.shape = x.shape
         ctx.save_for_backward(cos, sin)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return _bwd(grad, *ctx.saved_tensors, ctx.backend), None, None, None
+        cos, sin = ctx.saved_tensors
+        if need_reference([grad]):
+            # The gradient does not depend on x, which was not kept.
+            x = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
+            found = of_reference(lambda x: [reference.rope2d(x, cos, sin)], [x], [True], [grad])
+            return found[0], None, None, None
+        return _bwd(grad, cos, sin, ctx.backend), None, None, None

@@ -27,8 +27,8 @@ def forward(
     out = _native.empty(gate, *gate.shape)
     mean, rstd = (gate.new_empty(gate.shape[:2], dtype=torch.float32) for _ in range(2))
     _fwd(
-        gate.data_ptr(), up.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), mean.data_ptr(),
-        rstd.data_ptr(), *gate.shape, channels, *gate.stride()[:2], *up.stride()[:2], eps, _native.DTYPES[common],
+        gate, up, weight, bias, out, mean, rstd,
+        *gate.shape, channels, *gate.stride()[:2], *up.stride()[:2], eps, _native.DTYPES[common],
     )  # fmt: skip
     return out.to(dtype), mean, rstd
 
@@ -45,10 +45,7 @@ def backward(
     sums = weight.new_empty((blocks, 2, width))
     grad_weight, grad_bias = weight.new_empty(width), weight.new_empty(width)
     _bwd(
-        *(
-            t.data_ptr()
-            for t in (grad, gate, up, weight, mean, rstd, grad_gate, grad_up, sums, grad_weight, grad_bias)
-        ),
+        grad, gate, up, weight, mean, rstd, grad_gate, grad_up, sums, grad_weight, grad_bias,
         *gate.shape, channels, blocks, *grad.stride()[:2], *gate.stride()[:2], *up.stride()[:2],
         _native.DTYPES[common],
     )  # fmt: skip

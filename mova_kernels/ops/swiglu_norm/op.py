@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import _native, _triton, backends
-from ..._checks import check, check_floats, check_tensor
+from ..._checks import check, check_device, check_floats, check_tensor
+from ..._gradients import need_reference, of_reference
 from ..._library import define
 from . import native_impl, reference
 
@@ -49,10 +50,10 @@ def swiglu_norm(
     check_tensor("weight", weight, (gate.shape[2],))
     check_tensor("bias", bias, (gate.shape[2],))
     for name, tensor in (("up", up), ("weight", weight), ("bias", bias)):
-        check(tensor.device == gate.device, name, f"must be on gate's {gate.device}", tensor.device)
+        check_device(name, tensor, "gate", gate)
     channels = gate.shape[2] if channels is None else channels
     check(0 <= channels <= gate.shape[2], "channels", f"must be from 0 to {gate.shape[2]}", channels)
-    backend = _choose(backend, gate)
+    backend = _choose(backend, gate, (gate, up, weight, bias))
     if backend == "reference":
         return reference.swiglu_norm(gate, up, weight, bias, eps, channels)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (gate, up, weight, bias)):
@@ -60,10 +61,10 @@ def swiglu_norm(
     return _fwd(gate, up, weight, bias, eps, channels, backend)[0]
 
 
-def _choose(backend: str | None, gate: Tensor) -> str:
+def _choose(backend: str | None, gate: Tensor, tensors: tuple[Tensor, ...] | None = None) -> str:
     width = gate.shape[2]
     unfit = {b: f"it takes F up to {widest}, not {width}" for b, widest in WIDEST.items() if width > widest}
-    return backends.choose("swiglu_norm", backend, gate.device, gate.dtype, unfit)
+    return backends.choose("swiglu_norm", backend, gate.device, gate.dtype, unfit, tensors)
 
 
 def _implementation(backend: str, gate: Tensor):
@@ -117,16 +118,21 @@ class _SwigluNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        gate, up, weight, bias, _, *ctx.settings = inputs
+        gate, up, weight, bias, ctx.eps, *ctx.settings = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.save_for_backward(gate, up, weight, mean, rstd)
         ctx.bias_dtype = bias.dtype
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         # Read once: activation checkpointing refuses a second time.
         gate, up, weight, mean, rstd = ctx.saved_tensors
+        if need_reference([grad]):
+            bias = torch.zeros_like(weight, dtype=ctx.bias_dtype)  # the gradient does not depend on it
+            settings = (ctx.eps, ctx.settings[0])
+            inputs, needed = (gate, up, weight, bias), ctx.needs_input_grad[:4]
+            found = of_reference(lambda *t: [reference.swiglu_norm(*t, *settings)], inputs, needed, [grad])  # type: ignore[call-arg]
+            return *found, None, None, None
         grad_gate, grad_up, grad_weight, grad_bias = _bwd(grad, gate, up, weight, mean, rstd, *ctx.settings)
         return grad_gate, grad_up, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype), None, None, None

@@ -100,16 +100,11 @@ def step(
     partial = x.new_empty((num_samples, resolution, rows, channels), dtype=torch.float32)
     sums = x.new_empty((num_samples if rows == 1 else rows, channels), dtype=torch.float32)
     _call(
-        x.data_ptr(), _pointer(grad), _pointer(outer), norm[0].data_ptr(), norm[1].data_ptr(), _pointer(taps),
-        _pointer(gate), _pointer(grad_mean), y.data_ptr(), partial.data_ptr(), sums.data_ptr(),
+        x, grad, outer, *norm, taps, gate, grad_mean, y, partial, sums,
         num_samples, resolution, channels, *((0, 0) if outer is None else outer.stride()[:2]), pool, which,
         _native.DTYPES[x.dtype], eps,
     )  # fmt: skip
     return sums
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _norms(w: StageWeights) -> list[tuple[Tensor, Tensor]]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import _native, _triton, backends
-from ..._checks import check, check_floats, check_like, check_tensor
+from ..._checks import check, check_device, check_floats, check_like, check_tensor
+from ..._gradients import need_reference, of_reference
 from ..._library import define
 from . import native_impl, reference
 from .reference import StageWeights
@@ -51,7 +52,7 @@ def token_downsample(
     for i, stage in enumerate(stages):
         _check_stage(f"stages[{i}]", stage, x)
     autocast = torch.is_autocast_enabled(x.device.type)
-    backend = _choose(backend, x, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype)
+    backend = _choose(backend, x, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype, stages)
     if backend == "reference":
         return reference.token_downsample(x, resolution, stages, eps)
     for stage, pool in zip(stages, (True, False), strict=True):
@@ -64,13 +65,14 @@ def token_downsample(
     return x
 
 
-def _choose(backend: str | None, x: Tensor, products: torch.dtype) -> str:
-    """``products`` is the dtype of the matrix products."""
+def _choose(backend: str | None, x: Tensor, products: torch.dtype, stages: Sequence[StageWeights] | None = None) -> str:
+    """``products`` is the dtype of the matrix products; ``stages`` are given by who has x from a user."""
+    tensors = None if stages is None else [x, *(t for stage in stages for t in stage.flat())]
     width = x.shape[2]
     unfit = {b: f"it takes at most {most} channels, not {width}" for b, most in CHANNELS.items() if width > most}
     if products not in (torch.float32, torch.bfloat16):
         unfit.setdefault("cpu", f"its matrix products are in float32 and bfloat16, not in {products}")
-    return backends.choose("token_downsample", backend, x.device, x.dtype, unfit)
+    return backends.choose("token_downsample", backend, x.device, x.dtype, unfit, tensors)
 
 
 def _as_autocast_asks(stage: StageWeights, device: str) -> StageWeights:
@@ -102,6 +104,7 @@ def _check_stage(name: str, stage: StageWeights, x: Tensor) -> None:
     for norm in ("norm1", "norm2", "norm3"):
         for i, affine in enumerate(getattr(stage, norm)):
             check_tensor(f"{name}.{norm}[{i}]", affine, (width,))
+            check_device(f"{name}.{norm}[{i}]", affine, "x", x)
 
 
 def _implementation(backend: str, x: Tensor, weights: Sequence[Tensor]):
@@ -166,10 +169,18 @@ class _Stage(torch.autograd.Function):
         ctx.arguments = inputs[14:]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         x, *tensors = ctx.saved_tensors
         *arguments, backend = ctx.arguments
+        if need_reference([grad]):
+            resolution, eps, pool = arguments
+            weights = [w.to(x.dtype) for w in tensors[:13]]  # autocast made some of them narrow
+            inputs, needed = (x, *weights), ctx.needs_input_grad[:14]
+
+            def stage(x, *weights):
+                return [reference.one_stage(x, resolution, StageWeights.of(weights), eps, pool)]
+
+            return *of_reference(stage, inputs, needed, [grad]), None, None, None, None
         of_weights = any(ctx.needs_input_grad[1:])
         grad_x, grads = _bwd(grad, x, tensors[:13], tensors[13:], *arguments, of_weights, backend)
         return grad_x, *(grads or [None] * 13), None, None, None, None

@@ -34,9 +34,14 @@ class StageWeights(NamedTuple):
 
 def token_downsample(x: Tensor, resolution: int, stages: tuple[StageWeights, StageWeights], eps: float) -> Tensor:
     """(B, R*R, C) -> (B, (R // 2)**2, C): stage, average pooling, stage."""
-    x = _stage(x, resolution, stages[0], eps)
-    x = _tokens(F.adaptive_avg_pool2d(_grid(x, resolution), resolution // 2))
-    return _stage(x, resolution // 2, stages[1], eps)
+    x = one_stage(x, resolution, stages[0], eps, pool=True)
+    return one_stage(x, resolution // 2, stages[1], eps, pool=False)
+
+
+def one_stage(x: Tensor, resolution: int, w: StageWeights, eps: float, pool: bool) -> Tensor:
+    """(B, R*R, C) -> (B, R*R, C), or (B, (R // 2)**2, C) with the pooling behind the stage."""
+    y = _stage(x, resolution, w, eps)
+    return _tokens(F.adaptive_avg_pool2d(_grid(y, resolution), resolution // 2)) if pool else y
 
 
 def _stage(x: Tensor, resolution: int, w: StageWeights, eps: float) -> Tensor:

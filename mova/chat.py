@@ -1,0 +1,120 @@
+"""Chats in transformers' form: what stands in them, and inputs for which the model picks the experts itself."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers.image_utils import load_image
+
+from ._checks import check
+from .images import PreparedImage
+from .routing import prompts
+
+if TYPE_CHECKING:
+    from .modeling import MoVAForConditionalGeneration
+    from .processing import MoVAProcessor
+
+IMAGE_TOKEN = "<image>"
+_KINDS = ("image", "image_url", "text")
+_SOURCES = ("image", "url", "path", "base64")  # where a part of type image has it
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """The content of a message as one text, with :data:`IMAGE_TOKEN` where an image is."""
+    return "".join(part["text"] if part["type"] == "text" else f"{IMAGE_TOKEN}\n" for part in _parts(message))
+
+
+def chat_images(chat: Sequence[Mapping[str, Any]]) -> list[PreparedImage]:
+    """The images of a chat that stand in its parts, in their order; a URL is fetched, as in transformers."""
+    parts = [part for message in chat for part in _parts(message) if part["type"] != "text"]
+    return [PreparedImage(_source(part)) for part in parts if any(key in part for key in (*_SOURCES, "image_url"))]
+
+
+def chat_questions(chat: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the user said in each turn, without turns that have images alone."""
+    said = [
+        "".join(part["text"] for part in _parts(message) if part["type"] == "text")
+        for message in chat
+        if message["role"] == "user"
+    ]
+    return [text for text in said if text.strip()]
+
+
+@dataclass(frozen=True)
+class RoutingRequest:
+    """In the place of ``routing`` among the model's arguments: the model is to pick the experts itself.
+
+    Args:
+        processor: the model's.
+        images: M of them.
+        questions: for each image those of its conversation so far.
+    """
+
+    processor: MoVAProcessor
+    images: Sequence[PreparedImage]
+    questions: Sequence[Sequence[str]]
+
+
+def route_requested(model: MoVAForConditionalGeneration, request: RoutingRequest | list[Any]) -> dict[str, Any]:
+    """Ask the router, and prepare what the experts that it picks are given.
+
+    Args:
+        model: in eval mode.
+        request: one, or a list of them: those of a batch.
+
+    Returns:
+        routing, expert_pixel_values, question_ids and question_mask of ``get_image_features``.
+
+    Raises:
+        TypeError: the list holds something else.
+        ValueError: the model is in training mode, in which its features are random.
+    """
+    from .pipeline import MoVAPipeline  # it imports the model
+
+    requests = request if isinstance(request, list) else [request]
+    for each in requests:
+        is_one = isinstance(each, RoutingRequest)
+        check(is_one, "routing", "must be a bool tensor, or what the processor made of a chat", type(each), TypeError)
+    check(not model.training, "model", "must be in eval mode to pick experts (model.eval(), or give experts)", "train")
+    processor = requests[0].processor
+    images = [image for each in requests for image in each.images]
+    questions = [list(asked) for each in requests for asked in each.questions]
+    routes = MoVAPipeline(model, processor).route(images, questions)
+    return processor.routed(images, [route.experts for route in routes], gate_texts(processor, questions))
+
+
+def gate_texts(processor: MoVAProcessor, questions: Sequence[Sequence[str]]) -> list[str]:
+    """What the adapter's gates read of each conversation's questions."""
+    return [prompts(list(asked), processor.pool, topk=processor.topk).text for asked in questions]
+
+
+def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        check(kind in _KINDS, "conversation", "must hold parts of type image or text", kind)
+    return list(content)
+
+
+def _source(part: Mapping[str, Any]) -> Any:
+    """What ``open_image`` takes, of a part of type image."""
+    if part["type"] == "image_url":  # OpenAI's form
+        url = part["image_url"]
+        part = {"url": url["url"] if isinstance(url, Mapping) else url}
+    given = [key for key in _SOURCES if key in part]
+    check(len(given) == 1, "conversation", f"must have one of {', '.join(_SOURCES)} in an image's part", given)
+    source = part[given[0]]
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        return load_image(source)
+    if isinstance(source, str) and (given == ["base64"] or source.startswith("data:")):
+        try:
+            return base64.b64decode(source.rpartition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"conversation must have base64 where an image says so, got {source[:40]!r}") from error
+    return source

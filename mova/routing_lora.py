@@ -1,0 +1,233 @@
+"""The LoRA that makes the language model a router: on in the routing pass, out of the way everywhere else."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ._checks import check, check_weights
+from .checkpoint import read_state
+
+ROUTING_LORA = "routing"  # the adapter's name in peft, and its folder beside the model
+LORA_KEYS = rf"\.lora_\w+\.{ROUTING_LORA}(\.|$)"  # of its weights in the model's state
+# What would change the language model outside of the routing pass, or what no weight file of a LoRA can hold.
+_MUST_BE_EMPTY = (
+    "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
+)  # fmt: skip
+_INITIAL_STATES = (True, False, "gaussian")  # the others change the weights of the language model
+
+
+class RoutingLoRA:
+    """The part of :class:`MoVAForConditionalGeneration` that is about its routing LoRA.
+
+    It is peft's own work: transformers' mixin around it wants, at the time of writing, a peft that is not released yet.
+    It may lie beside adapters of the user's own on the same language model: a routing pass adds it to those that are
+    active, and nothing else here changes them, or whether a parameter requires a gradient.
+    """
+
+    config: Any
+    lock: Any
+    language_model: Any
+    _routing_lora_on = False
+
+    def add_routing_lora(self, config: Any) -> None:
+        """Give the language model a LoRA for the routing pass.
+
+        Its weights are trainable, and get gradients from what is computed inside :meth:`routing_pass`; the others stay
+        as trainable as they were.
+
+        Args:
+            config: a ``peft.LoraConfig`` for the language model.
+
+        Raises:
+            TypeError: ``config`` is none.
+            ValueError: ``config`` asks for what changes the language model outside of the routing pass as well, or
+                there is a routing LoRA already.
+        """
+        from peft import inject_adapter_in_model
+
+        _check_config(config)
+        check(not self._lora_layers(), "config", "must be of the first routing LoRA; the model has one", config)
+        trainable = {parameter: parameter.requires_grad for parameter in self.language_model.parameters()}
+        active = {layer: list(layer.active_adapters) for layer in self._tuner_layers().values()}
+        inject_adapter_in_model(config, self.language_model, adapter_name=ROUTING_LORA)
+        # peft freezes all others, and makes the new adapter the only active one.
+        for parameter, wanted in trainable.items():
+            parameter.requires_grad_(wanted)
+        for layer in self._tuner_layers().values():
+            layer._active_adapter = active.get(layer, [])
+        self.config.routing_lora = True
+
+    def load_routing_lora(self, directory: str | Path) -> None:
+        """Load one that ``save_pretrained``, or peft for the language model, wrote; it replaces the one that is there.
+
+        Its weights have the dtype of the file, and are trainable.
+
+        Raises:
+            ValueError: weights are missing or unknown, or its config is none for a routing LoRA.
+        """
+        from peft import PeftConfig, set_peft_model_state_dict
+
+        state = read_state(Path(directory))
+        config = PeftConfig.from_pretrained(str(directory))
+        config.inference_mode = False
+        _check_config(config)
+        for layer in self._lora_layers().values():
+            layer.delete_adapter(ROUTING_LORA)
+        self.add_routing_lora(config)
+        dtypes = {value.dtype for value in state.values()}
+        if len(dtypes) == 1:
+            for name, parameter in self.language_model.named_parameters():
+                if re.search(LORA_KEYS, name):
+                    parameter.data = parameter.data.to(*dtypes)
+        state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+        wrong: Any = set_peft_model_state_dict(self.language_model, state, adapter_name=ROUTING_LORA)
+        missing = [key for key in wrong.missing_keys if re.search(LORA_KEYS, key)]
+        check_weights("the routing LoRA", missing, wrong.unexpected_keys)
+
+    @contextmanager
+    def routing_pass(self) -> Iterator[None]:
+        """Inside, the language model is the router: its routing LoRA is on.
+
+        The switch belongs to the model, whose lock is held meanwhile: other threads wait.
+
+        Raises:
+            RuntimeError: the LoRA cannot act: peft has removed, merged or disabled it.
+        """
+        if not self.config.routing_lora:
+            yield
+            return
+        layers = self._lora_layers()
+        if not layers:
+            raise RuntimeError(
+                "routing_pass must find the routing LoRA in the language model, but it is gone (merge_and_unload takes "
+                "all adapters away): call load_routing_lora, or set model.config.routing_lora to False"
+            )
+        for name, layer in layers.items():
+            if layer.merged or layer.disable_adapters:
+                state = "merged into the weights" if layer.merged else "disabled"
+                raise RuntimeError(f"routing_pass must find peft's adapters at work, but those of {name} are {state}")
+        with self.lock, self._routing_lora_switched(True):
+            yield
+
+    @contextmanager
+    def _routing_lora_switched(self, on: bool) -> Iterator[None]:
+        before = self._routing_lora_on
+        self._switch_routing_lora(on)
+        try:
+            yield
+        finally:
+            self._switch_routing_lora(before)
+
+    def _switch_routing_lora(self, on: bool) -> None:
+        # Not by peft's set_adapter or enable_adapters, which also decide what requires a gradient.
+        if on != self._routing_lora_on:
+            for layer in self._lora_layers().values():
+                others = [name for name in layer.active_adapters if name != ROUTING_LORA]
+                layer._active_adapter = [*others, ROUTING_LORA] if on else others
+            self._routing_lora_on = on
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        """As in transformers, but a layer that is computed again, in backward, has the LoRA as it had it in forward."""
+
+        remembering = partial(self._checkpointed, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, remembering, **kwargs)  # type: ignore[misc]
+
+    def _checkpointed(self, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+        on = self._routing_lora_on
+
+        def run(*args: Any) -> Any:
+            with self._routing_lora_switched(on):
+                return function(*args)
+
+        return checkpoint(run, *args)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch, also with the names that ``save_pretrained`` writes, as transformers' ``Trainer`` resumes.
+
+        Raises:
+            ValueError: the state is of a model with a routing LoRA and this one has none, or the other way round.
+        """
+        prefixes = [f"language_model.{name}." for name in self._lora_layers()]
+        found = any(re.search(LORA_KEYS, key) for key in state_dict)
+        rule = "must be of a model without a routing LoRA: call add_routing_lora or load_routing_lora before"
+        check(prefixes or not found, "state_dict", rule, "its weights")
+        renamed = {}
+        for key, value in state_dict.items():
+            prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+            if prefix is not None and not key.removeprefix(prefix).startswith(("base_layer.", "lora_")):
+                key = f"{prefix}base_layer.{key.removeprefix(prefix)}"
+            renamed[key] = value
+        if prefixes and not found:
+            own = {f"language_model.{name}" for name, _ in self.language_model.named_parameters()}
+            lacking = [name for name in own - renamed.keys() if not re.search(LORA_KEYS, name)]
+            rule = "must have the weights of the routing LoRA as well; load_routing_lora loads those alone"
+            check(lacking, "state_dict", rule, "none")
+        return super().load_state_dict(renamed, strict, assign)  # type: ignore[misc]
+
+    def _saved_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's state under the names that its weights have without a routing LoRA, and the LoRA's own."""
+        saved = {}
+        foreign = []
+        for key, value in state.items():
+            is_lora = re.search(LORA_KEYS, key)
+            if not is_lora and (".lora_" in key or ".modules_to_save." in key):
+                foreign.append(key)
+            saved[key if is_lora else key.replace(".base_layer.", ".")] = value
+        rule = "must have no weights of adapters but the routing LoRA: save these with peft, or merge them"
+        check(not foreign, "state_dict", rule, foreign[:3])
+        return saved
+
+    def _save_routing_lora(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the folder of the routing LoRA, as peft does, of the model's whole state."""
+        own = {key: value for key, value in state.items() if re.search(LORA_KEYS, key)}
+        rule = "must have the weights of the routing LoRA, since model.config.routing_lora is True"
+        check(own, "state_dict", rule, "none")
+        directory.mkdir(parents=True, exist_ok=True)
+        self.language_model.peft_config[ROUTING_LORA].save_pretrained(str(directory))
+        named = {
+            re.sub(rf"\.{ROUTING_LORA}(?=\.|$)", "", key.removeprefix("language_model.")): value.contiguous()
+            for key, value in own.items()
+        }
+        save_file(named, directory / "adapter_model.safetensors")
+
+    def _tuner_layers(self) -> dict[str, Any]:
+        """The modules of the language model that peft has wrapped, by name."""
+        if "peft" not in sys.modules:  # without it nothing is wrapped
+            return {}
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        return {name: module for name, module in self.language_model.named_modules() if isinstance(module, wrappers)}
+
+    def _lora_layers(self) -> dict[str, Any]:
+        """Those of them that the routing LoRA changes."""
+        layers = self._tuner_layers()
+        if not layers:
+            return {}
+        from peft.tuners.lora import LoraLayer
+
+        return {name: x for name, x in layers.items() if isinstance(x, LoraLayer) and ROUTING_LORA in x.r}
+
+
+def _check_config(config: Any) -> None:
+    from peft import LoraConfig
+
+    check(isinstance(config, LoraConfig), "config", "must be a peft.LoraConfig", config, TypeError)
+    for field in _MUST_BE_EMPTY:
+        check(not getattr(config, field, None), f"config.{field}", "must be empty", getattr(config, field, None))
+    check(config.bias == "none", "config.bias", "must be 'none'", config.bias)
+    init = config.init_lora_weights
+    check(init in _INITIAL_STATES, "config.init_lora_weights", f"must be one of {_INITIAL_STATES}", init)

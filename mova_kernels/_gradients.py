@@ -1,0 +1,67 @@
+"""Gradients that no kernel computes: a backward pass that is itself differentiated or batched takes the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ._plain import batched, transformed
+
+
+def need_reference(grads: Sequence[Tensor]) -> bool:
+    """Whether a backward pass with these gradients is differentiated (create_graph=True) or batched."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or transformed(grads) is not None or any(map(batched, grads))
+
+
+def of_reference(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The gradients of ``function(*inputs)`` for the inputs that need one, differentiable any number of times.
+
+    Args:
+        function: pure torch, in which inputs that need no gradient are constants.
+        inputs: as saved for the backward pass.
+        needed: per input, whether its gradient is wanted.
+        grads: one per result of ``function``.
+    """
+    with torch.enable_grad():
+        # As views they are leaves of what is differentiated here, and still belong to the graph around it.
+        inputs = [
+            (x if x.requires_grad else x.detach().requires_grad_()).view_as(x) if wanted else x
+            for x, wanted in zip(inputs, needed, strict=True)
+        ]
+        outputs = function(*inputs)
+        leaves = [x for x, wanted in zip(inputs, needed, strict=True) if wanted]
+        found = iter(torch.autograd.grad(outputs, leaves, grads, create_graph=True, allow_unused=True))
+    return [next(found) if wanted else None for wanted in needed]
+
+
+class _Again(torch.autograd.Function):
+    """The identity on ``out``, whose gradient goes to ``out`` the first time and to the inputs of ``function`` then."""
+
+    @staticmethod
+    def forward(ctx, function, out, *inputs):
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not need_reference([grad]):
+            return None, grad, *(None for _ in ctx.needs_input_grad[2:])
+        inputs = ctx.saved_tensors
+        return None, None, *of_reference(ctx.function, inputs, ctx.needs_input_grad[2:], [grad])
+
+
+def differentiable_again(out: Tensor, function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Tensor:
+    """``out``, which torch can differentiate once, with the further derivatives of ``function(*inputs)``, its equal."""
+    if torch.compiler.is_compiling() or not out.requires_grad:
+        return out
+    return _Again.apply(function, out, *inputs)

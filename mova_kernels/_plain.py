@@ -1,0 +1,126 @@
+"""The one door between tensors and kernels: which of them a kernel may read, and where these lie in memory.
+
+A kernel reads numbers at an address and knows nothing else. A tensor may be more than numbers (batched by vmap, with a
+tangent, of a subclass), or other numbers than its memory holds (lazily negated, sparse), or none at all (meta).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+_PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor)  # the last one is what exporters and compilers trace with
+
+
+def keys(x: Tensor) -> int:
+    """What PyTorch's dispatcher has to know about ``x``."""
+    return torch._C._dispatch_keys(x).raw_repr()
+
+
+_EMPTY = torch.empty(0, device="cpu")
+with torch.inference_mode():
+    _PLAIN_KEYS = (keys(_EMPTY), keys(torch.empty(0, device="cpu")))
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is a CPU tensor, of no subclass, whose numbers are what its memory holds."""
+    return type(x) in (Tensor, nn.Parameter) and keys(x) in _PLAIN_KEYS
+
+
+def transformed(tensors: Iterable[Tensor] = ()) -> str | None:
+    """What is done with tensors here besides one backward pass: other derivatives, or batching. None: nothing."""
+    if functorch_active():
+        return "torch.func transforms (grad, vjp, jvp, vmap, ...) are active, and only the reference goes with them"
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        return "a tensor has a tangent (forward-mode AD), which only the reference passes on"
+    return None
+
+
+def functorch_active() -> bool:
+    """Whether torch.func transforms are on."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return bool(active()) if active is not None else False
+
+
+def batched(x: Tensor) -> bool:
+    """Whether ``is_grads_batched`` or ``jacobian(vectorize=True)`` made ``x``; torch.func.vmap's is a transform."""
+    return torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def only_reference(tensors: Sequence[Tensor]) -> str | None:
+    """The reason why only the reference may compute with these tensors, here and now; None if a kernel may."""
+    reason = transformed(tensors)
+    if reason or torch.compiler.is_compiling():
+        return reason or _traced_for_others()
+    for x in tensors:
+        if type(x) not in _PLAIN_TYPES and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return f"a tensor is a {type(x).__name__}, which computes in its own way (__torch_dispatch__)"
+    return _traced_for_others()
+
+
+def _traced_for_others() -> str | None:
+    if torch.onnx.is_in_onnx_export():
+        return "an ONNX graph knows the operators of the reference alone"
+    return "a traced module may run where mova_kernels is not installed" if torch.jit.is_tracing() else None
+
+
+def readable(op: str, names: Sequence[str], arguments: Sequence[object]) -> Sequence[object]:
+    """The arguments of a raw op as kernels take them: in memory, on one device, aligned (by a copy if need be).
+
+    Raises:
+        ValueError: a tensor on another device, or without memory; the message names the argument.
+    """
+    aligned = True
+    for x in on_one_device(op, names, arguments):
+        if not x.untyped_storage().data_ptr() and x.numel():
+            value = f"a storage of {x.untyped_storage().nbytes()} bytes"
+            raise ValueError(f"{op}: {_name(names, arguments, x)} must have memory, got {value}")
+        aligned = aligned and x.data_ptr() % x.element_size() == 0
+    return arguments if aligned else [_aligned(argument) for argument in arguments]
+
+
+def on_one_device(op: str, names: Sequence[str], arguments: Sequence[object]) -> list[Tensor]:
+    """The tensors among the arguments of a raw op.
+
+    Raises:
+        ValueError: they are not on one device; the message names the argument.
+    """
+    tensors = [
+        x
+        for argument in arguments
+        for x in (argument if isinstance(argument, (list, tuple)) else (argument,))
+        if isinstance(x, Tensor)
+    ]
+    device = tensors[0].device
+    for x in tensors:
+        if x.device != device:
+            first, other = (_name(names, arguments, t) for t in (tensors[0], x))
+            raise ValueError(f"{op}: {other} must be on {first}'s {device}, got {x.device}")
+    return tensors
+
+
+def _name(names: Sequence[str], arguments: Sequence[object], x: Tensor) -> str:
+    for name, argument in zip(names, arguments, strict=False):  # trailing defaults are not among the arguments
+        if argument is x:
+            return name
+        if isinstance(argument, (list, tuple)):
+            for i, element in enumerate(argument):
+                if element is x:
+                    return f"{name}[{i}]"
+    raise AssertionError("x is one of the arguments")
+
+
+def _aligned(argument: object) -> object:
+    if isinstance(argument, (list, tuple)):
+        return [_aligned(x) for x in argument]
+    misplaced = isinstance(argument, Tensor) and argument.data_ptr() % argument.element_size()
+    return argument.clone() if misplaced else argument  # type: ignore[attr-defined]
+
+
+def address(x: Tensor | None) -> int:
+    """Where the first number of ``x`` lies; 0 for None."""
+    return 0 if x is None else x.data_ptr()
