@@ -101,10 +101,15 @@ class MoVAConfig(PretrainedConfig):
             OSError: there is no config.json, or it is no JSON.
             ValueError: it is another kind of JSON.
         """
+        path = pretrained_model_name_or_path
         try:
-            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"config.json of {pretrained_model_name_or_path} must hold a JSON object") from error
+            fields, rest = super().get_config_dict(path, **kwargs)
+        except (TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"config.json of {path} must hold a JSON object") from error
+        check(isinstance(fields, dict), f"config.json of {path}", "must hold a JSON object", type(fields).__name__)
+        if not fields.keys() - {"_commit_hash"}:  # where transformers takes the defaults, the released model's
+            raise FileNotFoundError(f"no config.json with fields in {path}")
+        return fields, rest
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

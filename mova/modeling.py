@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -447,7 +447,22 @@ def _check_directory(directory: Path, variant: str | None) -> None:
     """Raise where a file of a model's directory is damaged or cut off, and name it: transformers does not always."""
     if not (directory / "config.json").is_file():
         return  # on the hub, or no model: transformers says so
-    for name in ("config.json", "generation_config.json"):
-        if (directory / name).exists():
-            read_json(directory / name)
+    read_json(directory / "config.json")
+    if (directory / "generation_config.json").exists():
+        _check_generation(directory / "generation_config.json")
     check_files(weight_files(directory, variant))
+
+
+def _check_generation(file: Path) -> None:
+    """Raise where a generation config has a value of another type: transformers reports some of them, without the file,
+    when it generates."""
+    fields = read_json(file)
+    try:
+        GenerationConfig.from_dict(fields)
+    except Exception as error:  # whatever a comparison makes of a value of another type
+        raise ValueError(f"{file} cannot be used: {error}") from error
+    for name, value in fields.items():
+        if name.endswith("_token_id") and value is not None:
+            numbers = value if isinstance(value, list) else [value]
+            fits = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+            check(fits, f"{name} in {file}", "must be an int or ints", value)

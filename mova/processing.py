@@ -103,8 +103,14 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         chat_template: str | None = None,
         question_words: int | None = None,
     ) -> None:
-        for name, value in (("num_image_tokens", num_image_tokens), ("num_routing_tokens", num_routing_tokens)):
+        counts = {"num_image_tokens": num_image_tokens, "num_routing_tokens": num_routing_tokens, "topk": topk}
+        for name, value in counts.items():
             check_int(name, value, 1)
+        for name, wording in (("system_prompt", system_prompt), ("routing_template", routing_template)):
+            is_text = wording is None or isinstance(wording, str)
+            check(is_text, name, "must be a string or None", wording, TypeError)
+        for expert in (base, *experts):
+            VisionExpert(**expert)  # for its checks
         self.base, self.experts = dict(base), [dict(expert) for expert in experts]
         self.num_image_tokens, self.num_routing_tokens, self.topk = num_image_tokens, num_routing_tokens, topk
         self.system_prompt, self.routing_template = system_prompt, routing_template
@@ -390,7 +396,9 @@ def _check_processor_files(directory: Path) -> None:
     """Raise where a file of a processor's directory is missing or damaged, and name it."""
     if not (directory / "processor_config.json").is_file():
         return  # on the hub, or no processor: transformers says so
-    read_json(directory / "processor_config.json")
+    for name in ("processor_config.json", "config.json"):  # a tokenizer reads that of the model, too
+        if (directory / name).exists():
+            read_json(directory / name)
     for folder in (directory, directory / _QUESTIONS):
         for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
             if (folder / name).exists():
