@@ -80,12 +80,20 @@ def file_names(source: str, name: str, arguments: Mapping[str, Any]) -> set[str]
     return {path[len(where) + 1 :] for path in local | remote if path.startswith(f"{where}/")}
 
 
+def small_files(source: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Path:
+    """A directory, itself; of a hub repository the directory into which its configs and tokenizers are fetched."""
+    if Path(source).exists():
+        return Path(source)
+    patterns = [_inside(f"*.{suffix}", arguments) for suffix in ("json", "jinja", "model", "txt")]
+    return _fetched(str(source), patterns, arguments)
+
+
 def _inside(name: str, arguments: Mapping[str, Any]) -> str:
     subfolder = str(arguments.get("subfolder") or "").strip("/")
     return f"{subfolder}/{name}" if subfolder else name
 
 
-def _fetched(source: str, pattern: str, arguments: Mapping[str, Any]) -> Path:
+def _fetched(source: str, pattern: str | list[str], arguments: Mapping[str, Any]) -> Path:
     options = {key: value for key, value in arguments.items() if key != "subfolder"}
     return Path(snapshot_download(source, allow_patterns=pattern, **options))
 

@@ -19,7 +19,7 @@ from .chat import IMAGE_TOKEN, RoutingRequest, chat_images, chat_questions, gate
 from .checkpoint import read_json
 from .configuration import MoVAConfig
 from .experts import VisionExpert
-from .hub import UploadsFolders
+from .hub import UploadsFolders, loading_arguments, small_files
 from .images import PreparedImage
 from .routing import routing_mask
 
@@ -142,9 +142,14 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
                 the tokenizer.
         """
         path = pretrained_model_name_or_path
-        _check_processor_files(Path(path) / (kwargs.get("subfolder") or ""))
+        arguments = loading_arguments(kwargs)
+        # transformers would not take every argument to both tokenizers, and where one is missing take the other.
+        directory = small_files(path, arguments)
+        subfolder = arguments.pop("subfolder", "")
+        _check_processor_files(directory / subfolder)
+        options = {key: value for key, value in kwargs.items() if key not in arguments}
         try:
-            return super().from_pretrained(path, *args, **kwargs)
+            return super().from_pretrained(directory, *args, **options)
         except OSError:
             raise
         except Exception as error:  # whatever a tokenizer makes of a damaged file

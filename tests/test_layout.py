@@ -86,7 +86,7 @@ def test_ops_and_backend_table_name_the_same() -> None:
 
 
 def test_every_op_test_belongs_to_an_op() -> None:
-    names = {re.sub(r"^test_|_(extreme_)?(triton|native)$", "", p.stem) for p in (TESTS / "ops").glob("test_*.py")}
+    names = {re.sub(r"^test_|_(triton|native)$", "", p.stem) for p in (TESTS / "ops").glob("test_*.py")}
     assert sorted(names) == OPS
 
 

@@ -120,9 +120,7 @@ def test_revision_and_token_and_cache_dir_and_local_files_only(uploaded, pipelin
     where = {"revision": "v1", "token": "secret", "cache_dir": tmp_path / "mine"}
     loaded = MoVAPipeline.from_pretrained("me/x", **where)
     assert torch.equal(tokens(loaded), tokens(pipeline))
-    # transformers lists templates without the token, so only what is fetched counts.
-    sent = {token for _, path, token in uploaded.requests if "/resolve/" in path}
-    assert sent == {"Bearer secret"}
+    assert {token for _, path, token in uploaded.requests if "me/x" in path} == {"Bearer secret"}
     assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").rglob("*.safetensors"))
     uploaded.requests.clear()
     names = ["deplot", "sam", "vary"]
@@ -161,6 +159,26 @@ def test_an_expert_that_the_repository_lacks_is_an_error_at_loading(uploaded):
     uploaded.files("me/x").pop("experts/sam/model.safetensors")
     with pytest.raises(FileNotFoundError, match="no weights of the expert 'sam'"):
         MoVAForConditionalGeneration.from_pretrained("me/x")
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "question_tokenizer/tokenizer.json"])
+def test_a_damaged_file_on_the_hub_is_named(uploaded, name):
+    uploaded.files("me/x")[name] = b"[1]"
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        MoVAPipeline.from_pretrained("me/x")
+
+
+def test_a_repository_without_the_question_tokenizer(uploaded):
+    for name in [name for name in uploaded.files("me/x") if name.startswith("question_tokenizer/")]:
+        uploaded.files("me/x").pop(name)
+    with pytest.raises(FileNotFoundError, match="question_tokenizer"):
+        MoVAPipeline.from_pretrained("me/x")
+
+
+def test_no_such_repository(hub):
+    for kind in (MoVAPipeline, MoVAForConditionalGeneration, MoVAProcessor):
+        with pytest.raises(OSError, match="me/none"):
+            kind.from_pretrained("me/none")
 
 
 def test_experts_elsewhere_take_the_token_and_not_the_revision(uploaded, saved_model, tmp_path, pipeline):

@@ -212,8 +212,6 @@ def _resampling_backward_kernel(grads, x, rows, tables, scale, shift, weight, bi
 
 
 def _resampling_forward_fake(x, rows, tables, scale, shift, weight, bias, dtype, rstds, sizes):
-    for e, source in enumerate(sources):
-        check_dense("x" if shared else f"x[{e}]", source)
     length = next(rstd.shape[1] for rstd in rstds if rstd is not None)
     firsts = weight[:: len(scale)]
     return [w.new_empty((tables[0].shape[0], length, w.shape[0]), dtype=dtype) for w in firsts]
