@@ -30,11 +30,9 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None, added: Tensor | N
     """a b + bias + added, in a tensor whose rows have gaps."""
     wide = a.new_empty(a.shape[0] + 1, b.shape[1] + 3)
     c = wide[:-1, 1:-2]
-    pointers = (0 if t is None else t.data_ptr() for t in (a, b, bias, added, c))
     added_stride = 0 if added is None else added.stride(0)
-    _matmul(
-        *pointers, *c.shape, a.shape[1], *a.stride(), *b.stride(), added_stride, c.stride(0), _native.DTYPES[a.dtype]
-    )
+    strides = (*a.stride(), *b.stride(), added_stride, c.stride(0))
+    _matmul(a, b, bias, added, c, *c.shape, a.shape[1], *strides, _native.DTYPES[a.dtype])
     assert wide[-1].isnan().all() and wide[:, :1].isnan().all() and wide[:, -2:].isnan().all()  # not ours
     return c
 
@@ -85,6 +83,6 @@ def test_bad_block():
     with pytest.raises(ValueError, match="mk_matmul: the argument block must have 120 bytes, got 8"):
         _native.function("mk_matmul", "q")(0)
     with pytest.raises(ValueError, match=r"mk_matmul: K must be in \[0, .*\], got -1"):
-        _matmul(0, 0, 0, 0, 0, 1, 1, -1, *[0] * 7)
+        _matmul(*[None] * 5, 1, 1, -1, *[0] * 7)
     with pytest.raises(ValueError, match=r"mk_matmul: dtype must be in \[0, 1\], got 2"):
-        _matmul(0, 0, 0, 0, 0, 1, 1, 1, *[0] * 6, 2)
+        _matmul(*[None] * 5, 1, 1, 1, *[0] * 6, 2)

@@ -459,8 +459,12 @@ def test_text_encoder(official, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OSError, match=r"no tokenizer of the text encoder at '/nowhere/bert': give .* by text_encoder"):
         tiny_checkpoint(official, tmp_path / "out", text_encoder="/nowhere/bert")
-    BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="text_encoder must have the 60 words of the checkpoint's, got 5"):
+    special = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+    BertTokenizer(vocab=special).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="no tokenizer of the text encoder at"):
+        tiny_checkpoint(official, tmp_path / "out", text_encoder=str(tmp_path))
+    BertTokenizer(vocab={**special, "word": 5}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="text_encoder must have the 60 words of the checkpoint's, got 6"):
         tiny_checkpoint(official, tmp_path / "out", text_encoder=str(tmp_path))
 
 

@@ -388,7 +388,7 @@ def test_bad_arguments_of_cpp() -> None:
     with pytest.raises(ValueError, match=r"C must be in \[0, .*\], got -1"):
         native_impl._sum(None, None, 1, -1, 1, 0)
     with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):
-        native_impl._unfold(*[0] * 12, 2)
+        native_impl._unfold(*[None] * 8, *[0] * 4, 2)
 
 
 PAIRS = RaggedPairs.from_routing(mask("x.", "xx"))

@@ -109,7 +109,11 @@ def test_reference_is_the_modules_on_images(side) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_budget(side, dtype, backend) -> None:
     truth = images(side)
-    assert_within_budget(truth, op(side, backend), truth, lambda: problem(side), dtype, draws=25, times=1.5)
+    if backend == "reference":
+        rival, times = truth, 2.0
+    else:  # Convolutions of images sum in another order, which some processors' libraries do more exactly.
+        rival, times = op(side, "reference"), 1.5
+    assert_within_budget(truth, op(side, backend), rival, lambda: problem(side), dtype, draws=25, times=times)
 
 
 def test_gradcheck() -> None:
@@ -271,7 +275,7 @@ X, STAGE = torch.zeros(2, 16, WIDTH), stage_weights(tuple(problem(2, torch.float
         ((X, 5, (STAGE, STAGE)), ValueError, r"x must have shape \(B, 25, C\), got \(2, 16, 8\)"),
         ((None, 4, (STAGE, STAGE)), TypeError, "x must be a tensor, got 'NoneType'"),
         ((X, 4, (STAGE,)), ValueError, "stages must be two, got 1"),
-        ((X[..., :4], 4, (STAGE, STAGE)), ValueError, r"conv1.* must have shape \(4, 4, 1, 1\), got \(8, 8, 1, 1\)"),
+        ((X[..., :4], 4, (STAGE, STAGE)), ValueError, r"squeeze\[0\] must have shape \(S, 4, 1, 1\), got \(2, 8, "),
         (
             (X, 4, (STAGE, STAGE._replace(norm3=(torch.ones(1), torch.zeros(1))))),
             ValueError,
