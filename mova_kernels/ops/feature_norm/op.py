@@ -211,32 +211,59 @@ class _FeatureNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        sizes, eps, backend, *tensors = inputs
+        sizes, _, backend, *tensors = inputs
         rows, features = _halves(tensors)
-        ctx.mark_non_differentiable(*_halves(output)[1])
-        ctx.save_for_backward(*rows, *features, *output)  # the features for derivatives of the gradient alone
+        ctx.save_for_backward(*rows, *output)  # not the features, which the gradient does not depend on but by these
         ctx.arguments = ([x.shape[0] for x in features], sizes, backend)
-        ctx.eps = eps
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
         num_rows, sizes, backend = ctx.arguments
         experts = len(num_rows)
         tensors = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
-        rows, features, output = tensors[:experts], tensors[experts : 2 * experts], tensors[2 * experts :]
-        grads = grads[:experts]
-        if need_reference(grads):
-            grids = [list(sizes[i : i + 2]) for i in range(0, len(sizes), 2)]
-
-            def function(*features):
-                sources = zip(features, rows, grids, strict=False)
-                resampled = [reference_resample(x, r, size, grids[-1]) for x, r, size in sources]
-                return reference.feature_norm(resampled, ctx.eps)
-
-            found = of_reference(function, features, ctx.needs_input_grad[3 + experts :], grads)
-            return None, None, None, *(None for _ in rows), *found
-        found = _bwd(list(grads), *_halves(output), rows, num_rows, sizes, backend)
+        rows, (results, rstds) = tensors[:experts], _halves(tensors[experts:])
+        of_results, of_rstds = _halves(grads)
+        again = need_reference([g for g in grads if g is not None])
+        # The gradient of a gradient comes through rstds, too. A compiler knows one backward pass alone.
+        if again or not (torch.compiler.is_compiling() or all(g is None for g in of_rstds)):
+            tokens = map(_gradient_of_tokens, of_results, of_rstds, results, rstds)
+            found = [
+                None if t is None else _gradient_of_resampling(t, *of_expert, sizes[-2:])
+                for t, *of_expert in zip(
+                    tokens, rows, num_rows, zip(sizes[::2], sizes[1::2], strict=True), strict=False
+                )
+            ]
+        else:
+            given = [torch.zeros_like(y) if g is None else g for g, y in zip(of_results, results, strict=True)]
+            found = _bwd(given, results, rstds, rows, num_rows, sizes, backend)
         return None, None, None, *(None for _ in rows), *found
+
+
+def _gradient_of_tokens(of_result, of_rstd, result, rstd):
+    """In differentiable steps, what d result and d rstd make of resampled tokens x.
+
+    As result = (x - mean) * rstd, d result = rstd * (dx - mean(dx) - result * mean(result * dx)) and
+    d rstd = -rstd^2 * mean(result * dx), means over the channels.
+    """
+    y, r = result.float(), rstd.unsqueeze(-1)
+    total = None
+    if of_result is not None:
+        g = of_result.float()
+        total = r * (g - g.mean(-1, keepdim=True) - y * (g * y).mean(-1, keepdim=True))
+    if of_rstd is not None:
+        term = r.square() * y * (of_rstd.unsqueeze(-1) / -y.shape[-1])
+        total = term if total is None else total + term
+    return None if total is None else total.to(result.dtype)
+
+
+def _gradient_of_resampling(grad, rows, num_rows, in_size, out_size):
+    # The map is linear: any features do. grad.new_zeros would be batched where grad is.
+    zeros = torch.zeros(num_rows, in_size[0] * in_size[1], grad.shape[-1], dtype=grad.dtype, device=grad.device)
+    (found,) = of_reference(
+        lambda x: [reference_resample(x, rows, list(in_size), list(out_size))], [zeros], [True], [grad]
+    )
+    return found
 
 
 def _halves(values):
