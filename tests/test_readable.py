@@ -111,7 +111,7 @@ def test_the_list_of_attributes_has_those_that_matter():
     assert names >= {"groups", "padding_mode", "kernel_size", "output_size", "num_heads", "resolution", "approximate"}
 
 
-@pytest.mark.parametrize(("path", "name", "value"), attributes())
+@pytest.mark.parametrize(("path", "name", "value"), [*attributes()])
 def test_a_changed_attribute(path, name, value):
     assert_same(lambda adapter: setattr(adapter.get_submodule(path), name, value))
 
@@ -157,7 +157,7 @@ TENSOR_CHANGES = {
 }
 
 
-@pytest.mark.parametrize(("path", "name", "kind"), tensors())
+@pytest.mark.parametrize(("path", "name", "kind"), [*tensors()])
 def test_a_changed_tensor(path, name, kind):
     def change(adapter):
         module = adapter.get_submodule(path)

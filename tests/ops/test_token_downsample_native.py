@@ -83,7 +83,7 @@ def test_stage_and_its_gradients(resolution, channels, pool, dtype):
         plain,
         lambda: draw(resolution, channels),
         dtype,
-        draws=25 if channels < 64 else 9,
+        draws=101 if channels < 64 else 9,  # a gradient of one number decides by luck
         times=1.5,
     )
 
