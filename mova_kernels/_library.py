@@ -13,14 +13,22 @@ from typing import Any
 
 import torch
 
-from . import _plain
+from . import _flops, _plain
 
 NAMESPACE = "mova_kernels"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define(
+    name: str,
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+) -> Callable[..., Any]:
     """Define ``mova_kernels::name`` with a kernel for every device and a fake; returns the op, ready to be called.
+
+    ``flops`` counts the matrix products of a call, from its arguments (:mod:`mova_kernels._flops`); None: it has none.
 
     What the kernel gets has passed the door of :mod:`mova_kernels._plain`. The fake is also what PyTorch calls as soon
     as one tensor is on the meta device. Its result is memory that nobody wrote, so all of them must be there.
@@ -38,4 +46,6 @@ def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..
 
     _LIBRARY.impl(name, on_device, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", without_values, lib=_LIBRARY)
+    if flops is not None:
+        _flops.register(op, flops)
     return op

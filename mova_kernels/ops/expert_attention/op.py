@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _native, _triton, backends
+from ... import _flops, _native, _triton, backends
 from ..._checks import check, check_device, check_floats, check_like, check_tensor
 from ..._gradients import differentiable_again, need_reference, of_reference
 from ..._library import define
@@ -113,12 +113,18 @@ def _backward_fake(grad, q, k, v, out, lse, cos, sin, num_heads, count, backend)
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
+def _flop(q, count, products):
+    pairs, length, channels = q.shape
+    return products * 2 * _flops.used(count, pairs) * length * length * channels
+
+
 _fwd = define(
     "expert_attention_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, SymInt num_heads, Tensor? count, str backend)"
     " -> (Tensor, Tensor)",
     _forward_kernel,
     _forward_fake,
+    lambda q, k, v, cos, sin, num_heads, count, backend: _flop(q, count, 2),
 )
 _bwd = define(
     "expert_attention_bwd",
@@ -126,6 +132,7 @@ _bwd = define(
     " Tensor? count, str backend) -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
+    lambda grad, q, k, v, out, lse, cos, sin, num_heads, count, backend: _flop(q, count, 5),
 )
 
 

@@ -228,11 +228,10 @@ class _FeatureNorm(torch.autograd.Function):
         # The gradient of a gradient comes through rstds, too. A compiler knows one backward pass alone.
         if again or not (torch.compiler.is_compiling() or all(g is None for g in of_rstds)):
             tokens = map(_gradient_of_tokens, of_results, of_rstds, results, rstds)
+            grids = [list(size) for size in zip(sizes[::2], sizes[1::2], strict=True)]
             found = [
-                None if t is None else _gradient_of_resampling(t, *of_expert, sizes[-2:])
-                for t, *of_expert in zip(
-                    tokens, rows, num_rows, zip(sizes[::2], sizes[1::2], strict=True), strict=False
-                )
+                None if t is None else _gradient_of_resampling(t, r, n, grid, grids[-1])
+                for t, r, n, grid in zip(tokens, rows, num_rows, grids[:-1], strict=True)
             ]
         else:
             given = [torch.zeros_like(y) if g is None else g for g, y in zip(of_results, results, strict=True)]
@@ -260,9 +259,7 @@ def _gradient_of_tokens(of_result, of_rstd, result, rstd):
 def _gradient_of_resampling(grad, rows, num_rows, in_size, out_size):
     # The map is linear: any features do. grad.new_zeros would be batched where grad is.
     zeros = torch.zeros(num_rows, in_size[0] * in_size[1], grad.shape[-1], dtype=grad.dtype, device=grad.device)
-    (found,) = of_reference(
-        lambda x: [reference_resample(x, rows, list(in_size), list(out_size))], [zeros], [True], [grad]
-    )
+    (found,) = of_reference(lambda x: [reference_resample(x, rows, in_size, out_size)], [zeros], [True], [grad])
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _native, _triton, backends
+from ... import _flops, _native, _triton, backends
 from ..._checks import check, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
@@ -123,13 +123,25 @@ def _backward_fake(grad, attended, gate, tables, scale, shift, weight, bias, eps
     return attended.new_empty(attended.shape), gate.new_empty(gate.shape), parameters
 
 
+def _forward_flop(x, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
+    return _flops.of_projections(attended.shape[0], attended.shape[1], tables[3], weight)
+
+
+def _backward_flop(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
+    return 2 * _forward_flop(None, attended, gate, tables, scale, shift, weight, bias, eps, backend)
+
+
 _INPUTS = (
     "Tensor attended, Tensor gate, Tensor[] tables, Tensor[] scale, Tensor[] shift, Tensor[] weight, Tensor[] bias, "
     'float eps, str backend="triton"'
 )
-_fwd = define("gated_combine_fwd", f"(Tensor x, {_INPUTS}) -> Tensor", _forward_kernel, _forward_fake)
+_fwd = define("gated_combine_fwd", f"(Tensor x, {_INPUTS}) -> Tensor", _forward_kernel, _forward_fake, _forward_flop)
 _bwd = define(
-    "gated_combine_bwd", f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor[])", _backward_kernel, _backward_fake
+    "gated_combine_bwd",
+    f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor[])",
+    _backward_kernel,
+    _backward_fake,
+    _backward_flop,
 )
 
 

@@ -8,7 +8,7 @@ from itertools import cycle, pairwise
 import torch
 from torch import Tensor
 
-from ... import _native, _triton, backends
+from ... import _flops, _native, _triton, backends
 from ..._checks import check, check_dense, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
@@ -179,15 +179,28 @@ def _backward_fake(grads, x, rows, tables, scale, shift, weight, bias, needs_x, 
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
 
 
+def _forward_flop(x, rows, tables, scale, shift, weight, bias, dtype, backend):
+    return _flops.of_projections(len(tables[0]), x[0].shape[1], tables[3], weight)
+
+
+def _backward_flop(grads, x, rows, tables, scale, shift, weight, bias, needs_x, backend):
+    return (1 + needs_x) * _flops.of_projections(len(tables[0]), grads[0].shape[1], tables[3], weight)
+
+
 _INPUTS = "Tensor[] x, str rows, Tensor[] tables, Tensor[] scale, Tensor[] shift, Tensor[] weight, Tensor[] bias"
 _fwd = define(
-    "ragged_linear_fwd", f"({_INPUTS}, ScalarType dtype, str backend) -> Tensor[]", _forward_kernel, _forward_fake
+    "ragged_linear_fwd",
+    f"({_INPUTS}, ScalarType dtype, str backend) -> Tensor[]",
+    _forward_kernel,
+    _forward_fake,
+    _forward_flop,
 )
 _bwd = define(
     "ragged_linear_bwd",
     f"(Tensor[] grads, {_INPUTS}, bool needs_x, str backend) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
+    _backward_flop,
 )
 
 
@@ -217,12 +230,22 @@ def _resampling_forward_fake(x, rows, tables, scale, shift, weight, bias, dtype,
     return [w.new_empty((tables[0].shape[0], length, w.shape[0]), dtype=dtype) for w in firsts]
 
 
+def _resampling_forward_flop(x, rows, tables, scale, shift, weight, bias, dtype, rstds, sizes):
+    length = next(rstd.shape[1] for rstd in rstds if rstd is not None)
+    return _flops.of_projections(len(tables[0]), length, tables[3], weight)
+
+
+def _resampling_backward_flop(grads, x, rows, tables, scale, shift, weight, bias, needs_x, rstds, sizes):
+    return _backward_flop(grads, x, rows, tables, scale, shift, weight, bias, needs_x, "cpu")
+
+
 _LATER = "Tensor?[] rstds, SymInt[] sizes"
 _resampling_fwd = define(
     "ragged_linear_resampling_fwd",
     f"({_INPUTS}, ScalarType dtype, {_LATER}) -> Tensor[]",
     _resampling_forward_kernel,
     _resampling_forward_fake,
+    _resampling_forward_flop,
 )
 _resampling_bwd = define(
     "ragged_linear_resampling_bwd",
@@ -231,6 +254,7 @@ _resampling_bwd = define(
     lambda grads, x, rows, tables, scale, shift, weight, bias, needs_x, rstds, sizes: _backward_fake(
         grads, x, rows, tables, scale, shift, weight, bias, needs_x, "cpu"
     ),
+    _resampling_backward_flop,
 )
 _NUM_TABLES = len(PairTables._fields)
 

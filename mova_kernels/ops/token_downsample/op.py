@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import _native, _triton, backends
+from ... import _flops, _native, _triton, backends
 from ..._checks import check, check_device, check_floats, check_like, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
@@ -141,12 +141,23 @@ def _backward_fake(grad, x, weights, saved, resolution, eps, pool, of_weights, b
     return x.new_empty(x.shape), [w.new_empty(w.shape) for w in weights if of_weights]
 
 
+def _forward_flop(x, weights, resolution, eps, pool, backend):
+    w, (num_samples, length, _) = StageWeights.of(weights), x.shape
+    per_token = (_flops.of_product(num_samples * length, product) for product in (w.conv1, w.conv2, w.conv3))
+    return sum(per_token) + sum(_flops.of_product(num_samples, product) for product in (w.squeeze[0], w.excite[0]))
+
+
+def _backward_flop(grad, x, weights, saved, resolution, eps, pool, of_weights, backend):
+    return (1 + of_weights) * _forward_flop(x, weights, resolution, eps, pool, backend)
+
+
 _fwd = define(
     "token_downsample_stage_fwd",
     "(Tensor x, Tensor[] weights, SymInt resolution, float eps, bool pool, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_kernel,
     _forward_fake,
+    _forward_flop,
 )
 _bwd = define(
     "token_downsample_stage_bwd",
@@ -154,6 +165,7 @@ _bwd = define(
     " bool of_weights, str backend) -> (Tensor, Tensor[])",
     _backward_kernel,
     _backward_fake,
+    _backward_flop,
 )
 
 
