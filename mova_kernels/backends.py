@@ -100,7 +100,7 @@ def choose(
         ValueError: unknown backend.
         BackendError: the backend that was asked for cannot run the op here, or none can.
     """
-    name = _requested(op, backend)
+    name = requested(op, backend)
     only = None if tensors is None else only_reference(tensors)
     unfit = unfit or {}
     if only:
@@ -142,19 +142,20 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
             chosen = None
         answer[op] = {}
         for b in implementations.values():
-            idle = b.only_when_asked(device) if _requested(op, None) == "auto" else None
+            idle = b.only_when_asked(device) if requested(op, None) == "auto" else None
             special = None if b.name == "reference" else only_reference(())
             reason = (
                 b.declines(device, dtype)
                 or special
                 or idle
-                or f"could run, but {chosen or _requested(op, None)} was chosen"
+                or f"could run, but {chosen or requested(op, None)} was chosen"
             )
             answer[op][b.name] = "runs" if b.name == chosen else reason
     return answer
 
 
-def _requested(op: str, backend: str | None) -> str:
+def requested(op: str, backend: str | None = None) -> str:
+    """The backend that was asked for, by the argument ``backend`` or around it, or ``"auto"``; see above."""
     for source, request in (
         ("backend", backend),
         ("use_backend", _request),

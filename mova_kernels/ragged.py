@@ -158,7 +158,13 @@ def validated_routing(routing: Tensor, device: torch.device) -> Tensor:
         TypeError: no tensor, or complex.
         ValueError: not (B, N), a value other than 0 and 1, on the host where a device is needed, or one through which
             somebody expects a derivative.
+        RuntimeError: inside torch.jit.trace.
     """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace would keep this routing for every input to come, so it cannot trace the adapter: use "
+            "torch.export.export, or torch.onnx.export with dynamo=True"
+        )
     check_tensor("routing", routing, ("B", "N"))
     if routing.requires_grad or torch.autograd.forward_ad.unpack_dual(routing).tangent is not None:
         raise ValueError(
@@ -192,11 +198,14 @@ def _build(kept: Tensor, row_table: Tensor, most_per_sample: int, device: torch.
         order = by_expert.nonzero().squeeze(1)
         most_per_sample = int(per_sample.max()) if num_samples else 0
     else:
-        order = torch.argsort((~by_expert).to(torch.uint8), stable=True)[: num_samples * most_per_sample]
-    sample, expert = order % max(num_samples, 1), order // max(num_samples, 1)
+        order = _stable_argsort((~by_expert).to(torch.uint8))[: num_samples * most_per_sample]
+    divisor = max(num_samples, 1)
+    if torch.compiler.is_exporting():  # which has no remainder of a division by a size that may differ
+        divisor = torch.full((), divisor, device=order.device)  # type: ignore[assignment]
+    sample, expert = order % divisor, order // divisor
     row = row_table[sample, expert]
     in_use = by_expert[order]
-    by_sample = torch.argsort(torch.where(in_use, sample, num_samples), stable=True)
+    by_sample = _stable_argsort(torch.where(in_use, sample, num_samples))
 
     tables = (sample, expert, row, by_sample, expert_offsets, sample_offsets)
     bounds = tuple(expert_offsets.tolist()) if exact else None
@@ -210,6 +219,13 @@ def _build(kept: Tensor, row_table: Tensor, most_per_sample: int, device: torch.
     return RaggedPairs(
         kept, sample, expert, row, expert_offsets, by_sample, sample_offsets, bounds, most_per_sample, row_table
     )
+
+
+def _stable_argsort(keys: Tensor) -> Tensor:
+    if not torch.compiler.is_exporting():
+        return torch.argsort(keys, stable=True)
+    length = keys.shape[0]  # ONNX has no stable sort, which different keys do not need
+    return torch.argsort(keys.long() * length + torch.arange(length, device=keys.device))
 
 
 def _offsets(counts: Tensor) -> Tensor:

@@ -85,11 +85,12 @@ def feature_resample(
         check_device("rows", rows, "x", x)
     elif tuple(in_size) == tuple(out_size):
         return x
+    if backends.requested("feature_resample", backend) == "reference" or only_reference((x,)):
+        backends.choose("feature_resample", backend, x.device, x.dtype, tensors=(x,))
+        return reference.feature_resample(x, rows, list(in_size), list(out_size))
     # Compiled graphs choose when they run, which keeps exported ones portable.
-    if not torch.compiler.is_compiling() or only_reference((x,)):
+    if not torch.compiler.is_compiling():
         backend = backends.choose("feature_resample", backend, x.device, x.dtype, tensors=(x,))
-        if only_reference((x,)):
-            return reference.feature_resample(x, rows, list(in_size), list(out_size))
     if torch.is_grad_enabled() and x.requires_grad:
         return _FeatureResample.apply(x, rows, tuple(in_size), tuple(out_size), backend)
     return _fwd(x, rows, in_size, out_size, backend)

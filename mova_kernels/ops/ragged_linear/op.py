@@ -135,7 +135,8 @@ def project(
     arguments = (scale, shift, weight, bias, dtype)
     if backend == "reference" and bounds is not None:
         return tuple(reference.ragged_linear(sources, rows, tables, bounds, *arguments))
-    if backend == "reference" and only_reference(tensors):
+    # What is exported with the reference consists of PyTorch's own operators, which run everywhere.
+    if backend == "reference" and (only_reference(tensors) or torch.compiler.is_exporting()):
         return tuple(reference.ragged_linear_on_device(sources, rows, tables, *arguments))
     sizes = (len(sources), len(scale), len(weight), len(bias))
     settings = (rows, dtype, backend, sizes, bounds, resamplings)

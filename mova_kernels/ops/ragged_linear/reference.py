@@ -55,9 +55,9 @@ def ragged_linear_on_device(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The same in operators alone, none of which needs the offsets on the host: what is traced serves every routing."""
-    num_experts, pairs = len(scale), torch.arange(len(tables.sample), device=x[0].device)
-    first = x[0]
-    outputs = [first.new_zeros(len(pairs), first.shape[1], w.shape[0], dtype=dtype) for w in weight[::num_experts]]
+    num_experts, num_pairs, first = len(scale), tables.sample.shape[0], x[0]  # len() would keep the number as it is now
+    pairs = torch.arange(num_pairs, device=first.device)
+    outputs = [first.new_zeros(num_pairs, first.shape[1], w.shape[0], dtype=dtype) for w in weight[::num_experts]]
     for e in range(num_experts):
         own = (pairs >= tables.expert_offsets[e]) & (pairs < tables.expert_offsets[e + 1])
         own = own.nonzero().squeeze(1)
