@@ -21,12 +21,14 @@ def pick(values, i):
 
 @triton.jit
 def rotate_pairs(x, cos, sin, ADJOINT: tl.constexpr):
-    """(R, D) and tables (R, D): adjacent channels (a, b) -> (a cos - b sin, b cos + a sin) in fp32.
+    """(R, D) and tables (R, D): adjacent channels (a, b) -> (a cos - b sin, b cos + a sin) in fp32, fp64 for fp64.
 
     cos and sin may differ within a pair. ADJOINT: the gradient of that.
     """
+    if x.dtype != tl.float64:
+        x = x.to(tl.float32)
     pairs: tl.constexpr = (x.shape[0], x.shape[1] // 2, 2)
-    a, b = tl.split(tl.reshape(x.to(tl.float32), pairs))
+    a, b = tl.split(tl.reshape(x, pairs))
     cos_a, cos_b = tl.split(tl.reshape(cos, pairs))
     sin_a, sin_b = tl.split(tl.reshape(sin, pairs))
     if ADJOINT:
@@ -34,6 +36,12 @@ def rotate_pairs(x, cos, sin, ADJOINT: tl.constexpr):
     else:
         y = tl.join(a * cos_a - b * sin_a, b * cos_b + a * sin_b)
     return tl.reshape(y, (x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def nan_if_infinite(factor, variance):
+    """``factor`` = 1 / sqrt(variance + eps), NaN where squares overflowed: 0 would make it a token of zeros."""
+    return tl.where(variance < float("inf"), factor, float("nan"))
 
 
 def adjacent_channels(x: Tensor) -> Tensor:

@@ -132,6 +132,20 @@ def test_expert_attention_in_triton_and_its_gradients(side, width, dtype):
         assert torch.equal(a, b), f"{name} differs from run to run"
 
 
+def test_expert_attention_in_triton_with_scores_beyond_fp32():
+    cos, sin = (table.cuda() for table in rope2d_table(10, 64))
+    q, k, v, cotangent = (torch.randn(2, 100, 128, device="cuda") for _ in range(4))
+    q[0, 67, :64] *= 1e12
+    k[1, 3] *= 1e30
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        out = expert_attention(*leaves, cos, sin, 2, backend=backend)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(dtype))])
+    for found, true in zip(*results, strict=True):
+        torch.testing.assert_close(found, true.float(), rtol=1e-4, atol=1e-4)
+
+
 # Official widths and grids, with an idle expert, a negative row and slices of wider features; odd ones without rows.
 @pytest.mark.parametrize("official", [True, False], ids=["official", "odd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
+from extreme_scores import EXTREMES, by_autograd, extreme_problem
 from helpers import assert_threads_do_not_matter, check_budget
 from test_expert_attention import plain, truth
 from torch import Tensor
@@ -41,12 +41,6 @@ def problem(
 def both(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, tables: list[Tensor], heads: int, count: Tensor | None = None):
     out, lse = forward(q, k, v, *tables, heads, count)
     return out, *backward(grad, q, k, v, out, lse, *tables, heads, count)
-
-
-def by_autograd(function, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -157,49 +151,6 @@ def test_very_negative_scores():
     torch.testing.assert_close(list(both(*inputs, tables, 1)), expected, rtol=1e-4, atol=1e-4)
 
 
-def scaled(q: float = 1, k: float = 1, v: float = 1, grad: float = 1) -> Callable[..., list[Tensor]]:
-    return lambda *inputs: [t * factor for t, factor in zip(inputs, (q, k, v, grad), strict=True)]
-
-
-def outlier_channel(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-    q[..., 1] *= 1e5
-    k[..., 1] *= 1e5
-    return [q, k, v, grad]
-
-
-def one_query(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-    q[:, 3] *= 1e12
-    return [q, k, v, grad]
-
-
-def one_key(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-    k[:, -1] *= 1e30
-    return [q, k, v, grad]
-
-
-def all_negative(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-    """Turned by small angles, they still point away from each other."""
-    return [-1e20 * (1 + 0.1 * q.abs()), 1e20 * (1 + 0.1 * k.abs()), v, grad]
-
-
-# Where fp32 overflows or does not tell scores apart.
-EXTREMES = {
-    "weights that the log-sum-exp in fp32 would not tell apart": scaled(q=100, k=100),
-    "differences of scores beyond the range of powers of 2": scaled(q=1e9),
-    "squared lengths beyond fp32": scaled(q=1e12, k=1e12),
-    "scores beyond fp32": scaled(q=1e25, k=1e25),
-    "nearly the largest numbers": scaled(q=5e37, k=5e37),
-    "long queries and short keys": scaled(q=5e37, k=1e-37),
-    "short queries and long keys": scaled(q=1e-37, k=5e37),
-    "denormal queries": scaled(q=1e-41),
-    "large values": scaled(v=5e37, grad=1e-30),
-    "products of values and gradients beyond fp32": scaled(q=100, k=100, v=1e30, grad=1e30),
-    "such products where scores are ordinary": scaled(k=1e-30, q=1e-30, v=1e20, grad=1e20),
-    "one outlier channel": outlier_channel,
-    "one long query": one_query,
-    "one long key": one_key,
-    "all scores hugely negative": all_negative,
-}
 # pairs, tokens, heads, head width
 EXTREME_SHAPES = {
     "one pair of channels": (4, 40, 4, 2),
@@ -209,20 +160,12 @@ EXTREME_SHAPES = {
 }
 
 
-def extreme_problem(shape: str, dtype: torch.dtype, case: str) -> tuple[list[Tensor], list[Tensor], int]:
-    """q, k, v and the gradient of the result; tables of small angles; the number of heads."""
-    num_pairs, length, heads, width = EXTREME_SHAPES[shape]
-    inputs = EXTREMES[case](*torch.randn(4, num_pairs, length, heads * width, dtype=torch.float64).clamp(-4, 4))
-    angles = (torch.randn(length, width // 2) / 8).repeat_interleave(2, 1)
-    return [t.to(dtype) for t in inputs], [angles.cos(), angles.sin()], heads
-
-
 @pytest.mark.parametrize("case", EXTREMES)
 @pytest.mark.parametrize("shape", EXTREME_SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_inputs_have_softmax_in_fp64(dtype, shape, case):
     """Where plain torch overflows, nothing but the rounding of the result is allowed."""
-    inputs, tables, heads = extreme_problem(shape, dtype, case)
+    inputs, tables, heads = extreme_problem(EXTREME_SHAPES[shape], dtype, case)
     expected = by_autograd(truth(tables, heads), *(t.double() for t in inputs))
     rival = by_autograd(plain(tables, heads), *inputs)
     names = ("out", "grad_q", "grad_k", "grad_v")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_within_budget, value_and_gradients
+from extreme_scores import EXTREMES, by_autograd, extreme_problem
+from helpers import assert_within_budget, check_budget, value_and_gradients
 from test_expert_attention import plain, truth
 from torch import Tensor
 
@@ -72,6 +73,40 @@ def test_large_scores_do_not_overflow() -> None:
     (q, k, v), tables = problem(1, 9, 1, 32)
     for part in value_and_gradients(op(tables, 1), (1e4 * q, 1e4 * k, v)):
         assert part.isfinite().all()
+
+
+# Products of values and gradients are not computed in fp64: docs/limits.md.
+EXTREME_SCORES = [case for case in EXTREMES if "products" not in case]
+
+
+@pytest.mark.parametrize("case", EXTREME_SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_scores_have_softmax_in_fp64(dtype, case) -> None:
+    """Where plain torch overflows, nothing but the rounding of the result is allowed."""
+    inputs, tables, heads = extreme_problem((1, 20, 2, 32), dtype, case)
+    expected = by_autograd(truth(tables, heads), *(t.double() for t in inputs))
+    rival = by_autograd(plain(tables, heads), *inputs)
+    names = ("out", "grad_q", "grad_k", "grad_v")
+    for name, a, e, p in zip(names, by_autograd(op(tables, heads), *inputs), expected, rival, strict=True):
+        fits = e.to(dtype).isfinite()
+        assert e.isfinite().all() and torch.equal(a.isfinite(), fits), name
+        budget = p if p.isfinite().all() else e.to(dtype)
+        check_budget(name, a[fits], e[fits], budget[fits], norms=(2,))
+
+
+def test_one_wide_query_among_several_tiles() -> None:
+    """Forward, the others stay as they are, bit for bit; backward, the other head does."""
+    inputs, tables = problem(1, 70, 2, 32)
+    before = value_and_gradients(op(tables, 2), inputs)
+    q, k, v = (t.clone() for t in inputs)
+    q[0, 67, :32] *= 1e9
+    after = value_and_gradients(op(tables, 2), (q, k, v))
+    expected = value_and_gradients(truth(tables, 2), [t.double() for t in (q, k, v)])
+    others = torch.arange(70) != 67
+    assert torch.equal(after[0][0, others], before[0][0, others])
+    for found, same, true in zip(after, before, expected, strict=True):
+        assert torch.equal(found[..., 32:], same[..., 32:])
+        torch.testing.assert_close(found, true.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_tables_may_differ_within_a_channel_pair() -> None:

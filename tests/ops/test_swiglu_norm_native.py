@@ -162,15 +162,6 @@ def test_special_gates() -> None:
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
-def test_a_variance_beyond_fp32_is_nan() -> None:
-    """And no token of zeros, which torch makes of some widths; of others it makes NaN, too."""
-    gate, up, weight, bias = torch.randn(1, 3, 40), torch.ones(1, 3, 40), torch.ones(40), torch.zeros(40)
-    gate[0, 1] *= 1e25
-    out, expected = gated(gate, up, weight, bias), gated_in_torch(gate, up, weight, bias)
-    assert out[0, 1].isnan().all()
-    torch.testing.assert_close(out[0, ::2], expected[0, ::2])
-
-
 def test_opcheck_of_swiglu_norm() -> None:
     gate, up, weight, bias = gated_inputs((2, 3, 21))
     gate = gate.transpose(0, 1).contiguous().transpose(0, 1)

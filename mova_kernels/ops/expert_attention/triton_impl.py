@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision, rotate_pairs
+from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision
 from ..._tune import bucket, tuned
+from . import triton_wide
+from .triton_tiles import load_rows, load_tile, place, rotated, scorable, store_tile, tile_of
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -57,70 +59,18 @@ ROWS = 64  # tokens per program of the kernels without a loop
 
 
 @triton.jit
-def _tile(x, pair, head, rows, stride_p, stride_l, D: tl.constexpr):
-    """Pointers to the (rows, D) part of head ``head`` of (P, L, H*D)."""
-    base = x + pair * stride_p + head * D
-    return base + rows.to(tl.int64)[:, None] * stride_l + tl.arange(0, D)[None, :]
-
-
-@triton.jit
-def _load(pointers, rows, L: tl.constexpr, CUT: tl.constexpr):
-    if CUT:
-        return tl.load(pointers, mask=rows[:, None] < L, other=0.0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def _load_row(pointers, rows, L: tl.constexpr, CUT: tl.constexpr):
-    if CUT:
-        return tl.load(pointers, mask=rows < L, other=0.0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def _store(pointers, x, rows, L: tl.constexpr, CUT: tl.constexpr):
-    x = x.to(pointers.dtype.element_ty)
-    if CUT:
-        tl.store(pointers, x, mask=rows[:, None] < L)
-    else:
-        tl.store(pointers, x)
-
-
-@triton.jit
-def _turned(x, cos, sin, rows, L: tl.constexpr, D: tl.constexpr, ADJOINT: tl.constexpr, CUT: tl.constexpr):
-    """(rows, D) in fp32, each pair of adjacent channels turned by its token's angles; ADJOINT: the gradient of that."""
-    table = rows[:, None] * D + tl.arange(0, D)[None, :]
-    cos_tile = _load(cos + table, rows, L, CUT)
-    sin_tile = _load(sin + table, rows, L, CUT)
-    return rotate_pairs(x, cos_tile, sin_tile, ADJOINT)
-
-
-@triton.jit
-def _place(count, H, num_tiles, TILE: tl.constexpr):
-    """pair, head and tokens of this program; whether the pair is padding."""
-    program = tl.program_id(0)
-    head = (program // num_tiles) % H
-    pair = (program // num_tiles // H).to(tl.int64)
-    rows = (program % num_tiles) * TILE + tl.arange(0, TILE)
-    padding = False
-    if count is not None:
-        padding = pair >= tl.load(count)
-    return pair, head, rows, padding
-
-
-@triton.jit
 def _rotate_kernel(
     x, cos, sin, y, count, stride_xp, stride_xl, stride_yp, stride_yl, H, num_tiles,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """y = rope(x); nothing is written for padding."""
+    """y = rope(x), with NaN for tokens whose scores may overflow; nothing is written for padding."""
     TILES_CUT: tl.constexpr = L % TILE != 0
-    pair, head, rows, padding = _place(count, H, num_tiles, TILE)
+    pair, head, rows, padding = place(count, H, num_tiles, TILE)
     if padding:
         return
-    turned = _load(_tile(x, pair, head, rows, stride_xp, stride_xl, D), rows, L, TILES_CUT)
-    turned = _turned(turned, cos, sin, rows, L, D, False, TILES_CUT)
-    _store(_tile(y, pair, head, rows, stride_yp, stride_yl, D), turned, rows, L, TILES_CUT)
+    x_tile = load_tile(tile_of(x, pair, head, rows, stride_xp, stride_xl, D), rows, L, TILES_CUT)
+    turned = scorable(rotated(x_tile, cos, sin, rows, L, D, False, TILES_CUT), x_tile.dtype)
+    store_tile(tile_of(y, pair, head, rows, stride_yp, stride_yl, D), turned, rows, L, TILES_CUT)
 
 
 @triton.jit
@@ -129,40 +79,40 @@ def _forward_kernel(
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_op, stride_ol, H, num_tiles, scale,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and lse from q as projected and k rotated; zeros for padding."""
+    """out and lse from q as projected and k rotated; zeros for padding. triton_wide.py knows wide queries by lse."""
     TILES_CUT: tl.constexpr = L % TILE != 0
     STEPS_CUT: tl.constexpr = L % STEP != 0
-    pair, head, rows, padding = _place(count, H, num_tiles, TILE)
-    o_tile = _tile(out, pair, head, rows, stride_op, stride_ol, D)
+    pair, head, rows, padding = place(count, H, num_tiles, TILE)
+    o_tile = tile_of(out, pair, head, rows, stride_op, stride_ol, D)
     lse_row = lse + (pair * H + head) * L + rows
     if padding:
-        _store(o_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
+        store_tile(o_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
         tl.store(lse_row, tl.zeros((TILE,), tl.float32), mask=rows < L)
         return
-    q_tile = _load(_tile(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, TILES_CUT)
-    q_tile = _turned(q_tile, cos, sin, rows, L, D, False, TILES_CUT).to(q_tile.dtype)
+    q_tile = load_tile(tile_of(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, TILES_CUT)
+    q_tile = scorable(rotated(q_tile, cos, sin, rows, L, D, False, TILES_CUT), q_tile.dtype).to(q_tile.dtype)
 
     columns = tl.arange(0, STEP)
-    k_tile = _tile(k, pair, head, columns, stride_kp, stride_kl, D)
-    v_tile = _tile(v, pair, head, columns, stride_vp, stride_vl, D)
+    k_tile = tile_of(k, pair, head, columns, stride_kp, stride_kl, D)
+    v_tile = tile_of(v, pair, head, columns, stride_vp, stride_vl, D)
     k_step, v_step = STEP * tl.cast(stride_kl, tl.int64), STEP * tl.cast(stride_vl, tl.int64)
     largest = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     acc = tl.zeros((TILE, D), tl.float32)
     for start in range(0, L, STEP):
-        scores = tl.dot(q_tile, tl.trans(_load(k_tile, start + columns, L, STEPS_CUT)), input_precision=PRECISION)
+        scores = tl.dot(q_tile, tl.trans(load_tile(k_tile, start + columns, L, STEPS_CUT)), input_precision=PRECISION)
         if STEPS_CUT:
             scores = tl.where((start + columns < L)[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * scale)
         odds = tl.exp2(scores * scale - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(odds, 1)
-        v_now = _load(v_tile, start + columns, L, STEPS_CUT)
+        v_now = load_tile(v_tile, start + columns, L, STEPS_CUT)
         acc = tl.dot(odds.to(v_now.dtype), v_now, acc * shrink[:, None], input_precision=PRECISION)
         largest = larger
         k_tile += k_step
         v_tile += v_step
-    _store(o_tile, acc / total[:, None], rows, L, TILES_CUT)
+    store_tile(o_tile, acc / total[:, None], rows, L, TILES_CUT)
     tl.store(lse_row, (largest + tl.log2(total)) / LOG2_E, mask=rows < L)
 
 
@@ -173,11 +123,11 @@ def _delta_kernel(
 ):  # fmt: skip
     """delta = sum over channels of grad * out, (P, H, L); nothing is written for padding."""
     TILES_CUT: tl.constexpr = L % TILE != 0
-    pair, head, rows, padding = _place(count, H, num_tiles, TILE)
+    pair, head, rows, padding = place(count, H, num_tiles, TILE)
     if padding:
         return
-    grad_tile = _load(_tile(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, TILES_CUT).to(tl.float32)
-    out_tile = _load(_tile(out, pair, head, rows, stride_op, stride_ol, D), rows, L, TILES_CUT).to(tl.float32)
+    grad_tile = load_tile(tile_of(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, TILES_CUT).to(tl.float32)
+    out_tile = load_tile(tile_of(out, pair, head, rows, stride_op, stride_ol, D), rows, L, TILES_CUT).to(tl.float32)
     tl.store(delta + (pair * H + head) * L + rows, tl.sum(grad_tile * out_tile, 1), mask=rows < L)
 
 
@@ -191,29 +141,29 @@ def _grad_kv_kernel(
     """A tile of grad_k and grad_v, summed over queries in their order; q and k are rotated; zeros for padding."""
     TILES_CUT: tl.constexpr = L % TILE != 0
     STEPS_CUT: tl.constexpr = L % STEP != 0
-    pair, head, rows, padding = _place(count, H, num_tiles, TILE)
-    grad_k_tile = _tile(grad_k, pair, head, rows, stride_dp, stride_dl, D)
-    grad_v_tile = _tile(grad_v, pair, head, rows, stride_dp, stride_dl, D)
+    pair, head, rows, padding = place(count, H, num_tiles, TILE)
+    grad_k_tile = tile_of(grad_k, pair, head, rows, stride_dp, stride_dl, D)
+    grad_v_tile = tile_of(grad_v, pair, head, rows, stride_dp, stride_dl, D)
     if padding:
-        _store(grad_k_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
-        _store(grad_v_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
+        store_tile(grad_k_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
+        store_tile(grad_v_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
         return
-    k_tile = _load(_tile(k, pair, head, rows, stride_kp, stride_kl, D), rows, L, TILES_CUT)
-    v_tile = _load(_tile(v, pair, head, rows, stride_vp, stride_vl, D), rows, L, TILES_CUT)
+    k_tile = load_tile(tile_of(k, pair, head, rows, stride_kp, stride_kl, D), rows, L, TILES_CUT)
+    v_tile = load_tile(tile_of(v, pair, head, rows, stride_vp, stride_vl, D), rows, L, TILES_CUT)
 
     columns = tl.arange(0, STEP)
-    q_tile = _tile(q, pair, head, columns, stride_qp, stride_ql, D)
-    g_tile = _tile(grad, pair, head, columns, stride_gp, stride_gl, D)
+    q_tile = tile_of(q, pair, head, columns, stride_qp, stride_ql, D)
+    g_tile = tile_of(grad, pair, head, columns, stride_gp, stride_gl, D)
     q_step, g_step = STEP * tl.cast(stride_ql, tl.int64), STEP * tl.cast(stride_gl, tl.int64)
     statistics = (pair * H + head) * L + columns
     acc_k = tl.zeros((TILE, D), tl.float32)
     acc_v = tl.zeros((TILE, D), tl.float32)
     for start in range(0, L, STEP):
-        q_now = _load(q_tile, start + columns, L, STEPS_CUT)
-        g_now = _load(g_tile, start + columns, L, STEPS_CUT)
+        q_now = load_tile(q_tile, start + columns, L, STEPS_CUT)
+        g_now = load_tile(g_tile, start + columns, L, STEPS_CUT)
         # Behind the last query q and grad are zeros, which add nothing whatever the weights: no mask is needed.
-        lse_now = _load_row(lse + start + statistics, start + columns, L, STEPS_CUT) * LOG2_E
-        delta_now = _load_row(delta + start + statistics, start + columns, L, STEPS_CUT)
+        lse_now = load_rows(lse + start + statistics, start + columns, L, STEPS_CUT) * LOG2_E
+        delta_now = load_rows(delta + start + statistics, start + columns, L, STEPS_CUT)
         scores = tl.dot(k_tile, tl.trans(q_now), input_precision=PRECISION)
         weights = tl.exp2(scores * scale - lse_now[None, :])
         acc_v = tl.dot(weights.to(g_now.dtype), g_now, acc_v, input_precision=PRECISION)
@@ -222,8 +172,8 @@ def _grad_kv_kernel(
         acc_k = tl.dot(grad_scores.to(q_now.dtype), q_now, acc_k, input_precision=PRECISION)
         q_tile += q_step
         g_tile += g_step
-    _store(grad_v_tile, acc_v, rows, L, TILES_CUT)
-    _store(grad_k_tile, _turned(acc_k * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
+    store_tile(grad_v_tile, acc_v, rows, L, TILES_CUT)
+    store_tile(grad_k_tile, rotated(acc_k * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
 
 
 @triton.jit
@@ -236,25 +186,25 @@ def _grad_q_kernel(
     """A tile of grad_q, summed over keys in their order; q and k are rotated; zeros for padding."""
     TILES_CUT: tl.constexpr = L % TILE != 0
     STEPS_CUT: tl.constexpr = L % STEP != 0
-    pair, head, rows, padding = _place(count, H, num_tiles, TILE)
-    grad_q_tile = _tile(grad_q, pair, head, rows, stride_dp, stride_dl, D)
+    pair, head, rows, padding = place(count, H, num_tiles, TILE)
+    grad_q_tile = tile_of(grad_q, pair, head, rows, stride_dp, stride_dl, D)
     if padding:
-        _store(grad_q_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
+        store_tile(grad_q_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
         return
-    q_tile = _load(_tile(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, TILES_CUT)
-    g_tile = _load(_tile(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, TILES_CUT)
+    q_tile = load_tile(tile_of(q, pair, head, rows, stride_qp, stride_ql, D), rows, L, TILES_CUT)
+    g_tile = load_tile(tile_of(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, TILES_CUT)
     statistics = (pair * H + head) * L + rows
-    lse_row = _load_row(lse + statistics, rows, L, TILES_CUT) * LOG2_E
-    delta_row = _load_row(delta + statistics, rows, L, TILES_CUT)
+    lse_row = load_rows(lse + statistics, rows, L, TILES_CUT) * LOG2_E
+    delta_row = load_rows(delta + statistics, rows, L, TILES_CUT)
 
     columns = tl.arange(0, STEP)
-    k_tile = _tile(k, pair, head, columns, stride_kp, stride_kl, D)
-    v_tile = _tile(v, pair, head, columns, stride_vp, stride_vl, D)
+    k_tile = tile_of(k, pair, head, columns, stride_kp, stride_kl, D)
+    v_tile = tile_of(v, pair, head, columns, stride_vp, stride_vl, D)
     k_step, v_step = STEP * tl.cast(stride_kl, tl.int64), STEP * tl.cast(stride_vl, tl.int64)
     acc = tl.zeros((TILE, D), tl.float32)
     for start in range(0, L, STEP):
-        k_now = _load(k_tile, start + columns, L, STEPS_CUT)
-        v_now = _load(v_tile, start + columns, L, STEPS_CUT)
+        k_now = load_tile(k_tile, start + columns, L, STEPS_CUT)
+        v_now = load_tile(v_tile, start + columns, L, STEPS_CUT)
         scores = tl.dot(q_tile, tl.trans(k_now), input_precision=PRECISION)
         if STEPS_CUT:
             scores = tl.where((start + columns < L)[None, :], scores, float("-inf"))
@@ -264,7 +214,7 @@ def _grad_q_kernel(
         acc = tl.dot(grad_scores.to(k_now.dtype), k_now, acc, input_precision=PRECISION)
         k_tile += k_step
         v_tile += v_step
-    _store(grad_q_tile, _turned(acc * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
+    store_tile(grad_q_tile, rotated(acc * root, cos, sin, rows, L, D, True, TILES_CUT), rows, L, TILES_CUT)
 
 
 def forward(
@@ -280,9 +230,10 @@ def forward(
             # Keys are rotated once, ahead: in the loop every tile of queries would do it again (18 times at 2304
             # tokens; by count, 40 % more instructions), and the copies into shared memory could not be asynchronous.
             # Queries are rotated where they are used, which is once.
-            k = _rotated(k, cos, sin, num_heads, count)
+            unrotated, k = k, _rotated(k, cos, sin, num_heads, count)
             tensors = (q, k, v, cos, sin, out, lse, count)
             _launch(_forward_kernel, "forward", tensors, (q, k, v, out), num_heads, (_log2_scale(q, num_heads),))
+            triton_wide.forward(q, unrotated, v, cos, sin, out, lse, num_heads, count)
     return out, lse
 
 
@@ -298,12 +249,15 @@ def backward(
         with torch.cuda.device_of(q):
             delta = torch.empty_like(lse)
             _launch_rows(_delta_kernel, (grad, out, delta, count), (grad, out), num_heads)
-            q, k = (_rotated(t, cos, sin, num_heads, count) for t in (q, k))
+            unrotated = q, k
+            q, k = (_rotated(t, cos, sin, num_heads, count) for t in unrotated)
             scales = (_log2_scale(q, num_heads), (q.shape[2] // num_heads) ** -0.5)
             operands = (q, k, v, grad, lse, delta, cos, sin)
             strided = (q, k, v, grad, grad_q)  # the gradients have the same strides
             _launch(_grad_kv_kernel, "grad_kv", (*operands, grad_k, grad_v, count), strided, num_heads, scales)
             _launch(_grad_q_kernel, "grad_q", (*operands, grad_q, count), strided, num_heads, scales)
+            results = (grad_q, grad_k, grad_v)
+            triton_wide.backward(*unrotated, v, grad, lse, cos, sin, *results, num_heads, count)
     return grad_q, grad_k, grad_v
 
 

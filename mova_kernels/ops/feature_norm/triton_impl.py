@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS, adjacent_channels, pick
+from ..._jit import REGISTERS, adjacent_channels, nan_if_infinite, pick
 
 # Not measured. 16 elements per thread, so that the four taps of a bf16 tile are eight loads of 16 bytes in flight; four
 # tiles per program, so that a single sample with three experts still gives each multiprocessor several programs.
@@ -124,7 +124,8 @@ def _normalise_tiles(
         total += (below * right)[:, None] * _load(x, tap + in_w + 1, stride, channels, down & across)
         mean = tl.sum(total, 1) / C
         centred = tl.where(mask, total - mean[:, None], 0.0)
-        scale = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
+        variance = tl.sum(centred * centred, 1) / C
+        scale = nan_if_infinite(tl.rsqrt(variance + eps), variance)
         _store(y, tokens, C, channels, mask, centred * scale[:, None])
         tl.store(rstd + tokens, scale, mask=tokens < H * W)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import adjacent_channels
+from ..._jit import adjacent_channels, nan_if_infinite
 from ...ragged import PairTables
 from ..ragged_linear.triton_impl import collect, fold, grad_weights
 
@@ -25,7 +25,8 @@ ELEMENTS = 4096  # of the tile which a program normalises: 32 in each thread of 
 def _normalised(x, width, eps, ok):
     """(rows, channels) in fp32 -> (x - mean) / sqrt(var + eps), and 1 / sqrt(var + eps), per row."""
     centred = tl.where(ok, x - (tl.sum(x, 1) / width)[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
+    variance = tl.sum(centred * centred, 1) / width
+    rstd = nan_if_infinite(tl.rsqrt(variance + eps), variance)
     return centred * rstd[:, None], rstd
 
 

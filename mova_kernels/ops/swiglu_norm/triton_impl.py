@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import adjacent_channels
+from ..._jit import adjacent_channels, nan_if_infinite
 
 # Not measured. With 16 channels per thread the backward kernel needs 128 registers at the official width, so that two
 # programs fit on a multiprocessor; rows of 8192 channels, on 16 warps, would spill.
@@ -66,7 +66,7 @@ def _forward_kernel(
     mu = tl.div_rn(tl.sum(product), F * 1.0)
     centred = tl.where(counted, product - mu, 0.0)
     variance = tl.div_rn(tl.sum(centred * centred), F * 1.0)
-    r = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    r = nan_if_infinite(tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), variance)
     y = centred * r * _load(weight + channels, inside, counted) + _load(bias + channels, inside, counted)
     _store(out + row.to(tl.int64) * WIDTH + channels, y, inside)
     tl.store(mean + row, mu)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS, adjacent_channels
+from ..._jit import REGISTERS, adjacent_channels, nan_if_infinite
 from .reference import StageWeights
 
 PROGRAMS = 1024  # about how many programs share the tiles of a sum: 3 waves on an H100. Not measured.
@@ -65,7 +65,8 @@ def _standardised(x, eps, C: tl.constexpr, BLOCK: tl.constexpr):
     """Each row with mean 0 and variance 1, and the factor that made it so; zeros behind the last channel."""
     centred = x - (tl.sum(x, 1) / C)[:, None]
     centred = tl.where((tl.arange(0, BLOCK) < C)[None, :], centred, 0.0)
-    factor = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / C + eps)
+    variance = tl.sum(centred * centred, 1) / C
+    factor = nan_if_infinite(1.0 / tl.sqrt_rn(variance + eps), variance)
     return centred * factor[:, None], factor
 
 

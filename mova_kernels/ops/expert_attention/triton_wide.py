@@ -1,0 +1,200 @@
+"""Wide queries in Triton: those whose scores fp32 cannot hold, or cannot tell apart, in fp64.
+
+The main kernels leave them behind with a log-sum-exp that is large, infinite or NaN (so is that of inputs which are NaN
+themselves). The kernels here look for these and end where there are none, which is what they are launched for nearly
+always. Forward, they compute single queries again. Backward, they compute all gradients of a head that has one.
+
+Slow: sums instead of matrix instructions, one token after the other. Tensors are those of triton_impl.py, but q and k
+are not rotated.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..._jit import REGISTERS
+from .triton_tiles import place, rotated, store_tile, tile_of
+
+LARGEST_LSE = tl.constexpr(2839.0)  # 4096 powers of 2: rounded to fp32, it makes weights wrong by 1.7e-4
+ROWS = 64  # queries or keys of a program
+LOOK = tl.constexpr(1024)  # log-sum-exps at a time
+
+
+@triton.jit
+def _any_wide(lse, rows, L: tl.constexpr):
+    lse_rows = tl.load(lse + rows, mask=rows < L, other=0.0)
+    return tl.sum((tl.abs(lse_rows) <= LARGEST_LSE).to(tl.int32), 0) < rows.shape[0]  # NaN is not smaller
+
+
+@triton.jit
+def _any_wide_in_head(lse, L: tl.constexpr):
+    found = False
+    for start in range(0, L, LOOK):
+        found = found | _any_wide(lse, start + tl.arange(0, LOOK), L)
+    return found
+
+
+@triton.jit
+def _wide_tile(x, pair, head, rows, stride_p, stride_l, L: tl.constexpr, D: tl.constexpr):
+    """(rows, D) in fp64, by way of fp32: the interpreter is wrong about bfloat16 otherwise."""
+    pointers = tile_of(x, pair, head, rows, stride_p, stride_l, D)
+    return tl.load(pointers, mask=rows[:, None] < L, other=0.0).to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def _narrow(x):
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _wide_forward_kernel(
+    q, k, v, cos, sin, out, lse, count,
+    stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_op, stride_ol, H, num_tiles, root,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """out of wide queries."""
+    pair, head, tile, padding = place(count, H, num_tiles, TILE)
+    head_lse = lse + (pair * H + head) * L
+    if padding or not _any_wide(head_lse, tile, L):
+        return
+    first = tl.min(tile, 0)
+    for start in range(0, TILE, TOKENS):
+        rows = first + start + tl.arange(0, TOKENS)
+        if _any_wide(head_lse, rows, L):
+            q_rows = _wide_tile(q, pair, head, rows, stride_qp, stride_ql, L, D)
+            q_rows = rotated(q_rows, cos, sin, rows, L, D, False, True) * root
+            largest = tl.full((TOKENS,), float("-inf"), tl.float64)
+            total = tl.zeros((TOKENS,), tl.float64)
+            acc = tl.zeros((TOKENS, D), tl.float64)
+            for key in range(L):
+                at = key + tl.arange(0, 1)
+                k_row = _wide_tile(k, pair, head, at, stride_kp, stride_kl, L, D)
+                score = tl.sum(q_rows * rotated(k_row, cos, sin, at, L, D, False, True), 1)
+                larger = tl.maximum(largest, score)
+                shrink, odds = tl.exp(largest - larger), tl.exp(score - larger)
+                total = total * shrink + odds
+                v_row = _wide_tile(v, pair, head, at, stride_vp, stride_vl, L, D)
+                acc = acc * shrink[:, None] + odds[:, None] * v_row
+                largest = larger
+            lse_rows = tl.load(head_lse + rows, mask=rows < L, other=0.0)
+            wide = (rows < L) & ~(tl.abs(lse_rows) <= LARGEST_LSE)
+            pointers = tile_of(out, pair, head, rows, stride_op, stride_ol, D)
+            result = _narrow(acc / total[:, None]).to(out.dtype.element_ty)
+            tl.store(pointers, result, mask=wide[:, None])
+
+
+@triton.jit
+def _wide_grad_q_kernel(
+    q, k, v, grad, cos, sin, lse, grad_q, statistics, count,
+    stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl, stride_dp, stride_dl,
+    H, num_tiles, root,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """grad_q of heads with wide queries, and what :func:`_wide_grad_kv_kernel` needs of their queries.
+
+    That is the largest score, the sum of the exponentials relative to it, and delta: ``statistics``, (P, H, 3, L).
+    """
+    pair, head, tile, padding = place(count, H, num_tiles, TILE)
+    if padding or not _any_wide_in_head(lse + (pair * H + head) * L, L):
+        return
+    first = tl.min(tile, 0)
+    for start in range(0, TILE, TOKENS):
+        rows = first + start + tl.arange(0, TOKENS)
+        q_rows = _wide_tile(q, pair, head, rows, stride_qp, stride_ql, L, D)
+        q_rows = rotated(q_rows, cos, sin, rows, L, D, False, True) * root
+        g_rows = _wide_tile(grad, pair, head, rows, stride_gp, stride_gl, L, D)
+        largest = tl.full((TOKENS,), float("-inf"), tl.float64)
+        total = tl.zeros((TOKENS,), tl.float64)
+        delta = tl.zeros((TOKENS,), tl.float64)
+        for key in range(L):
+            at = key + tl.arange(0, 1)
+            k_row = _wide_tile(k, pair, head, at, stride_kp, stride_kl, L, D)
+            score = tl.sum(q_rows * rotated(k_row, cos, sin, at, L, D, False, True), 1)
+            larger = tl.maximum(largest, score)
+            shrink, odds = tl.exp(largest - larger), tl.exp(score - larger)
+            v_row = _wide_tile(v, pair, head, at, stride_vp, stride_vl, L, D)
+            delta = delta * shrink + odds * tl.sum(g_rows * v_row, 1)
+            total = total * shrink + odds
+            largest = larger
+        delta /= total
+        acc = tl.zeros((TOKENS, D), tl.float64)
+        for key in range(L):
+            at = key + tl.arange(0, 1)
+            k_row = _wide_tile(k, pair, head, at, stride_kp, stride_kl, L, D)
+            k_row = rotated(k_row, cos, sin, at, L, D, False, True)
+            v_row = _wide_tile(v, pair, head, at, stride_vp, stride_vl, L, D)
+            weight = tl.exp(tl.sum(q_rows * k_row, 1) - largest) / total
+            acc += (weight * (tl.sum(g_rows * v_row, 1) - delta))[:, None] * k_row
+        acc = _narrow(rotated(acc * root, cos, sin, rows, L, D, True, True))
+        store_tile(tile_of(grad_q, pair, head, rows, stride_dp, stride_dl, D), acc, rows, L, True)
+        own = statistics + (pair * H + head) * 3 * L + rows
+        tl.store(own, largest, mask=rows < L)
+        tl.store(own + L, total, mask=rows < L)
+        tl.store(own + 2 * L, delta, mask=rows < L)
+
+
+@triton.jit
+def _wide_grad_kv_kernel(
+    q, k, v, grad, cos, sin, lse, statistics, grad_k, grad_v, count,
+    stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl, stride_dp, stride_dl,
+    H, num_tiles, root,
+    L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """grad_k and grad_v of heads with wide queries."""
+    pair, head, tile, padding = place(count, H, num_tiles, TILE)
+    if padding or not _any_wide_in_head(lse + (pair * H + head) * L, L):
+        return
+    first = tl.min(tile, 0)
+    of_head = statistics + (pair * H + head) * 3 * L
+    for start in range(0, TILE, TOKENS):
+        rows = first + start + tl.arange(0, TOKENS)
+        k_rows = _wide_tile(k, pair, head, rows, stride_kp, stride_kl, L, D)
+        k_rows = rotated(k_rows, cos, sin, rows, L, D, False, True)
+        v_rows = _wide_tile(v, pair, head, rows, stride_vp, stride_vl, L, D)
+        acc_k = tl.zeros((TOKENS, D), tl.float64)
+        acc_v = tl.zeros((TOKENS, D), tl.float64)
+        for query in range(L):
+            at = query + tl.arange(0, 1)
+            q_row = _wide_tile(q, pair, head, at, stride_qp, stride_ql, L, D)
+            q_row = rotated(q_row, cos, sin, at, L, D, False, True) * root
+            g_row = _wide_tile(grad, pair, head, at, stride_gp, stride_gl, L, D)
+            weight = tl.exp(tl.sum(k_rows * q_row, 1) - tl.load(of_head + query)) / tl.load(of_head + L + query)
+            acc_v += weight[:, None] * g_row
+            product = tl.sum(v_rows * g_row, 1) - tl.load(of_head + 2 * L + query)
+            acc_k += (weight * product)[:, None] * q_row
+        store_tile(tile_of(grad_v, pair, head, rows, stride_dp, stride_dl, D), _narrow(acc_v), rows, L, True)
+        acc_k = _narrow(rotated(acc_k, cos, sin, rows, L, D, True, True))
+        store_tile(tile_of(grad_k, pair, head, rows, stride_dp, stride_dl, D), acc_k, rows, L, True)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, out: Tensor, lse: Tensor,
+    num_heads: int, count: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes wide queries into ``out``."""
+    _launch(_wide_forward_kernel, (q, k, v, cos, sin, out, lse, count), (q, k, v, out), num_heads)
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, cos: Tensor, sin: Tensor,
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, num_heads: int, count: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes the gradients of heads with wide queries; all three have the same strides."""
+    statistics = torch.empty((*lse.shape[:2], 3, lse.shape[2]), dtype=torch.float64, device=lse.device)
+    inputs, strided = (q, k, v, grad, cos, sin, lse), (q, k, v, grad, grad_q)
+    _launch(_wide_grad_q_kernel, (*inputs, grad_q, statistics, count), strided, num_heads)
+    _launch(_wide_grad_kv_kernel, (*inputs, statistics, grad_k, grad_v, count), strided, num_heads)
+
+
+def _launch(kernel, tensors, strided: tuple[Tensor, ...], num_heads: int) -> None:
+    num_pairs, length, channels = strided[0].shape
+    width, num_tiles = channels // num_heads, triton.cdiv(length, ROWS)
+    strides = [s for t in strided for s in t.stride()[:2]]
+    tokens = 1024 // width  # at a time: what fits into the registers
+    kernel[(num_tiles * num_heads * num_pairs,)](
+        *tensors, *strides, num_heads, num_tiles, width**-0.5,
+        L=length, D=width, TILE=ROWS, TOKENS=tokens, maxnreg=REGISTERS,
+    )  # fmt: skip
