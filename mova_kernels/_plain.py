@@ -21,6 +21,8 @@ def keys(x: Tensor) -> int:
     return torch._C._dispatch_keys(x).raw_repr()
 
 
+_ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)  # private: absent from some versions
+_LOWEST = 1 << 36  # addresses of memory are larger, or are asked about
 _EMPTY = torch.empty(0, device="cpu")
 with torch.inference_mode():
     _PLAIN_KEYS = (keys(_EMPTY), keys(torch.empty(0, device="cpu")))
@@ -42,8 +44,7 @@ def transformed(tensors: Iterable[Tensor] = ()) -> str | None:
 
 def functorch_active() -> bool:
     """Whether torch.func transforms are on."""
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return bool(active()) if active is not None else False
+    return _ACTIVE is not None and _ACTIVE()
 
 
 def batched(x: Tensor) -> bool:
@@ -54,17 +55,14 @@ def batched(x: Tensor) -> bool:
 def only_reference(tensors: Sequence[Tensor]) -> str | None:
     """The reason why only the reference may compute with these tensors, here and now; None if a kernel may."""
     reason = transformed(tensors)
-    if reason or torch.compiler.is_compiling():
-        return reason or _traced_for_others()
+    if reason:
+        return reason
+    if torch.compiler.is_compiling():
+        in_export = torch.onnx.is_in_onnx_export()
+        return "an ONNX graph knows the operators of the reference alone" if in_export else None
     for x in tensors:
         if type(x) not in _PLAIN_TYPES and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             return f"a tensor is a {type(x).__name__}, which computes in its own way (__torch_dispatch__)"
-    return _traced_for_others()
-
-
-def _traced_for_others() -> str | None:
-    if torch.onnx.is_in_onnx_export():
-        return "an ONNX graph knows the operators of the reference alone"
     return "a traced module may run where mova_kernels is not installed" if torch.jit.is_tracing() else None
 
 
@@ -74,12 +72,18 @@ def readable(op: str, names: Sequence[str], arguments: Sequence[object]) -> Sequ
     Raises:
         ValueError: a tensor on another device, or without memory; the message names the argument.
     """
-    aligned = True
-    for x in on_one_device(op, names, arguments):
-        if not x.untyped_storage().data_ptr() and x.numel():
+    tensors = _tensors(arguments)
+    device, aligned = tensors[0].device, True
+    for x in tensors:
+        start = x.data_ptr()
+        if x.device != device:
+            on_one_device(op, names, arguments)
+        # The exact question is costly. A tensor without memory starts at its offset, no other starts that low.
+        if start < _LOWEST and not x.untyped_storage().data_ptr() and x.numel():
             value = f"a storage of {x.untyped_storage().nbytes()} bytes"
             raise ValueError(f"{op}: {_name(names, arguments, x)} must have memory, got {value}")
-        aligned = aligned and x.data_ptr() % x.element_size() == 0
+        if start % 16 and start % x.element_size():
+            aligned = False
     return arguments if aligned else [_aligned(argument) for argument in arguments]
 
 
@@ -89,18 +93,23 @@ def on_one_device(op: str, names: Sequence[str], arguments: Sequence[object]) ->
     Raises:
         ValueError: they are not on one device; the message names the argument.
     """
-    tensors = [
-        x
-        for argument in arguments
-        for x in (argument if isinstance(argument, (list, tuple)) else (argument,))
-        if isinstance(x, Tensor)
-    ]
+    tensors = _tensors(arguments)
     device = tensors[0].device
     for x in tensors:
         if x.device != device:
             first, other = (_name(names, arguments, t) for t in (tensors[0], x))
             raise ValueError(f"{op}: {other} must be on {first}'s {device}, got {x.device}")
     return tensors
+
+
+def _tensors(arguments: Sequence[object]) -> list[Tensor]:
+    found = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            found += [x for x in argument if isinstance(x, Tensor)]
+    return found
 
 
 def _name(names: Sequence[str], arguments: Sequence[object], x: Tensor) -> str:

@@ -63,6 +63,7 @@ def test_every_routing_and_batch_size(graph, routing) -> None:
 @pytest.mark.skipif(_native.cpu_reason() is not None, reason=str(_native.cpu_reason()))
 def test_a_kernel_by_name_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(BackendError, match="an ONNX graph knows the operators of the reference alone"):
         ops.feature_resample(torch.randn(1, 4, 8), (2, 2), (3, 3), backend="cpu")
 
