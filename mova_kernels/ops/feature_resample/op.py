@@ -85,7 +85,8 @@ def feature_resample(
         check_device("rows", rows, "x", x)
     elif tuple(in_size) == tuple(out_size):
         return x
-    if backends.requested("feature_resample", backend) == "reference" or only_reference((x,)):
+    in_operators = torch.compiler.is_exporting() and backends.requested("feature_resample", backend) == "reference"
+    if in_operators or only_reference((x,)):
         backends.choose("feature_resample", backend, x.device, x.dtype, tensors=(x,))
         return reference.feature_resample(x, rows, list(in_size), list(out_size))
     # Compiled graphs choose when they run, which keeps exported ones portable.
