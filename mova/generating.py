@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
 from ._checks import check, check_int
 
@@ -82,6 +82,22 @@ def length_limits(
         least = min(_limit("min", _limits_of(config, "min"), prompt) or 0, most)
     check(least <= most, "min_length", f"must be at most the longest length, {most} with the prompt", least)
     return {"max_length": most, "max_new_tokens": None, "min_length": least, "min_new_tokens": None}
+
+
+def check_positions(config: PretrainedConfig, prompt: int) -> None:
+    """Refuse a prompt of more tokens, those of images included, than the language model has positions for.
+
+    It would answer nonsense, and take memory by the square of its length. Models with scaled rotary positions have no
+    such limit in their config.
+
+    Raises:
+        ValueError: the prompt is too long.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    is_scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if positions is not None and not is_scaled:
+        rule = f"must make prompts of at most {positions} tokens, image tokens included (max_position_embeddings)"
+        check(prompt <= positions, "questions", rule, prompt)
 
 
 def _limit(which: str, given: Mapping[str, Any], prompt: int) -> int | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ._checks import check
 from ._lock import Lock, locked
 from .cache import FeatureCache
-from .generating import generate_arguments, length_limits
+from .generating import check_positions, generate_arguments, length_limits
 from .hub import loading_arguments, pinned
 from .images import PreparedImage
 from .inspection import attention_maps, recorded
@@ -274,6 +274,7 @@ class MoVAPipeline:
             generate.setdefault("pad_token_id", self.processor.tokenizer.pad_token_id)
         tokens = {name: value.to(self.model.device) for name, value in tokens.items()}
         length = tokens["input_ids"].shape[1]
+        check_positions(self.model.config.text_config, length)
         generate |= length_limits(generate, self.model.generation_config, length, ANSWER_TOKENS)
         result = self.model.generate(**tokens, image_features=image_tokens, num_return_sequences=1, **generate)
         new = getattr(result, "sequences", result)[:, length:]

@@ -21,9 +21,12 @@ def check_tensor(argument: str, value: object, shape: tuple[int | str, ...]) -> 
     """
     check_dense(argument, value)
     assert isinstance(value, Tensor)
-    fits = value.dim() == len(shape)
-    for want, have in zip(shape, value.shape, strict=False):
-        fits = fits and (isinstance(want, str) or have == want)
+    found = value.shape
+    fits = len(found) == len(shape)
+    if fits:
+        for want, have in zip(shape, found, strict=True):
+            if have != want and not isinstance(want, str):
+                fits = False
     if not fits:
         raise ValueError(f"{argument} must have shape ({', '.join(map(str, shape))}), got {tuple(value.shape)}")
 

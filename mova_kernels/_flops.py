@@ -1,18 +1,18 @@
 """What ``torch.utils.flop_counter`` counts for the raw ops: the matrix products of an op's definition.
 
-The count is the same for every backend, however few products an implementation gets along with; of attention's backward
-pass it has five products, as PyTorch counts its own fused attention. Only pairs that are no padding count.
+The count is the same for every backend, even where an implementation gets along with fewer products. Attention's
+backward pass counts as five products, as it does in PyTorch's own fused attention. Padding does not count.
 
-Formulas reach PyTorch's registry when somebody imports that module, and not before: the import takes 0.1 s, for it
-imports Triton, and prints a warning where there is no Triton.
+The formulas reach PyTorch's registry when somebody imports ``torch.utils.flop_counter``. This package does not: that
+takes 0.1 s, since it imports Triton, and prints a warning where there is no Triton.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from typing import Any
 
 from torch import Tensor
@@ -63,13 +63,12 @@ def _hand_over(packets: Sequence[Any]) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Hands all formulas over behind the first import of PyTorch's counter."""
+    """Hands all formulas over when somebody has imported PyTorch's counter."""
 
     def find_spec(self, name, path=None, target=None):
         if name != _COUNTER:
             return None
-        sys.meta_path.remove(self)
-        spec: Any = importlib.util.find_spec(name)
+        spec: Any = PathFinder.find_spec(name, path, target)
         execute = spec.loader.exec_module
 
         def execute_and_hand_over(module):

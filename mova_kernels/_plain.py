@@ -22,7 +22,7 @@ def keys(x: Tensor) -> int:
 
 
 _ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)  # private: absent from some versions
-_LOWEST = 1 << 36  # addresses of memory are larger, or are asked about
+_LOWEST = 1 << 36  # a tensor at a lower address may have no memory, see readable()
 _EMPTY = torch.empty(0, device="cpu")
 with torch.inference_mode():
     _PLAIN_KEYS = (keys(_EMPTY), keys(torch.empty(0, device="cpu")))
@@ -78,7 +78,7 @@ def readable(op: str, names: Sequence[str], arguments: Sequence[object]) -> Sequ
         start = x.data_ptr()
         if x.device != device:
             on_one_device(op, names, arguments)
-        # The exact question is costly. A tensor without memory starts at its offset, no other starts that low.
+        # A tensor without memory has its offset for an address. Its storage tells, but asking takes longer.
         if start < _LOWEST and not x.untyped_storage().data_ptr() and x.numel():
             value = f"a storage of {x.untyped_storage().nbytes()} bytes"
             raise ValueError(f"{op}: {_name(names, arguments, x)} must have memory, got {value}")

@@ -156,15 +156,12 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
 
 def requested(op: str, backend: str | None = None) -> str:
     """The backend that was asked for, by the argument ``backend`` or around it, or ``"auto"``; see above."""
-    for source, request in (
-        ("backend", backend),
-        ("use_backend", _request),
-        (ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE)),
-    ):
-        if request:
-            requests = _parse(request, source)
-            return requests.get(op, requests.get("*", "auto"))
-    return "auto"
+    request = backend or _request or os.environ.get(ENVIRONMENT_VARIABLE)
+    if not request:
+        return "auto"
+    source = "backend" if backend else "use_backend" if _request else ENVIRONMENT_VARIABLE
+    requests = _parse(request, source)
+    return requests.get(op, requests.get("*", "auto"))
 
 
 def _parse(request: str, source: str) -> dict[str, str]:

@@ -200,7 +200,7 @@ def _build(kept: Tensor, row_table: Tensor, most_per_sample: int, device: torch.
     else:
         order = _stable_argsort((~by_expert).to(torch.uint8))[: num_samples * most_per_sample]
     divisor = max(num_samples, 1)
-    if torch.compiler.is_exporting():  # which has no remainder of a division by a size that may differ
+    if torch.compiler.is_exporting():  # ONNX has no remainder of a division by a size that may differ
         divisor = torch.full((), divisor, device=order.device)  # type: ignore[assignment]
     sample, expert = order % divisor, order // divisor
     row = row_table[sample, expert]
@@ -224,7 +224,7 @@ def _build(kept: Tensor, row_table: Tensor, most_per_sample: int, device: torch.
 def _stable_argsort(keys: Tensor) -> Tensor:
     if not torch.compiler.is_exporting():
         return torch.argsort(keys, stable=True)
-    length = keys.shape[0]  # ONNX has no stable sort, which different keys do not need
+    length = keys.shape[0]  # ONNX has no stable sort. Keys that all differ need none.
     return torch.argsort(keys.long() * length + torch.arange(length, device=keys.device))
 
 

@@ -141,11 +141,19 @@ def test_adapter_with_every_expert_selected() -> None:
     assert both == true_both + scores * (_native.cpu_reason() is None)
 
 
-@pytest.mark.parametrize("counter_first", [True, False])
-def test_order_of_imports(counter_first) -> None:
-    imports = ["import torch.utils.flop_counter as c", "import mova_kernels"]
-    program = "; ".join(imports if counter_first else imports[::-1])
-    program += "; import torch; assert torch.ops.mova_kernels.gated_combine_bwd in c.flop_registry"
+IMPORTS = {
+    "the counter first": "import torch.utils.flop_counter as c; import mova_kernels",
+    "the library first": "import mova_kernels; import torch.utils.flop_counter as c",
+    "looked for, then imported": (
+        "import mova_kernels, importlib.util; importlib.util.find_spec('torch.utils.flop_counter'); "
+        "import torch.utils.flop_counter as c"
+    ),
+}
+
+
+@pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS)
+def test_order_of_imports(imports) -> None:
+    program = f"{imports}; import torch; assert torch.ops.mova_kernels.gated_combine_bwd in c.flop_registry"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -106,3 +106,22 @@ def test_the_least_length_holds_back_the_end(pipeline, monkeypatch):
 def test_what_is_no_argument_of_an_answer(pipeline, arguments, error, message):
     with pytest.raises(error, match=message):
         pipeline.answer(IMAGES, QUESTIONS, experts="none", **arguments)
+
+
+def test_a_prompt_without_room_is_refused_before_it_is_read(pipeline, monkeypatch):
+    """Of a batch, the longest prompt counts; the model is not called. One that just fits is answered."""
+    longest = prompt_length(pipeline)
+    config = pipeline.model.config.text_config
+    monkeypatch.setattr(config, "max_position_embeddings", longest)
+    assert new_tokens(pipeline, monkeypatch, max_new_tokens=1) == 1
+    monkeypatch.setattr(config, "max_position_embeddings", longest - 1)
+    monkeypatch.setattr(type(pipeline.model), "generate", None)
+    with pytest.raises(ValueError, match=f"at most {longest - 1} tokens.*, got {longest}$"):
+        pipeline.answer(IMAGES, QUESTIONS, experts="none", max_new_tokens=1)
+
+
+def test_scaled_positions_have_no_limit_in_the_config(pipeline, monkeypatch):
+    config = pipeline.model.config.text_config
+    monkeypatch.setattr(config, "max_position_embeddings", 8)
+    monkeypatch.setattr(config, "rope_parameters", {**config.rope_parameters, "rope_type": "dynamic"})
+    assert new_tokens(pipeline, monkeypatch, max_new_tokens=1) == 1

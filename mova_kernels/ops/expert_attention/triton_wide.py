@@ -1,8 +1,9 @@
 """Wide queries in Triton: those whose scores fp32 cannot hold, or cannot tell apart, in fp64.
 
 The main kernels leave them behind with a log-sum-exp that is large, infinite or NaN (so is that of inputs which are NaN
-themselves). The kernels here look for these and end where there are none, which is what they are launched for nearly
-always. Forward, they compute single queries again. Backward, they compute all gradients of a head that has one.
+themselves). The host does not know whether there are any, so the kernels here are always launched, and end at once
+where there are none. Forward, they compute single queries again. Backward, they compute all gradients of a head that
+has one.
 
 Slow: sums instead of matrix instructions, one token after the other. Tensors are those of triton_impl.py, but q and k
 are not rotated.
@@ -45,8 +46,16 @@ def _wide_tile(x, pair, head, rows, stride_p, stride_l, L: tl.constexpr, D: tl.c
 
 
 @triton.jit
-def _narrow(x):
-    return x.to(tl.float32)
+def _rotated_tile(x, cos, sin, pair, head, rows, stride_p, stride_l, L: tl.constexpr, D: tl.constexpr):
+    return rotated(_wide_tile(x, pair, head, rows, stride_p, stride_l, L, D), cos, sin, rows, L, D, False, True)
+
+
+@triton.jit
+def _with_key(largest, total, score):
+    """The queries' largest score and sum of exponentials with one more key; what shrinks older terms; the key's own."""
+    larger = tl.maximum(largest, score)
+    shrink, odds = tl.exp(largest - larger), tl.exp(score - larger)
+    return larger, total * shrink + odds, shrink, odds
 
 
 @triton.jit
@@ -64,25 +73,20 @@ def _wide_forward_kernel(
     for start in range(0, TILE, TOKENS):
         rows = first + start + tl.arange(0, TOKENS)
         if _any_wide(head_lse, rows, L):
-            q_rows = _wide_tile(q, pair, head, rows, stride_qp, stride_ql, L, D)
-            q_rows = rotated(q_rows, cos, sin, rows, L, D, False, True) * root
+            q_rows = _rotated_tile(q, cos, sin, pair, head, rows, stride_qp, stride_ql, L, D) * root
             largest = tl.full((TOKENS,), float("-inf"), tl.float64)
             total = tl.zeros((TOKENS,), tl.float64)
             acc = tl.zeros((TOKENS, D), tl.float64)
             for key in range(L):
                 at = key + tl.arange(0, 1)
-                k_row = _wide_tile(k, pair, head, at, stride_kp, stride_kl, L, D)
-                score = tl.sum(q_rows * rotated(k_row, cos, sin, at, L, D, False, True), 1)
-                larger = tl.maximum(largest, score)
-                shrink, odds = tl.exp(largest - larger), tl.exp(score - larger)
-                total = total * shrink + odds
+                k_row = _rotated_tile(k, cos, sin, pair, head, at, stride_kp, stride_kl, L, D)
+                largest, total, shrink, odds = _with_key(largest, total, tl.sum(q_rows * k_row, 1))
                 v_row = _wide_tile(v, pair, head, at, stride_vp, stride_vl, L, D)
                 acc = acc * shrink[:, None] + odds[:, None] * v_row
-                largest = larger
             lse_rows = tl.load(head_lse + rows, mask=rows < L, other=0.0)
             wide = (rows < L) & ~(tl.abs(lse_rows) <= LARGEST_LSE)
             pointers = tile_of(out, pair, head, rows, stride_op, stride_ol, D)
-            result = _narrow(acc / total[:, None]).to(out.dtype.element_ty)
+            result = (acc / total[:, None]).to(tl.float32).to(out.dtype.element_ty)
             tl.store(pointers, result, mask=wide[:, None])
 
 
@@ -103,32 +107,26 @@ def _wide_grad_q_kernel(
     first = tl.min(tile, 0)
     for start in range(0, TILE, TOKENS):
         rows = first + start + tl.arange(0, TOKENS)
-        q_rows = _wide_tile(q, pair, head, rows, stride_qp, stride_ql, L, D)
-        q_rows = rotated(q_rows, cos, sin, rows, L, D, False, True) * root
+        q_rows = _rotated_tile(q, cos, sin, pair, head, rows, stride_qp, stride_ql, L, D) * root
         g_rows = _wide_tile(grad, pair, head, rows, stride_gp, stride_gl, L, D)
         largest = tl.full((TOKENS,), float("-inf"), tl.float64)
         total = tl.zeros((TOKENS,), tl.float64)
         delta = tl.zeros((TOKENS,), tl.float64)
         for key in range(L):
             at = key + tl.arange(0, 1)
-            k_row = _wide_tile(k, pair, head, at, stride_kp, stride_kl, L, D)
-            score = tl.sum(q_rows * rotated(k_row, cos, sin, at, L, D, False, True), 1)
-            larger = tl.maximum(largest, score)
-            shrink, odds = tl.exp(largest - larger), tl.exp(score - larger)
+            k_row = _rotated_tile(k, cos, sin, pair, head, at, stride_kp, stride_kl, L, D)
+            largest, total, shrink, odds = _with_key(largest, total, tl.sum(q_rows * k_row, 1))
             v_row = _wide_tile(v, pair, head, at, stride_vp, stride_vl, L, D)
             delta = delta * shrink + odds * tl.sum(g_rows * v_row, 1)
-            total = total * shrink + odds
-            largest = larger
         delta /= total
         acc = tl.zeros((TOKENS, D), tl.float64)
         for key in range(L):
             at = key + tl.arange(0, 1)
-            k_row = _wide_tile(k, pair, head, at, stride_kp, stride_kl, L, D)
-            k_row = rotated(k_row, cos, sin, at, L, D, False, True)
+            k_row = _rotated_tile(k, cos, sin, pair, head, at, stride_kp, stride_kl, L, D)
             v_row = _wide_tile(v, pair, head, at, stride_vp, stride_vl, L, D)
             weight = tl.exp(tl.sum(q_rows * k_row, 1) - largest) / total
             acc += (weight * (tl.sum(g_rows * v_row, 1) - delta))[:, None] * k_row
-        acc = _narrow(rotated(acc * root, cos, sin, rows, L, D, True, True))
+        acc = rotated(acc * root, cos, sin, rows, L, D, True, True).to(tl.float32)
         store_tile(tile_of(grad_q, pair, head, rows, stride_dp, stride_dl, D), acc, rows, L, True)
         own = statistics + (pair * H + head) * 3 * L + rows
         tl.store(own, largest, mask=rows < L)
@@ -151,22 +149,20 @@ def _wide_grad_kv_kernel(
     of_head = statistics + (pair * H + head) * 3 * L
     for start in range(0, TILE, TOKENS):
         rows = first + start + tl.arange(0, TOKENS)
-        k_rows = _wide_tile(k, pair, head, rows, stride_kp, stride_kl, L, D)
-        k_rows = rotated(k_rows, cos, sin, rows, L, D, False, True)
+        k_rows = _rotated_tile(k, cos, sin, pair, head, rows, stride_kp, stride_kl, L, D)
         v_rows = _wide_tile(v, pair, head, rows, stride_vp, stride_vl, L, D)
         acc_k = tl.zeros((TOKENS, D), tl.float64)
         acc_v = tl.zeros((TOKENS, D), tl.float64)
         for query in range(L):
             at = query + tl.arange(0, 1)
-            q_row = _wide_tile(q, pair, head, at, stride_qp, stride_ql, L, D)
-            q_row = rotated(q_row, cos, sin, at, L, D, False, True) * root
+            q_row = _rotated_tile(q, cos, sin, pair, head, at, stride_qp, stride_ql, L, D) * root
             g_row = _wide_tile(grad, pair, head, at, stride_gp, stride_gl, L, D)
             weight = tl.exp(tl.sum(k_rows * q_row, 1) - tl.load(of_head + query)) / tl.load(of_head + L + query)
             acc_v += weight[:, None] * g_row
             product = tl.sum(v_rows * g_row, 1) - tl.load(of_head + 2 * L + query)
             acc_k += (weight * product)[:, None] * q_row
-        store_tile(tile_of(grad_v, pair, head, rows, stride_dp, stride_dl, D), _narrow(acc_v), rows, L, True)
-        acc_k = _narrow(rotated(acc_k, cos, sin, rows, L, D, True, True))
+        store_tile(tile_of(grad_v, pair, head, rows, stride_dp, stride_dl, D), acc_v.to(tl.float32), rows, L, True)
+        acc_k = rotated(acc_k, cos, sin, rows, L, D, True, True).to(tl.float32)
         store_tile(tile_of(grad_k, pair, head, rows, stride_dp, stride_dl, D), acc_k, rows, L, True)
 
 

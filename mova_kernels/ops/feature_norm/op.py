@@ -240,7 +240,7 @@ class _FeatureNorm(torch.autograd.Function):
 
 
 def _gradient_of_tokens(of_result, of_rstd, result, rstd):
-    """In differentiable steps, what d result and d rstd make of resampled tokens x.
+    """The gradient of resampled tokens x from those of result and rstd, in differentiable steps.
 
     As result = (x - mean) * rstd, d result = rstd * (dx - mean(dx) - result * mean(result * dx)) and
     d rstd = -rstd^2 * mean(result * dx), means over the channels.
