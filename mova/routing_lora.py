@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -65,6 +66,9 @@ class RoutingLoRA:
             parameter.requires_grad_(wanted)
         for layer in self._tuner_layers().values():
             layer._active_adapter = active.get(layer, [])
+        for layer in self._lora_layers().values():
+            if _refuse_unknown_recomputation not in layer._forward_pre_hooks.values():
+                layer.register_forward_pre_hook(_refuse_unknown_recomputation)
         self.config.routing_lora = True
 
     def load_routing_lora(self, directory: str | Path) -> None:
@@ -101,7 +105,8 @@ class RoutingLoRA:
         The switch belongs to the model, whose lock is held meanwhile: other threads wait.
 
         Raises:
-            RuntimeError: the LoRA cannot act: peft has removed, merged or disabled it.
+            RuntimeError: the LoRA cannot act: peft has removed, merged or disabled it. The language model raises it
+                where its layers run in reentrant checkpointing other than :meth:`gradient_checkpointing_enable`'s.
         """
         if not self.config.routing_lora:
             yield
@@ -145,13 +150,7 @@ class RoutingLoRA:
         super()._set_gradient_checkpointing(enable, remembering, **kwargs)  # type: ignore[misc]
 
     def _checkpointed(self, checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
-        on = self._routing_lora_on
-
-        def run(*args: Any) -> Any:
-            with self._routing_lora_switched(on):
-                return function(*args)
-
-        return checkpoint(run, *args)
+        return checkpoint(partial(_run_switched, self, self._routing_lora_on, function), *args)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in PyTorch, also with the names that ``save_pretrained`` writes, as transformers' ``Trainer`` resumes.
@@ -220,6 +219,29 @@ class RoutingLoRA:
         from peft.tuners.lora import LoraLayer
 
         return {name: x for name, x in layers.items() if isinstance(x, LoraLayer) and ROUTING_LORA in x.r}
+
+
+def _run_switched(model: RoutingLoRA, on: bool, function: Callable[..., Any], *args: Any) -> Any:
+    with model._routing_lora_switched(on):
+        return function(*args)
+
+
+def _refuse_unknown_recomputation(layer: Any, args: Any) -> None:
+    """A hook of the LoRA's layers: refuse to run it within an autograd.Function, other than by :func:`_run_switched`.
+
+    Such a function computes the layer again in its backward, as reentrant checkpointing does, and the LoRA may be on in
+    one of the two and off in the other. Both gradients would be wrong without an error.
+    """
+    if torch.compiler.is_compiling() or ROUTING_LORA not in layer.active_adapters:
+        return
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _run_switched.__code__:
+        if frame.f_code.co_filename == torch.autograd.function.__file__ and frame.f_code.co_name.startswith("apply"):
+            raise RuntimeError(
+                "the routing LoRA must not run within a torch.autograd.Function, as reentrant checkpointing has it: "
+                "call model.gradient_checkpointing_enable(), or pass use_reentrant=False"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _check_config(config: Any) -> None:

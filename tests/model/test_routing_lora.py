@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from transformers import LlamaConfig, Trainer, TrainingArguments
 
 from mova import MoVAForConditionalGeneration, prompts
@@ -131,6 +133,47 @@ def test_gradients_reach_it_from_the_pass_alone(model, inputs, checkpointing):
     model.zero_grad()
     model(**inputs).loss.backward()
     assert all(p.grad is None for p in weights(model).values())
+
+
+def checkpointed(model, use_reentrant):
+    """The model with checkpointing of one's own around the decoder's layers."""
+
+    def run(forward, x, **others):
+        return checkpoint(partial(forward, **others), x, use_reentrant=use_reentrant)
+
+    for layer in add(model).train().language_model.model.layers:
+        layer.forward = partial(run, layer.forward)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+def test_checkpointing_of_ones_own_cannot_mix_up_the_passes(model, inputs):
+    """Neither a pass that is computed again outside, nor an answer that is computed again within a pass."""
+    checkpointed(model, use_reentrant=True)
+    with model.routing_pass(), pytest.raises(RuntimeError, match="as reentrant checkpointing has it"):
+        model(**inputs, use_cache=False)
+    loss = model(**inputs, use_cache=False).loss
+    with model.routing_pass(), pytest.raises(RuntimeError, match="as reentrant checkpointing has it"):
+        loss.backward()
+    model(**inputs, use_cache=False).loss.backward()
+
+
+def test_checkpointing_of_ones_own_that_is_not_reentrant(model, inputs):
+    checkpointed(model, use_reentrant=False)
+    with model.routing_pass():
+        loss = model(**inputs, use_cache=False).loss
+    with pytest.raises(CheckpointError):
+        loss.backward()
+    model.zero_grad()
+    expected = copy.deepcopy(model)
+    with model.routing_pass():
+        model(**inputs, use_cache=False).loss.backward()
+    for layer in expected.language_model.model.layers:
+        del layer.forward
+    with expected.routing_pass():
+        expected(**inputs, use_cache=False).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_copy_has_its_own(model, inputs):
