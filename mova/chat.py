@@ -23,6 +23,25 @@ _KINDS = ("image", "image_url", "text")
 _SOURCES = ("image", "url", "path", "base64")  # where a part of type image has it
 
 
+def check_chats(chats: Sequence[Any]) -> None:
+    """Raise where a chat is no list of messages that each have a role and a content.
+
+    Raises:
+        TypeError: a chat, a message, a role or a text has another type.
+        ValueError: a message lacks its role.
+    """
+    for chat in chats:
+        check(isinstance(chat, Sequence), "conversation", "must be a list of messages", chat, TypeError)
+        for message in chat:
+            is_message = isinstance(message, Mapping)
+            check(is_message, "conversation", "must hold messages with role and content", message, TypeError)
+            role = message.get("role")
+            check(isinstance(role, str), "conversation", "must have the role of each message", role)
+            for part in _parts(message):
+                text = part.get("text") if part["type"] == "text" else ""
+                check(isinstance(text, str), "conversation", "must have text in a part of type text", text, TypeError)
+
+
 def message_text(message: Mapping[str, Any]) -> str:
     """The content of a message as one text, with :data:`IMAGE_TOKEN` where an image is."""
     return "".join(part["text"] if part["type"] == "text" else f"{IMAGE_TOKEN}\n" for part in _parts(message))
@@ -96,6 +115,8 @@ def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     content = message.get("content") or ""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
+    is_list = isinstance(content, list | tuple)
+    check(is_list, "conversation", "must have a string or a list of parts as content", content, TypeError)
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else part
         check(kind in _KINDS, "conversation", "must hold parts of type image or text", kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -32,8 +31,6 @@ def read_state(source: Path, variant: str | None = None) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in weight_files(source, variant):
         found = _read_file(file)
-        tensors = isinstance(found, dict) and found and all(isinstance(value, Tensor) for value in found.values())
-        check(tensors, "source", "must hold tensors by name", str(file))
         twice = sorted(state.keys() & found.keys())
         check(not twice, "source", "must have each name in one file", twice[:5])
         state |= found
@@ -118,18 +115,23 @@ def _is_variant(name: str, names: Collection[str]) -> bool:
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
-    reason = str(error).partition("\n")[0]
-    return ValueError(f"source must be safetensors or a pickle of plain tensors, got {str(file)!r} ({reason})")
+    reason = f" ({error})" if isinstance(error, SafetensorError) else ""  # an unpickler's is about its own options
+    return ValueError(f"source must be safetensors or a pickle of plain tensors, got {str(file)!r}{reason}")
 
 
-def _read_file(file: Path) -> Any:
+def _read_file(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever an unpickler makes of bytes that are no pickle
         raise _damaged(file, error) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
+    is_state = isinstance(found, dict) and bool(found)
+    is_state = is_state and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
+    check(is_state, "source", "must hold tensors by name", str(file))
     return found

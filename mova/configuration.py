@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from mova_kernels import MoVAdapterConfig
@@ -107,9 +108,29 @@ class MoVAConfig(PretrainedConfig):
         except (TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"config.json of {path} must hold a JSON object") from error
         check(isinstance(fields, dict), f"config.json of {path}", "must hold a JSON object", type(fields).__name__)
-        if not fields.keys() - {"_commit_hash"}:  # where transformers takes the defaults, the released model's
+        if not fields.keys() - {"_commit_hash"}:
             raise FileNotFoundError(f"no config.json with fields in {path}")
         return fields, rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, of all fields that a saved config has: defaults would be the released model's 8B.
+
+        Raises:
+            TypeError, ValueError: a field is missing, or breaks its rule; the message names it.
+        """
+        kind = config_dict.get("model_type")
+        check(kind == cls.model_type, "model_type", f"must be {cls.model_type!r}", kind)
+        for name in ("text_config", "text_encoder_config"):
+            value = config_dict.get(name)
+            given = isinstance(value, PretrainedConfig) or (isinstance(value, Mapping) and value.get("model_type"))
+            check(given, name, "must be the config of a model, with its model_type", value)
+        for name in ("base", "experts"):
+            check(config_dict.get(name), name, "must be given in a saved config", config_dict.get(name))
+        dtype = config_dict.get("dtype", config_dict.get("torch_dtype"))
+        is_dtype = dtype is None or isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype)
+        check(is_dtype, "dtype", "must be the name of a dtype", dtype)
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

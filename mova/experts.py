@@ -26,7 +26,8 @@ class VisionExpert:
     brings it to ``input_size``, in fp32, with half-pixel centres and without antialiasing.
 
     Args:
-        name: lower-case letters, digits, ``_`` and ``-``, a letter first; ``all`` and ``none`` mean something else.
+        name: up to 100 lower-case letters, digits, ``_`` and ``-``, a letter first; ``all`` and ``none`` mean something
+            else.
         description: one line that tells the router what the expert is good at.
         image_size: side in pixels of the square image that preparation makes.
         mean: three numbers from 0 to 1; also the colour of the padding.
@@ -66,9 +67,9 @@ class VisionExpert:
         for field in ("name", "description", "checkpoint"):
             check(isinstance(getattr(self, field), str), field, "must be a string", getattr(self, field), TypeError)
         check(
-            re.fullmatch("[a-z][a-z0-9_-]*", self.name) and self.name not in ("all", "none"),
+            re.fullmatch("[a-z][a-z0-9_-]{0,99}", self.name) and self.name not in ("all", "none"),
             "name",
-            "must be lower-case letters, digits, _ and -, a letter first, and neither all nor none",
+            "must be up to 100 lower-case letters, digits, _ and -, a letter first, and neither all nor none",
             self.name,
         )
         check(
@@ -160,7 +161,7 @@ def register(
     """
     check(isinstance(expert, VisionExpert), "expert", "must be a VisionExpert", expert, TypeError)
     check(build is None or callable(build), "build", "must be callable", build, TypeError)
-    free = replace or expert.name not in _REGISTRY
+    free = replace or expert.name not in (*_REGISTRY, BASE.name)
     check(free, "expert", "must have a name that is not registered yet (or replace=True)", expert.name)
     _REGISTRY[expert.name] = expert
     if build is not None:

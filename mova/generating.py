@@ -44,7 +44,20 @@ def generate_arguments(generate: Mapping[str, Any]) -> dict[str, Any]:
     check(several in (None, 1), "num_return_sequences", "must be 1: there is one answer for each image", several)
     for name in _NO_TEXT:
         check(not arguments.get(name), name, "must be False: an answer is a text, see model.generate", True)
+    check_counts(arguments)
     return arguments
+
+
+def check_counts(arguments: Mapping[str, Any], of: str = "") -> None:
+    """Refuse counts that transformers computes with before it looks at them.
+
+    Args:
+        arguments: of ``generate``, or the fields of a generation config.
+        of: behind the name in a message, such as " in generation_config.json".
+    """
+    for name in ("num_beams", "num_return_sequences", "prefill_chunk_size"):
+        if arguments.get(name) is not None:
+            check_int(f"{name}{of}", arguments[name], 1)
 
 
 def _set_by(config: GenerationConfig, beside: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,6 +160,8 @@ class PromptGenerationMixin(GenerationMixin):
         if embeds is not None:
             embeds = self.embed(None, image_features, embeds)
             if input_ids is None or input_ids.shape != embeds.shape[:2]:
+                chunk = self._setting("prefill_chunk_size", kwargs)
+                check(chunk is None, "prefill_chunk_size", "must be None with inputs_embeds alone", chunk)
                 return {"inputs_embeds": embeds, "prompt_embeds": embeds[:, :0]}
             return {"inputs_embeds": None, "prompt_embeds": embeds}
         if input_ids is None:
@@ -161,6 +176,11 @@ class PromptGenerationMixin(GenerationMixin):
             cached = self.get_input_embeddings()(input_ids[:, :past])  # stand in their place; no step reads them
             return {"prompt_embeds": torch.cat([cached, self.embed(new, image_features)], 1)}
         return {"prompt_embeds": self.embed(input_ids, image_features)}
+
+    def _setting(self, name: str, kwargs: Mapping[str, Any]) -> Any:
+        """What ``generate`` will take for an argument: given, of a generation config that is given, or the model's."""
+        config = kwargs.get("generation_config") or self.generation_config
+        return kwargs.get(name, getattr(config, name, None))
 
     def _places(self, input_ids: Tensor) -> int:
         return int((input_ids == self.config.image_token_id).sum())
@@ -193,7 +213,6 @@ class PromptGenerationMixin(GenerationMixin):
                 step = {name: value for name, value in step.items() if name not in IMAGE_ARGUMENTS}
             return step
         tokens = ids.shape[1]
-        check(tokens, "prefill_chunk_size", "must be None with inputs_embeds alone", "an empty step")
         start = input_ids.shape[1] - tokens
         if input_ids.shape[1] < prompt_embeds.shape[1]:
             past = cache_length(kwargs)
@@ -216,6 +235,8 @@ class PromptGenerationMixin(GenerationMixin):
         """transformers' own; an assistant that knows no images reads the placeholders as plain tokens."""
         rule = "must come with input_ids of the same length when candidates are tried"
         check(model_kwargs.get("inputs_embeds") is None, "inputs_embeds", rule, "inputs_embeds alone")
+        cached = cache_length(model_kwargs)
+        check(not cached, "past_key_values", "must be empty when candidates are tried", f"{cached} tokens")
         early = kwargs["generation_config"].assistant_early_exit
         check(early is None, "assistant_early_exit", "must be None: use assistant_model", early)
         prompt, assistant = model_kwargs.get("prompt_embeds"), kwargs.get("assistant_model")

@@ -22,7 +22,7 @@ from .chat import RoutingRequest, route_requested
 from .checkpoint import check_files, read_json, weight_files
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
-from .generating import PromptGenerationMixin, cache_length
+from .generating import PromptGenerationMixin, cache_length, check_counts
 from .hub import UploadsFolders, elsewhere, folder, loading_arguments, pinned
 from .pool import ExpertPool
 from .ranks import runs_every_part, with_zero_times
@@ -175,7 +175,8 @@ class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel,
         Args:
             pixel_values: (M, 3, S, S).
             routing: (M, N) bool; None: no experts; or what the processor made of a chat: the router picks them first.
-            expert_pixel_values: name to the prepared images that selected this expert, in their order.
+            expert_pixel_values: name to the prepared images that selected this expert, in their order; the names in
+                the order of the model's experts, which tells a processor of another model.
             question_ids, question_mask: (M, T), for the text encoder; may be None if nothing is selected.
 
         Returns:
@@ -190,22 +191,21 @@ class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel,
             check(not expert_pixel_values, "routing", "must be given with expert_pixel_values", None)
         routing = routing.cpu()
         features = {}
-        for name, column in zip(self.experts.experts, routing.T, strict=True):
-            if column.any():
-                check(
-                    name in expert_pixel_values, "expert_pixel_values", f"must have {name!r}, which is selected", None
-                )
-                features[name] = self.experts.encode(name, expert_pixel_values[name], base)
-        text, unused = None, None
+        selected = [name for name, column in zip(self.experts.experts, routing.T, strict=True) if column.any()]
+        prepared = [name for name, pixels in expert_pixel_values.items() if len(pixels)]
+        rule = f"must have those that are selected, in the order of the model's experts ({', '.join(selected)})"
+        check(prepared == selected, "expert_pixel_values", rule, prepared)
+        for name in selected:
+            features[name] = self.experts.encode(name, expert_pixel_values[name], base)
+        text = None
         if routing.any():
             given = question_ids is not None and question_mask is not None
             check(given, "question_ids", "must be given, with question_mask, when an image selected an expert", None)
             text = self.text_features(question_ids, question_mask)  # type: ignore[arg-type]
         elif runs_every_part(self):
             token = torch.zeros(1, 1, dtype=torch.long)
-            unused = self.text_features(token, torch.ones_like(token))
-        tokens = self.fuse(base, features, routing, text)
-        return tokens if unused is None else with_zero_times(tokens, unused)
+            text = self.text_features(token, torch.ones_like(token))  # nothing of it gets into the result
+        return self.fuse(base, features, routing, text)
 
     def embed(
         self, input_ids: Tensor | None, image_features: Tensor | None, inputs_embeds: Tensor | None = None
@@ -351,6 +351,9 @@ class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel,
         }
         is_mask = attention_mask is None or isinstance(attention_mask, Tensor)
         check(is_mask, "attention_mask", "must be a tensor", type(attention_mask).__name__, TypeError)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            ends = bool(attention_mask[:, -1].all())
+            check(ends, "attention_mask", "must be 1 in its last column: pad on the left", "padding on the right")
         image_features = self._image_features(image_features, images)
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
@@ -450,6 +453,8 @@ def _check_directory(directory: Path, variant: str | None) -> None:
     read_json(directory / "config.json")
     if (directory / "generation_config.json").exists():
         _check_generation(directory / "generation_config.json")
+    for index in directory.glob("*.index*.json"):
+        check(isinstance(read_json(index).get("metadata"), dict), f"metadata in {index}", "must be an object", None)
     check_files(weight_files(directory, variant))
 
 
@@ -457,6 +462,7 @@ def _check_generation(file: Path) -> None:
     """Raise where a generation config has a value of another type: transformers reports some of them, without the file,
     when it generates."""
     fields = read_json(file)
+    check_counts(fields, f" in {file}")
     try:
         GenerationConfig.from_dict(fields)
     except Exception as error:  # whatever a comparison makes of a value of another type

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from ._checks import check
 from ._lock import Lock, locked
 from .cache import FeatureCache
+from .configuration import MoVAConfig
+from .experts import VisionExpert
 from .generating import check_positions, generate_arguments, length_limits
 from .hub import loading_arguments, pinned
 from .images import PreparedImage
@@ -66,17 +68,15 @@ class MoVAPipeline:
         model: put into eval mode. Call :meth:`clear` after its weights have changed.
         processor: the model's.
         cache_bytes: budget of the kept features, where they were computed.
+
+    Raises:
+        ValueError: the processor is another model's.
     """
 
     def __init__(
         self, model: MoVAForConditionalGeneration, processor: MoVAProcessor, *, cache_bytes: int = 1 << 30
     ) -> None:
-        words, vocabulary = len(processor.question_tokenizer), model.config.text_encoder_config.vocab_size
-        fits = words <= vocabulary
-        check(fits, "processor", f"must have a question_tokenizer of the text encoder's {vocabulary} words", words)
-        token = model.config.image_token_id
-        same = processor.image_token_id == token
-        check(same, "processor", f"must number the image token as the model does ({token})", processor.image_token_id)
+        _check_processor(processor, model.config)
         self.model, self.processor = model.eval(), processor
         self.cache = FeatureCache(cache_bytes)
 
@@ -210,7 +210,9 @@ class MoVAPipeline:
         )
         with self.model.routing_pass():
             texts = [p.router.text for p in asked]
-            answers = self._generate(texts, tokens, max_new_tokens=ROUTER_TOKENS, min_new_tokens=0, do_sample=False)
+            answers = self._generate(
+                texts, tokens, max_new_tokens=ROUTER_TOKENS, min_new_tokens=0, do_sample=False, stop_strings=None
+            )
         topk = self.processor.topk
         return [
             Route(parse_routing(answer, p.router.pool, topk=topk), answer, p.router.letters)
@@ -272,6 +274,7 @@ class MoVAPipeline:
         tokens = self.processor.tokenize(conversations, image_tokens.shape[1])
         if self.model.generation_config.pad_token_id is None:
             generate.setdefault("pad_token_id", self.processor.tokenizer.pad_token_id)
+        generate.setdefault("tokenizer", self.processor.tokenizer)  # transformers needs it for stop_strings
         tokens = {name: value.to(self.model.device) for name, value in tokens.items()}
         length = tokens["input_ids"].shape[1]
         check_positions(self.model.config.text_config, length)
@@ -294,3 +297,23 @@ class MoVAPipeline:
                 found[full[i]] = row
                 self.cache.put(full[i], row)
         return torch.stack([found[key] for key in full])  # type: ignore[misc]
+
+
+def _check_processor(processor: MoVAProcessor, config: MoVAConfig) -> None:
+    """Raise where the processor is another model's."""
+    words, vocabulary = len(processor.question_tokenizer), config.text_encoder_config.vocab_size
+    fits = words <= vocabulary
+    check(fits, "processor", f"must have a question_tokenizer of the text encoder's {vocabulary} words", words)
+    token, places = config.image_token_id, config.num_image_tokens
+    found = processor.image_token_id
+    check(found == token, "processor", f"must number the image token as the model does ({token})", found)
+    found = processor.num_image_tokens
+    check(found == places, "processor", f"must make as many image tokens as the model ({places})", found)
+    own = (VisionExpert(**processor.base), *processor.pool)
+    known = (config.base_expert, *config.pool)
+    names = [expert.name for expert in known]
+    found = [expert.name for expert in own]
+    check(found == names, "processor", f"must have the model's experts in their order ({', '.join(names)})", found)
+    for one, other in zip(own, known, strict=True):
+        same = replace(one, description=other.description, checkpoint=other.checkpoint) == other
+        check(same, "processor", f"must have the model's {other.name} ({other})", one)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._checks import check
 from ._lock import Lock, locked
+from ._wrapped import compute_device, compute_dtype
 from .checkpoint import check_files, weight_files
 from .encoders import VisionEncoder
 from .encoders.encoder import check_config
@@ -150,8 +151,11 @@ class ExpertPool:
         with torch.inference_mode(False):
             encoder = self[name]
         try:
-            with torch.inference_mode(False):
-                encoder.to(device, dtype)
+            if any(parameter.is_meta for parameter in encoder.parameters()):  # accelerate offloads it
+                device, dtype = compute_device(encoder), compute_dtype(encoder)
+            else:
+                with torch.inference_mode(False):
+                    encoder.to(device, dtype)
             return encoder(pixels.to(device, dtype)).to(like)
         finally:  # also where memory did not suffice
             if place.offload:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, GenerationConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from ._checks import check, check_int
 from ._lock import Lock
-from .chat import IMAGE_TOKEN, RoutingRequest, chat_images, chat_questions, gate_texts, message_text
+from .chat import IMAGE_TOKEN, RoutingRequest, chat_images, chat_questions, check_chats, gate_texts, message_text
 from .checkpoint import read_json
 from .configuration import MoVAConfig
 from .experts import VisionExpert
@@ -67,8 +67,9 @@ class MoVAImageProcessor(BaseImageProcessor):
         """
         check(return_tensors == "pt", "return_tensors", "must be 'pt'", return_tensors)
         check(not kwargs, "preprocess", "must have no other argument", sorted(kwargs), TypeError)
-        expert = VisionExpert(**self.base)
-        return BatchFeature({"pixel_values": torch.stack([PreparedImage(x).view(expert) for x in _flat(images)])})
+        expert, flat = VisionExpert(**self.base), _flat(images)
+        check(flat, "images", "must not be empty", images)
+        return BatchFeature({"pixel_values": torch.stack([PreparedImage(x).view(expert) for x in flat])})
 
 
 class MoVAProcessor(UploadsFolders, ProcessorMixin):
@@ -225,8 +226,10 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
             TypeError, ValueError: a part is no image or text, or those of ``__call__``.
         """
         check(conversation, "conversation", "must not be empty", conversation)
+        _check_not_generating(kwargs)
         batched = isinstance(conversation[0], list | tuple)
         chats: list[Any] = list(conversation) if batched else [conversation]
+        check_chats(chats)
         given = {key: kwargs.pop(key) for key in _OF_THE_CALL if key in kwargs} | dict(processor_kwargs or {})
         template = chat_template or self.chat_template or self.tokenizer.chat_template or CHAT_TEMPLATE
         texts = []
@@ -295,6 +298,7 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
             TypeError, ValueError: what is given does not fit together, or an image would be cut.
         """
         check(return_tensors == "pt", "return_tensors", "must be 'pt'", return_tensors)
+        _check_not_generating(tokenizer)
         unknown = sorted(set(tokenizer) - {"padding_side", "pad_to_multiple_of", "add_special_tokens"})
         check(not unknown, "an argument", f"must be one of {', '.join(_OF_THE_CALL)}", unknown, TypeError)
         check(
@@ -302,8 +306,14 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         )
         texts = [text] if isinstance(text, str) else list(text)  # type: ignore[arg-type]
         opened = [image if isinstance(image, PreparedImage) else PreparedImage(image) for image in _flat(images)]
-        places = sum(t.count(IMAGE_TOKEN) for t in texts)
-        check(places == len(opened), "images", f"must be {places}, as many as {IMAGE_TOKEN} in text", len(opened))
+        places = [t.count(IMAGE_TOKEN) for t in texts]
+        total = sum(places)
+        check(total == len(opened), "images", f"must be {total}, as many as {IMAGE_TOKEN} in text", len(opened))
+        if isinstance(images, list | tuple) and any(isinstance(entry, list | tuple) for entry in images):
+            counts = [len(entry) if isinstance(entry, list | tuple) else 1 for entry in images]
+            check(
+                counts == places, "images", f"must be lists of {places}, as many as {IMAGE_TOKEN} in each text", counts
+            )
         wanted = {"padding": padding, "truncation": truncation, **tokenizer}
         inputs = dict(self.tokenize(texts, self.num_image_tokens, max_length, **wanted))
         if opened:
@@ -366,6 +376,14 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
             check(len(asked) == len(images), "questions", f"must be one for each of {len(images)} images", len(asked))
             found |= self.tokenize_questions(asked)
         return found
+
+
+def _check_not_generating(arguments: Iterable[str]) -> None:
+    """Refuse what ``generate`` would take: transformers' pipelines hand it to a processor, which would lose it."""
+    known = vars(GenerationConfig())
+    found = sorted(name for name in arguments if name in known and not name.startswith("_"))
+    rule = "is for generate (of a pipeline of transformers: generate_kwargs={...})"
+    check(not found, "an argument", rule, found, TypeError)
 
 
 def per_image(experts: Any, count: int, pool: Sequence[str]) -> list[Any]:

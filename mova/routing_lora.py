@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._checks import check, check_weights
 from .checkpoint import read_state
+from .ranks import with_zero_times
 
 ROUTING_LORA = "routing"  # the adapter's name in peft, and its folder beside the model
 LORA_KEYS = rf"\.lora_\w+\.{ROUTING_LORA}(\.|$)"  # of its weights in the model's state
@@ -69,6 +70,7 @@ class RoutingLoRA:
         for layer in self._lora_layers().values():
             if _refuse_unknown_recomputation not in layer._forward_pre_hooks.values():
                 layer.register_forward_pre_hook(_refuse_unknown_recomputation)
+                layer.register_forward_hook(_join_under_zero3)
         self.config.routing_lora = True
 
     def load_routing_lora(self, directory: str | Path) -> None:
@@ -242,6 +244,23 @@ def _refuse_unknown_recomputation(layer: Any, args: Any) -> None:
                 "call model.gradient_checkpointing_enable(), or pass use_reentrant=False"
             )
         frame = frame.f_back  # type: ignore[assignment]
+
+
+def _join_under_zero3(layer: Any, args: Any, output: Tensor) -> Tensor | None:
+    """A hook of the LoRA's layers: where it is off, its weights get gradients of zero from DeepSpeed's ZeRO-3.
+
+    ZeRO-3 would take a step with their last gradients, those of an earlier routing pass.
+    """
+    if ROUTING_LORA in layer.active_adapters or not torch.is_grad_enabled():
+        return None
+    weights = [p for name, p in layer.named_parameters() if f".{ROUTING_LORA}" in name and hasattr(p, "ds_id")]
+    if not weights:
+        return None
+    if len(weights) > 2:
+        raise RuntimeError("a routing LoRA under ZeRO-3 must have the weights A and B alone, not a bias or DoRA's")
+    first, second = layer.lora_A[ROUTING_LORA], layer.lora_B[ROUTING_LORA]
+    row = args[0].flatten(0, -2)[:1].to(first.weight.dtype)
+    return with_zero_times(output, second(first(row)))
 
 
 def _check_config(config: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._plain import autocast
+
 
 def check(ok: object, argument: str, rule: str, value: object, error: type[Exception] = ValueError) -> None:
     """Raise ``error("argument rule, got value")`` unless ``ok``."""
@@ -57,5 +59,5 @@ def check_device(argument: str, value: Tensor, reference_name: str, reference: T
 def check_like(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     """``value`` must live on the device of ``reference`` and, outside autocast, have its dtype."""
     check_device(argument, value, reference_name, reference)
-    if value.dtype != reference.dtype and not torch.is_autocast_enabled(reference.device.type):
+    if value.dtype != reference.dtype and not autocast(reference.device.type):
         raise ValueError(f"{argument} must have {reference_name}'s {reference.dtype}, got {value.dtype}")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._plain import batched, transformed
+from ._plain import autocast, batched, other_derivatives, transformed
 
 
 def need_reference(grads: Sequence[Tensor]) -> bool:
@@ -31,6 +32,8 @@ def of_reference(
         needed: per input, whether its gradient is wanted.
         grads: one per result of ``function``.
     """
+    if not any(needed):
+        return [None] * len(needed)
     with torch.enable_grad():
         # As views they are leaves of what is differentiated here, and still belong to the graph around it.
         inputs = [
@@ -41,6 +44,23 @@ def of_reference(
         leaves = [x for x, wanted in zip(inputs, needed, strict=True) if wanted]
         found = iter(torch.autograd.grad(outputs, leaves, grads, create_graph=True, allow_unused=True))
     return [next(found) if wanted else None for wanted in needed]
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """``F.layer_norm`` over the last dimension, with every derivative.
+
+    PyTorch's tangent of it holds mean and deviation constant where it is differentiated again, so jacfwd(jacfwd(f)) and
+    jacrev(jacfwd(f)) are wrong. Where these may be wanted, the steps are PyTorch's single operators.
+    """
+    if not other_derivatives() or torch.compiler.is_compiling():
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    wide = x.float() if narrow else x
+    centred = wide - wide.mean(-1, keepdim=True)
+    result = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    result = result if weight is None else result * weight
+    result = result if bias is None else result + bias
+    return result.to(x.dtype) if narrow and not (x.is_cuda and autocast("cuda")) else result
 
 
 class _Again(torch.autograd.Function):

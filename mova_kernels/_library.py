@@ -36,8 +36,11 @@ def define(
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     names = [argument.name for argument in op._schema.arguments]
+    gaps = [i for i, argument in enumerate(op._schema.arguments) if str(argument.type) == "List[Optional[Tensor]]"]
 
     def on_device(*arguments: Any) -> Any:
+        if gaps:  # PyTorch resolves lazy negation in every other kind of argument itself
+            arguments = tuple(_plain.resolved(x) if i in gaps else x for i, x in enumerate(arguments))
         return kernel(*_plain.readable(name, names, arguments))
 
     def without_values(*arguments: Any) -> Any:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native
-from ._plain import functorch_active, is_plain
+from ._plain import is_plain, other_derivatives
 
 # a, b, bias, added, c; M, N, K, six strides, dtype
 _matmul = _native.function("mk_matmul", "5Q10q")
@@ -103,8 +103,7 @@ def _is_eager() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
-        or functorch_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or other_derivatives()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.jit.is_tracing()
     )

@@ -22,7 +22,7 @@ def keys(x: Tensor) -> int:
 
 
 _ACTIVE = getattr(torch._C, "_are_functorch_transforms_active", None)  # private: absent from some versions
-_LOWEST = 1 << 36  # a tensor at a lower address may have no memory, see readable()
+_LOWEST = 1 << 36  # a tensor at a lower address may have no memory, see has_memory()
 _EMPTY = torch.empty(0, device="cpu")
 with torch.inference_mode():
     _PLAIN_KEYS = (keys(_EMPTY), keys(torch.empty(0, device="cpu")))
@@ -30,7 +30,13 @@ with torch.inference_mode():
 
 def is_plain(x: Tensor) -> bool:
     """Whether ``x`` is a CPU tensor, of no subclass, whose numbers are what its memory holds."""
-    return type(x) in (Tensor, nn.Parameter) and keys(x) in _PLAIN_KEYS
+    return type(x) in (Tensor, nn.Parameter) and keys(x) in _PLAIN_KEYS and has_memory(x, x.data_ptr())
+
+
+def has_memory(x: Tensor, start: int) -> bool:
+    """Whether the numbers of ``x``, which begin at the address ``start``, lie anywhere."""
+    # A tensor without memory has its offset for an address. Its storage tells, but asking takes longer.
+    return start >= _LOWEST or bool(x.untyped_storage().data_ptr()) or not x.numel()
 
 
 def transformed(tensors: Iterable[Tensor] = ()) -> str | None:
@@ -45,6 +51,11 @@ def transformed(tensors: Iterable[Tensor] = ()) -> str | None:
 def functorch_active() -> bool:
     """Whether torch.func transforms are on."""
     return _ACTIVE is not None and _ACTIVE()
+
+
+def other_derivatives() -> bool:
+    """Whether derivatives other than those of a backward pass may be wanted: of torch.func, or forward-mode AD."""
+    return functorch_active() or forward_ad._current_level >= 0
 
 
 def batched(x: Tensor) -> bool:
@@ -78,8 +89,7 @@ def readable(op: str, names: Sequence[str], arguments: Sequence[object]) -> Sequ
         start = x.data_ptr()
         if x.device != device:
             on_one_device(op, names, arguments)
-        # A tensor without memory has its offset for an address. Its storage tells, but asking takes longer.
-        if start < _LOWEST and not x.untyped_storage().data_ptr() and x.numel():
+        if start < _LOWEST and not has_memory(x, start):
             value = f"a storage of {x.untyped_storage().nbytes()} bytes"
             raise ValueError(f"{op}: {_name(names, arguments, x)} must have memory, got {value}")
         if start % 16 and start % x.element_size():
@@ -100,6 +110,16 @@ def on_one_device(op: str, names: Sequence[str], arguments: Sequence[object]) ->
             first, other = (_name(names, arguments, t) for t in (tensors[0], x))
             raise ValueError(f"{op}: {other} must be on {first}'s {device}, got {x.device}")
     return tensors
+
+
+def resolved(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """The same tensors, of which none is lazily negated, and none a zero tensor without memory."""
+    return [x if x is None else x.clone() if x._is_zerotensor() else x.resolve_neg() for x in tensors]
+
+
+def autocast(kind: str) -> bool:
+    """Whether autocast is on for tensors on devices of this type."""
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # which raises for meta
 
 
 def _tensors(arguments: Sequence[object]) -> list[Tensor]:

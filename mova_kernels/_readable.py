@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
+from ._gradients import layer_norm
+from ._plain import autocast, other_derivatives
+
 _READS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: (),
     nn.LayerNorm: ("normalized_shape", "eps"),
@@ -83,7 +86,7 @@ def is_readable(module: nn.Module, description: Description, like: Tensor | None
     if like is None or not tensors:
         return True
     device = like.device
-    dtype = tensors[0].dtype if torch.is_autocast_enabled(device.type) else like.dtype
+    dtype = tensors[0].dtype if autocast(device.type) else like.dtype
     for tensor in tensors:
         if tensor.dtype != dtype or tensor.device != device:
             return False
@@ -114,6 +117,24 @@ def is_plain_linear(module: nn.Module, x: Tensor) -> bool:
     if bias is None:
         return True
     return type(bias) in _PLAIN_TENSORS and bias.shape == weight.shape[:1] and bias.device == x.device
+
+
+def normalised(module: nn.Module, x: Tensor) -> Tensor:
+    """The result of a LayerNorm over the last dimension of ``x``, with every derivative; of another module, its own.
+
+    Raises:
+        ValueError: a parameter is on the meta device.
+    """
+    if torch.compiler.is_compiling():
+        return module(x)
+    if other_derivatives() and type(module) is nn.LayerNorm and not _is_hooked(vars(module)) and classes_are_original():
+        if module.normalized_shape == x.shape[-1:]:
+            return layer_norm(x, module.weight, module.bias, module.eps)
+    try:
+        return module(x)
+    except RuntimeError:
+        refuse_meta(module, x)
+        raise
 
 
 def refuse_meta(module: nn.Module, x: Tensor, name: str = "") -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from ._readable import reads
+from ._readable import normalised, reads
 
 EPS = 1e-5  # of every LayerNorm, also where the official code asks for 1e-6 and timm replaces its norm class
 
@@ -63,7 +63,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C', h, w)."""
-        return self.bn(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return normalised(self.bn, self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 @reads()

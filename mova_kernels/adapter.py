@@ -3,19 +3,20 @@
 # No "from __future__ import annotations" here: the hub mixin reads the annotation of __init__'s config at run time.
 import contextlib
 import functools
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, distributed, nn
 
 from . import backends, ops
 from ._checks import check, check_floats, check_like, check_tensor
 from ._files import read_config, read_weights
-from ._readable import describe, is_readable, refuse_meta, unreadable
+from ._gradients import layer_norm
+from ._readable import describe, is_readable, normalised, refuse_meta, unreadable
 from ._tail import EPS, Bottleneck, affine
 from .config import MoVAdapterConfig
 from .modules import Attention, Downsample, OutputMLP, RopeTable, SwiGLU
@@ -124,7 +125,8 @@ class MoVAdapter(
 
         Raises:
             TypeError, ValueError: before anything is computed; the message names the argument, the rule and the value.
-            ValueError: ``idle_expert_gradients`` is False where FSDP shards the adapter over several processes.
+            ValueError: ``idle_expert_gradients`` is False where FSDP shards the adapter over several processes, or
+                DeepSpeed's ZeRO does.
         """
         self._check_base(base)
         selected = self._selected(base, experts, routing)
@@ -134,7 +136,7 @@ class MoVAdapter(
         if join_idle and text is None:
             text = base.new_zeros(base.shape[0], self.config.text_channels)
         blocks = cast(list[AdapterBlock], list(self.blocks))
-        unusual = next((name for block in blocks for name in block.unusual_modules(self.pos_embed)), None)
+        unusual = self._unusual(blocks, join_idle)
         features, packed = self._align(experts, selected, sizes, normalise=unusual is None)
         pairs = RaggedPairs.from_routing(selected, packed, base.device)
         cos, sin = self.rope.tables(base)
@@ -143,6 +145,15 @@ class MoVAdapter(
         for block in blocks:
             x = block(x, text, features, pairs, cos, sin, unusual, join_idle)
         return self.mlp(self.downsample((x + base) / 2))
+
+    def _unusual(self, blocks: Sequence["AdapterBlock"], join_idle: bool) -> str | None:
+        """The part because of which the experts' modules must be called one by one; None: there is none."""
+        for i, block in enumerate(blocks):
+            if not hasattr(block, "unusual_modules"):  # somebody's wrapper
+                return f"blocks.{i}"
+            for name in block.unusual_modules(self.pos_embed):
+                return name
+        return "the adapter (by DeepSpeed)" if join_idle and self._has_buckets() else None
 
     def official_state_dict(self) -> dict[str, Tensor]:
         """The state under the official names, with the rotary tables that official checkpoints repeat per attention."""
@@ -206,14 +217,21 @@ class MoVAdapter(
         wanted = self.idle_expert_gradients
         check(wanted in (None, True, False), "idle_expert_gradients", "must be None, True or False", wanted)
         several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-        # DeepSpeed's ZeRO-3 steps with an older gradient where it gets none, also with one process.
-        several = several or hasattr(self.pos_embed, "ds_id")
-        if wanted is False and several:  # FSDP marks every module whose parameters it shards
-            sharded = hasattr(self.pos_embed, "ds_id")
-            sharded |= any(getattr(module, "_is_fsdp_managed_module", False) for module in self.modules())
-            rule = "must be None or True where FSDP or ZeRO-3 shards the adapter"
-            check(not sharded, "idle_expert_gradients", rule, wanted)
-        return several if wanted is None else bool(wanted)
+        # DeepSpeed needs all gradients with one process, too: ZeRO-2 fails without, ZeRO-3 steps with an older one.
+        deepspeed = hasattr(self.pos_embed, "ds_id") or self._has_buckets()
+        if wanted is False and (several or deepspeed):  # FSDP marks every module whose parameters it shards
+            sharded = any(getattr(module, "_is_fsdp_managed_module", False) for module in self.modules())
+            rule = "must be None or True where FSDP or DeepSpeed's ZeRO shards the adapter"
+            check(not (sharded or deepspeed), "idle_expert_gradients", rule, wanted)
+        return several or deepspeed if wanted is None else bool(wanted)
+
+    def _has_buckets(self) -> bool:
+        """Whether DeepSpeed's ZeRO-1 or ZeRO-2 has the parameters.
+
+        ZeRO-2 adds up the processes' gradients in the order in which they arrive. The ops compute those of all experts
+        in an order that depends on the routing; the modules, called one by one, do not.
+        """
+        return "deepspeed" in sys.modules and any(hasattr(p, "param_idx_in_group") for p in self.parameters())
 
     def _check_base(self, base: Tensor) -> None:
         config = self.config
@@ -373,9 +391,9 @@ class AdapterBlock(nn.Module):
                 x = self._fuse(x, features, pairs, gate, cos, sin)
             else:
                 x = self._fuse_by_module(x, features, pairs, gate, cos, sin, unusual, join_idle)
-        normed = self.norm3(x)
+        normed = normalised(self.norm3, x)
         x = x + self.self_attn(normed, normed, cos, sin)
-        return x + self.mlp(self.norm4(x))
+        return x + self.mlp(normalised(self.norm4, x))
 
     def unusual_modules(self, like: Tensor | None = None) -> list[str]:
         """The experts' modules whose weights an op must not read behind their back.
@@ -413,7 +431,7 @@ class AdapterBlock(nn.Module):
         cross = cast(list[Attention], list(self.cross_attn))
         queries = [a.q_proj.weight for a in cross]
         keys, values = [a.k_proj.weight for a in cross], [a.v_proj.weight for a in cross]
-        (q,) = ops.ragged_linear(F.layer_norm(x, x.shape[2:], eps=EPS), pairs, affine(self.norm1), [queries])
+        (q,) = ops.ragged_linear(layer_norm(x, eps=EPS), pairs, affine(self.norm1), [queries])
         k, v = ops.ragged_linear(features, pairs, affine(self.norm2), [keys, values])
         count = pairs.expert_offsets[-1:] if pairs.bounds is None else None
         attended = ops.expert_attention(q, k, v, cos, sin, cross[0].num_heads, count=count)
@@ -442,7 +460,8 @@ class AdapterBlock(nn.Module):
             pair = slice(pairs.bounds[e], pairs.bounds[e + 1])
             if pair.start < pair.stop or join_idle:
                 sample, row = pairs.sample[pair], pairs.row[pair]
-                out = attention(self.norm1[e](x[sample]), self.norm2[e](features[e][row]), cos, sin)
+                queries, context = normalised(self.norm1[e], x[sample]), normalised(self.norm2[e], features[e][row])
+                out = attention(queries, context, cos, sin)
                 fused = fused.index_add(0, sample, (gate[pair, None, None].to(out.dtype) * out).to(x.dtype))
         return fused
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import ops
 from ._linear import linear
 from ._plain import functorch_active
-from ._readable import describe, is_plain_linear, is_readable, reads, refuse_meta
+from ._readable import describe, is_plain_linear, is_readable, normalised, reads, refuse_meta
 from ._tail import EPS, RegStage
 
 
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         """(P, L, C), (P, L, C_e), tables of rope2d -> (P, L, C)."""
         q, k, v = _linear(self.q_proj, x), _linear(self.k_proj, context), _linear(self.v_proj, context)
         attended = ops.expert_attention(q, k, v, cos, sin, self.num_heads)
-        return _linear(self.proj, self.inner_attn_ln(attended))
+        return _linear(self.proj, normalised(self.inner_attn_ln, attended))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for table in ("freqs_cos", "freqs_sin"):  # official checkpoints carry them; ours come from the config
@@ -61,7 +61,7 @@ class SwiGLU(nn.Module):
         if gate.shape == up.shape and gate.dtype == up.dtype and self._may_read("ffn_ln", x):
             normed = ops.swiglu_norm(gate, up, self.ffn_ln.weight, self.ffn_ln.bias, self.ffn_ln.eps)
         else:
-            normed = self.ffn_ln(F.silu(gate) * up)
+            normed = normalised(self.ffn_ln, F.silu(gate) * up)
         return _linear(self.w3, normed)
 
     def _may_read(self, name: str, x: Tensor) -> bool:
@@ -116,8 +116,8 @@ class Downsample(nn.Sequential):
         return (
             list(stages) == list(self._built)
             and x.shape[1] == self.resolution**2
-            and bool(self[1].output_size == self.resolution // 2)
             and all(is_readable(stages[name], built, x) for name, built in self._built.items())
+            and bool(self[1].output_size == self.resolution // 2)
         )
 
 

@@ -101,5 +101,7 @@ def test_idle_experts_cannot_be_left_out():
     partition(adapter, [])
     adapter.idle_expert_gradients = False
     base, experts, text = tiny.inputs()
-    with pytest.raises(ValueError, match="idle_expert_gradients must be None or True where FSDP or ZeRO-3 shards"):
+    with pytest.raises(
+        ValueError, match="idle_expert_gradients must be None or True where"
+    ):
         adapter(base, experts, tiny.ROUTING, text, grids=tiny.GRIDS)

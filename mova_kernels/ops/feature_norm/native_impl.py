@@ -85,7 +85,7 @@ def _backward(
     if rows is None:
         return found
     chosen = rows >= 0
-    return found.new_zeros((num_rows, *found.shape[1:])).index_copy_(0, rows[chosen], found[chosen])
+    return found.new_zeros((num_rows, *found.shape[1:])).index_add_(0, rows[chosen], found[chosen])
 
 
 def _grids(sizes: Sequence[int]) -> tuple[list[list[int]], list[int]]:

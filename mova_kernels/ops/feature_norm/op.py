@@ -12,7 +12,7 @@ from ... import _native, _triton, backends
 from ..._checks import check, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
-from ..._plain import is_plain, only_reference
+from ..._plain import is_plain, only_reference, other_derivatives
 from ..feature_resample import feature_resample
 from ..feature_resample.reference import feature_resample as reference_resample
 from . import native_impl, reference
@@ -81,6 +81,12 @@ def feature_norm(
         resampled = [feature_resample(x, size, out_size, r, backend=backend) for x, size, r in sources]
         return reference.feature_norm(resampled, eps)
     if torch.is_grad_enabled() and any(x.requires_grad for x in features):
+        if chosen == "triton":  # whose backward pass would keep one of the gradients
+            for e, r in enumerate(rows):
+                if r is not None:
+                    ordered = r.sort().values
+                    differ = (ordered[1:] != ordered[:-1]) | (ordered[1:] < 0)
+                    torch._assert_async(differ.all(), f"rows[{e}] must not repeat a row")
         return _FeatureNorm.apply(sizes, eps, chosen, *rows, *features)[: len(features)]
     return tuple(_fwd(features, rows, sizes, eps, chosen)[0])
 
@@ -123,8 +129,8 @@ def resamples_later(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, in
     tokens, length = in_size[0] * in_size[1], out_size[0] * out_size[1]
     if torch.compiler.is_compiling() or not is_plain(x) or (length - tokens) * x.shape[2] <= 64 * length:
         return False
-    if (torch.is_grad_enabled() and x.requires_grad) or only_reference((x,)):
-        return False
+    if (torch.is_grad_enabled() and x.requires_grad) or only_reference((x,)) or other_derivatives():
+        return False  # in forward-mode AD, what it is multiplied with may have a tangent
     return _choose(None, [x], [*in_size, *out_size]) == "cpu"
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _flops, _native, _triton, backends
 from ..._checks import check, check_device, check_floats, check_tensor
-from ..._gradients import need_reference, of_reference
+from ..._gradients import layer_norm, need_reference, of_reference
 from ..._library import define
 from ...ragged import PairTables, RaggedPairs
 from ..ragged_linear.op import project, without_idle
@@ -83,7 +82,7 @@ def gated_combine(
 
 
 def _reference(x, attended, gate, tables, bounds, norms, weights, biases, eps):
-    normed = F.layer_norm(attended, attended.shape[-1:], eps=eps)
+    normed = layer_norm(attended, eps=eps)
     (projected,) = project([normed], "pair", tables, bounds, norms, [weights], [biases], "reference")
     return reference.gated_combine(x, projected, gate, tables.sample, bounds)
 

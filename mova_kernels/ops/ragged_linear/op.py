@@ -12,7 +12,7 @@ from ... import _flops, _native, _triton, backends
 from ..._checks import check, check_dense, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
-from ..._plain import only_reference
+from ..._plain import autocast, only_reference
 from ...ragged import PairTables, RaggedPairs
 from ..feature_norm import CentredFeatures
 from ..feature_resample.reference import feature_resample
@@ -126,8 +126,7 @@ def project(
     scale, shift = [a[0] for a in affines], [a[1] for a in affines]
     weight, bias = [w for p in weights for w in p], [b for p in biases for b in p]
     device = weight[0].device
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else weight[0].dtype
+    dtype = torch.get_autocast_dtype(device.type) if autocast(device.type) else weight[0].dtype
     only_cpu = "it takes no CentredFeatures" if resamplings else None
     unfit = dict.fromkeys(("triton", "reference"), only_cpu) if only_cpu else None
     tensors = (*tables, *sources, *scale, *shift, *weight, *bias)

@@ -11,6 +11,7 @@ from ... import _flops, _native, _triton, backends
 from ..._checks import check, check_device, check_floats, check_like, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
+from ..._plain import autocast
 from . import native_impl, reference
 from .reference import StageWeights
 
@@ -51,8 +52,8 @@ def token_downsample(
     check(len(stages) == 2, "stages", "must be two", len(stages))
     for i, stage in enumerate(stages):
         _check_stage(f"stages[{i}]", stage, x)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    backend = _choose(backend, x, torch.get_autocast_dtype(x.device.type) if autocast else x.dtype, stages)
+    products = torch.get_autocast_dtype(x.device.type) if autocast(x.device.type) else x.dtype
+    backend = _choose(backend, x, products, stages)
     if backend == "reference":
         return reference.token_downsample(x, resolution, stages, eps)
     for stage, pool in zip(stages, (True, False), strict=True):
@@ -77,7 +78,7 @@ def _choose(backend: str | None, x: Tensor, products: torch.dtype, stages: Seque
 
 def _as_autocast_asks(stage: StageWeights, device: str) -> StageWeights:
     """What enters matrix products in autocast's dtype, as torch would do inside them."""
-    if not torch.is_autocast_enabled(device):
+    if not autocast(device):
         return stage
     dtype = torch.get_autocast_dtype(device)
     (squeeze, squeeze_bias), (excite, excite_bias) = stage.squeeze, stage.excite

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._gradients import layer_norm
+
 
 class StageWeights(NamedTuple):
     """The parameters of one bottleneck stage with C channels and S squeezed channels, shaped as in the checkpoint."""
@@ -54,7 +56,7 @@ def _stage(x: Tensor, resolution: int, w: StageWeights, eps: float) -> Tensor:
 
 
 def _norm(x: Tensor, affine: tuple[Tensor, Tensor], eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], affine[0].to(x.dtype), affine[1].to(x.dtype), eps)
+    return layer_norm(x, affine[0].to(x.dtype), affine[1].to(x.dtype), eps)
 
 
 def _grid(x: Tensor, resolution: int) -> Tensor:
