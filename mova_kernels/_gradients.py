@@ -32,15 +32,16 @@ def of_reference(
         needed: per input, whether its gradient is wanted.
         grads: one per result of ``function``.
     """
-    if not any(needed):
-        return [None] * len(needed)
     with torch.enable_grad():
         # As views they are leaves of what is differentiated here, and still belong to the graph around it.
         inputs = [
             (x if x.requires_grad else x.detach().requires_grad_()).view_as(x) if wanted else x
             for x, wanted in zip(inputs, needed, strict=True)
         ]
-        outputs = function(*inputs)
+        reached = [(y, grad) for y, grad in zip(function(*inputs), grads, strict=True) if y.requires_grad]
+        if not reached:
+            return [None] * len(needed)
+        outputs, grads = zip(*reached, strict=True)
         leaves = [x for x, wanted in zip(inputs, needed, strict=True) if wanted]
         found = iter(torch.autograd.grad(outputs, leaves, grads, create_graph=True, allow_unused=True))
     return [next(found) if wanted else None for wanted in needed]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -56,6 +58,36 @@ def test_a_gradient_of_the_kernels_has_the_references_gradient(name) -> None:
         second_derivatives(name, torch.float32), second_derivatives(name, torch.float64), strict=True
     ):
         torch.testing.assert_close(found, true.float(), rtol=1e-4, atol=1e-4)
+
+
+@each_case
+@pytest.mark.parametrize("outer", [torch.func.jacfwd, torch.func.jacrev])
+def test_a_derivative_of_a_tangent(name, outer) -> None:
+    """PyTorch's own layer_norm is wrong there."""
+    inputs = CASES[name].inputs(torch.float64)
+    directions = tangents(inputs)
+
+    def along(step: Tensor) -> Tensor:
+        moved = [x + step * t for x, t in zip(inputs, directions, strict=True)]
+        return output(name, *moved).sin().sum()
+
+    start = torch.zeros((), dtype=torch.float64)
+    expected = torch.autograd.functional.hessian(along, start)
+    torch.testing.assert_close(outer(torch.func.jacfwd(along))(start), expected, rtol=1e-8, atol=1e-8)
+
+
+@each_case
+def test_a_gradient_of_one_input_alone_and_its_own(name) -> None:
+    for i in range(len(CASES[name].shapes)):
+        inputs = CASES[name].inputs()
+        inputs[i].requires_grad_()
+        wide = CASES[name].inputs(torch.float64)
+        wide[i].requires_grad_()
+        true_value = output(name, *wide).sin().sum()
+        if true_value.requires_grad:  # not that of an idle expert
+            (found,) = torch.autograd.grad(output(name, *inputs).sin().sum(), inputs[i], create_graph=True)
+            (true,) = torch.autograd.grad(true_value, wide[i])
+            torch.testing.assert_close(found, true.float(), rtol=1e-4, atol=1e-4)
 
 
 @each_case
@@ -157,6 +189,39 @@ def test_adapter_forward_mode(slope) -> None:
     with forward_ad.dual_level():
         found = forward_ad.unpack_dual(function(forward_ad.make_dual(BASE, DIRECTION))).tangent
     torch.testing.assert_close(found, slope, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.cross_attn.0.k_proj.weight", "blocks.1.norm2.2.bias", "mlp.0.weight"])
+def test_adapter_forward_mode_of_a_parameter(name) -> None:
+    """Also where a coarse grid of features would be projected before it is resampled."""
+    config = replace(tiny.CONFIG, expert_channels=(96,) * 3, resolution=8)
+    grids = [(2, 2)] * 3
+    base, experts, text = tiny.inputs(config, 2, grids)
+    routing = torch.ones(2, 3, dtype=torch.bool)
+    wide = tiny.adapter(config, dtype=torch.float64)
+    direction = torch.randn(wide.get_parameter(name).shape, generator=torch.Generator().manual_seed(4))
+
+    def result(module, value: Tensor) -> Tensor:
+        dtype = module.pos_embed.dtype
+        arguments = (base.to(dtype), [e.to(dtype) for e in experts], routing, text.to(dtype))
+        return torch.func.functional_call(module, {name: value}, arguments, {"grids": grids})
+
+    module = tiny.adapter(config)
+    with forward_ad.dual_level():
+        value = forward_ad.make_dual(module.get_parameter(name).detach(), direction)
+        found = forward_ad.unpack_dual(result(module, value)).tangent
+    value = wide.get_parameter(name).detach()
+    expected = differences(lambda value: result(wide, value), value, direction.double()).detach().float()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_adapter_second_derivative_by_tangents() -> None:
+    function = adapted(tiny.adapter(dtype=torch.float64).requires_grad_(False))
+    along = lambda c: function(BASE.double() + c * DIRECTION.double()).square().sum()  # noqa: E731
+    start = torch.zeros((), dtype=torch.float64)
+    expected = torch.autograd.functional.hessian(along, start)
+    found = torch.func.jacfwd(torch.func.jacfwd(along))(start)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # the rotary tables are fp32
 
 
 @pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])

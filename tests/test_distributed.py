@@ -174,9 +174,7 @@ def infers(wrap, rank):
 def refuses(rank):
     adapter = fsdp2(tiny.adapter(CONFIG), root)
     adapter.idle_expert_gradients = False
-    with pytest.raises(
-        ValueError, match="idle_expert_gradients must be None or True where"
-    ):
+    with pytest.raises(ValueError, match="idle_expert_gradients must be None or True where"):
         loss(adapter, rank, "different experts")
 
 

@@ -250,6 +250,45 @@ def test_linear_and_centred_features_which_no_dispatcher_guards(kind) -> None:
         torch.testing.assert_close(found[:2], expected[:2])
 
 
+ROWS = {"negated": (torch.tensor([2, 0, 1]), lambda r: torch._neg_view(-r)), "zeros": (
+    torch.tensor([0]), lambda r: torch._efficientzerotensor(r.shape, dtype=r.dtype)
+)}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_that_are_not_what_their_memory_holds(kind) -> None:
+    """PyTorch resolves every kind of argument but a list with gaps."""
+    plain, lazily = ROWS[kind][0], ROWS[kind][1](ROWS[kind][0])
+    found = []
+    for rows in (plain, lazily):
+        x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = torch.cat(ops.feature_norm([x, x], [(2, 2), (2, 2)], (3, 3), [rows, None]))
+        found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "bias"])
+def test_linear_of_freed_memory(which) -> None:
+    operands = {"x": torch.randn(3, 8), "weight": torch.randn(5, 8), "bias": torch.randn(5)}
+    operands[which].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"storage of size 0|not allocated"):
+        linear(*operands.values())
+
+
+@native
+@pytest.mark.parametrize("count", [-1, 4, 10**9])
+def test_a_count_beyond_the_pairs(count) -> None:
+    q = torch.randn(3, 64, 32, requires_grad=True)
+    cos, sin = ops.rope2d_table(8, 16)
+    with pytest.raises(ValueError, match=f"count must be from 0 to the 3 pairs, got {count}"):
+        ops.expert_attention(q, q, q, cos, sin, 2, count=torch.tensor([count]), backend="cpu")
+    count = torch.tensor([2])
+    out = ops.expert_attention(q, q, q, cos, sin, 2, count=count, backend="cpu")
+    count += 2
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_adapter_trains_on_features_from_inference_mode() -> None:
     base, experts, text = tiny.inputs()
     gradients = []

@@ -1,6 +1,8 @@
-"""An adapter whose parameters are empty until the module that owns them is called, as under DeepSpeed's ZeRO-3.
+"""An adapter whose parameters are empty until the module that owns them is called, as under DeepSpeed's ZeRO-3; and one
+whose gradients must come in the same order in every process, as ZeRO-2 needs it.
 
-DeepSpeed itself takes too long to install for a test: this stands in for what it does to modules in a forward.
+DeepSpeed itself takes too long to install for a test: this stands in for what it does to modules in a forward, and to
+parameters.
 """
 
 from __future__ import annotations
@@ -101,7 +103,38 @@ def test_idle_experts_cannot_be_left_out():
     partition(adapter, [])
     adapter.idle_expert_gradients = False
     base, experts, text = tiny.inputs()
-    with pytest.raises(
-        ValueError, match="idle_expert_gradients must be None or True where"
-    ):
+    with pytest.raises(ValueError, match="idle_expert_gradients must be None or True where"):
         adapter(base, experts, tiny.ROUTING, text, grids=tiny.GRIDS)
+
+
+def arrivals(adapter, routing, text=True) -> list[str]:
+    """The names of the parameters in the order in which a backward pass brings their gradients."""
+    order: list[str] = []
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+        for name, p in adapter.named_parameters()
+    ]
+    base, experts, given = tiny.inputs()
+    adapter(base, experts, routing, given if text else None, grids=tiny.GRIDS).square().sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return order
+
+
+def test_under_zero2_gradients_come_in_an_order_that_does_not_depend_on_the_routing(deepspeed):
+    adapter = tiny.adapter()
+    one, other = torch.zeros_like(tiny.ROUTING), torch.zeros_like(tiny.ROUTING)
+    one[:, 0], other[:, 2] = True, True
+    adapter.idle_expert_gradients = True
+    assert arrivals(adapter, one) != arrivals(adapter, other)  # which is what the others need not care about
+    adapter.idle_expert_gradients = None
+    expected = {name: p.grad for name, p in adapter.named_parameters()}
+    adapter.zero_grad()
+    for number, parameter in enumerate(adapter.parameters()):
+        parameter.param_idx_in_group = number
+    orders = [arrivals(adapter, one), arrivals(adapter, other)]
+    for name, parameter in adapter.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+    nothing = torch.zeros_like(one)
+    orders += [arrivals(adapter, tiny.ROUTING), arrivals(adapter, nothing), arrivals(adapter, nothing, text=False)]
+    assert len(orders[0]) == len(expected) and all(order == orders[0] for order in orders)

@@ -242,3 +242,15 @@ X, SIZE, R = torch.zeros(2, 6, 4), (2, 3), torch.tensor([0])
 def test_bad_input(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         feature_norm(*arguments)
+
+
+def test_gradients_of_a_repeated_row_add_up(backend) -> None:
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    weight = torch.randn(3, 9, 8, dtype=torch.float64)
+
+    def gradient(x: Tensor, chosen: str) -> Tensor:
+        x = x.clone().requires_grad_()
+        (y,) = feature_norm([x], [(2, 2)], (3, 3), [torch.tensor([1, 0, 1])], backend=chosen)
+        return torch.autograd.grad((y * weight.to(y.dtype)).sum(), x)[0]
+
+    torch.testing.assert_close(gradient(x.float(), backend), gradient(x, "reference").float(), rtol=1e-4, atol=1e-4)

@@ -249,3 +249,12 @@ def test_grids_are_not_taken_for_each_other() -> None:
     x = [torch.randn(2, math.prod(s), 8) for s in sizes]
     problem = sizes, (3, 5), [None, [1, 0]]
     torch.testing.assert_close(*(value_and_gradients(f(*problem), x) for f in (kernels, op)))
+
+
+def test_a_repeated_row_is_refused_where_its_gradients_would_have_to_be_added() -> None:
+    x, rows = torch.randn(3, 4, 16), [torch.tensor([1, -1, 0, -1, 1])]
+    (found,) = feature_norm([x], [(2, 2)], (3, 3), rows, backend="triton")
+    assert torch.equal(found[0], found[4])
+    with pytest.raises(RuntimeError, match=r"rows\[0\] must not repeat a row"):
+        feature_norm([x.requires_grad_()], [(2, 2)], (3, 3), rows, backend="triton")
+    feature_norm([x], [(2, 2)], (3, 3), [rows[0][:4]], backend="triton")[0].sum().backward()

@@ -44,8 +44,8 @@ def feature_norm(
         in_sizes: per expert (h_e, w_e).
         out_size: (H, W).
         rows: per expert (M_e,) int64 on the features' device: the row of ``features[e]`` for each row of the result,
-            without repeats; for a negative one nothing is read, neither here nor of its gradient, and the result means
-            nothing. Or None: all rows, M_e = R_e.
+            for a negative one nothing is read, neither here nor of its gradient, and the result means nothing. Where
+            ``triton`` computes gradients of the features, no row may repeat. Or None: all rows, M_e = R_e.
         eps: added to the variance, which is the biased one.
         backend: see :mod:`mova_kernels.backends`. ``triton`` takes up to 4096 channels, ``cpu`` up to 8192, and both
             grids of up to 32767 per side.
@@ -56,7 +56,8 @@ def feature_norm(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape.
-        RuntimeError: a value in ``rows[e]`` is not below R_e (on a GPU: a device-side assertion).
+        RuntimeError: a value in ``rows[e]`` is not below R_e, or repeats where it must not (on a GPU: a device-side
+            assertion).
         backends.BackendError: the requested backend cannot run here, or not with these sizes.
     """
     check(len(features) >= 1, "features", "must have at least one entry", len(features))
