@@ -48,16 +48,18 @@ def generate_arguments(generate: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def check_counts(arguments: Mapping[str, Any], of: str = "") -> None:
+def check_counts(arguments: Mapping[str, Any]) -> None:
     """Refuse counts that transformers computes with before it looks at them.
 
     Args:
         arguments: of ``generate``, or the fields of a generation config.
-        of: behind the name in a message, such as " in generation_config.json".
+
+    Raises:
+        TypeError, ValueError: a count is no int of at least 1.
     """
     for name in ("num_beams", "num_return_sequences", "prefill_chunk_size"):
         if arguments.get(name) is not None:
-            check_int(f"{name}{of}", arguments[name], 1)
+            check_int(name, arguments[name], 1)
 
 
 def _set_by(config: GenerationConfig, beside: Mapping[str, Any]) -> dict[str, Any]:

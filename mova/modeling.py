@@ -462,8 +462,8 @@ def _check_generation(file: Path) -> None:
     """Raise where a generation config has a value of another type: transformers reports some of them, without the file,
     when it generates."""
     fields = read_json(file)
-    check_counts(fields, f" in {file}")
     try:
+        check_counts(fields)
         GenerationConfig.from_dict(fields)
     except Exception as error:  # whatever a comparison makes of a value of another type
         raise ValueError(f"{file} cannot be used: {error}") from error

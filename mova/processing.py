@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig
 from transformers.image_processing_utils import BaseImageProcessor
@@ -124,6 +125,8 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         tokenizer.padding_side = "left"  # a batch is continued at its right end
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        for name, value in (("tokenizer", tokenizer), ("question_tokenizer", question_tokenizer)):
+            check(value.pad_token is not None, name, "must have a pad_token", None)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """As in transformers."""
@@ -150,9 +153,13 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         _check_processor_files(directory / subfolder)
         options = {key: value for key, value in kwargs.items() if key not in arguments}
         try:
-            return super().from_pretrained(directory, *args, **options)
+            processor = super().from_pretrained(directory, *args, **options)
+            processor.conversation("?")  # by its chat template
+            return processor
         except OSError:
             raise
+        except TemplateError as error:
+            raise ValueError(f"the chat template in {path} cannot be used: {error}") from error
         except Exception as error:  # whatever a tokenizer makes of a damaged file
             raise ValueError(f"the processor in {path} cannot be loaded: {error}") from error
 
@@ -227,6 +234,8 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         """
         check(conversation, "conversation", "must not be empty", conversation)
         _check_not_generating(kwargs)
+        masked = kwargs.pop("return_assistant_tokens_mask", False)
+        check(not masked, "return_assistant_tokens_mask", "must be False", masked)
         batched = isinstance(conversation[0], list | tuple)
         chats: list[Any] = list(conversation) if batched else [conversation]
         check_chats(chats)

@@ -25,6 +25,7 @@ answer the question, {topk} at most. Reply with their letters and commas between
 
 Question: {question}"""
 _PLACES = ("router", "answer", "text")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _FIELDS = re.compile(r"\{(topk|pool|question)\}")
 
 
@@ -77,6 +78,7 @@ def routing_prompt(
     """
     check(isinstance(question, str), "question", "must be a string", question, TypeError)
     check(question.strip(), "question", "must not be empty", question)
+    check(question.isascii() or not _SURROGATE.search(question), "question", "must be valid Unicode", question)
     check(isinstance(template, str), "template", "must be a string", template, TypeError)
     check_int("topk", topk, 1)
     pool = resolve(experts)

@@ -61,7 +61,8 @@ class RoutingLoRA:
         check(not self._lora_layers(), "config", "must be of the first routing LoRA; the model has one", config)
         trainable = {parameter: parameter.requires_grad for parameter in self.language_model.parameters()}
         active = {layer: list(layer.active_adapters) for layer in self._tuner_layers().values()}
-        inject_adapter_in_model(config, self.language_model, adapter_name=ROUTING_LORA)
+        with torch.inference_mode(False):  # in which its weights could not be trained
+            inject_adapter_in_model(config, self.language_model, adapter_name=ROUTING_LORA)
         # peft freezes all others, and makes the new adapter the only active one.
         for parameter, wanted in trainable.items():
             parameter.requires_grad_(wanted)

@@ -64,6 +64,15 @@ def test_meta_device_and_to_empty():
     assert torch.equal(run(adapter), run(tiny.adapter()))
 
 
+def test_the_shape_of_a_result_on_the_meta_device():
+    base, experts, text = (torch.utils._pytree.tree_map(lambda t: t.to("meta"), x) for x in tiny.inputs())
+    adapter = tiny.adapter().to("meta")
+    found = adapter(base, experts, tiny.ROUTING, text, grids=tiny.GRIDS)
+    assert found.is_meta and found.shape == (4, 9, 24)
+    with pytest.raises(ValueError, match="routing must hold data, got 'a tensor on the meta device'"):
+        adapter(base, experts, tiny.ROUTING.to("meta"), text, grids=tiny.GRIDS)
+
+
 # A leaf, a container, a norm: whatever has a hook is called, and the result stays the same.
 @pytest.mark.parametrize(
     "name",

@@ -125,3 +125,25 @@ def test_scaled_positions_have_no_limit_in_the_config(pipeline, monkeypatch):
     monkeypatch.setattr(config, "max_position_embeddings", 8)
     monkeypatch.setattr(config, "rope_parameters", {**config.rope_parameters, "rope_type": "dynamic"})
     assert new_tokens(pipeline, monkeypatch, max_new_tokens=1) == 1
+
+
+@pytest.mark.filterwarnings("ignore:the router's answer names no expert")
+@pytest.mark.parametrize("of", ["argument", "config"])
+def test_strings_that_stop_an_answer_do_not_stop_the_router(pipeline, monkeypatch, of):
+    """They need a tokenizer, which the pipeline has."""
+    plain = pipeline.answer(IMAGES[1:], QUESTIONS[1:], max_new_tokens=8)[0].text
+    stop = [plain[1]]
+    if of == "config":
+        config = GenerationConfig(pad_token_id=0, stop_strings=stop)
+        monkeypatch.setattr(pipeline.model, "generation_config", config)
+    seen, generate = [], type(pipeline.model).generate
+
+    def record(model, **kwargs):
+        seen.append(kwargs.get("stop_strings", model.generation_config.stop_strings))
+        return generate(model, **kwargs)
+
+    monkeypatch.setattr(type(pipeline.model), "generate", record)
+    given = {"stop_strings": stop} if of == "argument" else {}
+    found = pipeline.answer(IMAGES[1:], QUESTIONS[1:], max_new_tokens=8, **given)[0].text
+    assert seen == [None, stop]
+    assert found == plain[:2] and len(plain) > 2

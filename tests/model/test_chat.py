@@ -163,6 +163,10 @@ def test_an_image_wherever_it_comes_from(part, tmp_path, monkeypatch):
         (turn(0, path="absent.png"), FileNotFoundError, "absent.png"),
         ({"role": "user", "content": [{"type": "image"}]}, ValueError, "images must be 1"),
         ({"role": "user", "content": [{"type": "audio"}]}, ValueError, "parts of type image or text, got 'audio'"),
+        ("What?", TypeError, "conversation must hold messages with role and content, got 'What"),
+        ({"content": "What?"}, ValueError, "conversation must have the role of each message, got None"),
+        ({"role": "user", "content": 3}, TypeError, "conversation must have a string or a list of parts as content"),
+        ({"role": "user", "content": [{"type": "text"}]}, TypeError, "must have text in a part of type text, got None"),
         ({"role": "user", "content": ["What?"]}, ValueError, "parts of type image or text, got 'What"),
         ({"role": "user", "content": [{"type": "image", "image": IMAGES[0]}]}, ValueError, "questions must not be"),
     ],
@@ -170,6 +174,21 @@ def test_an_image_wherever_it_comes_from(part, tmp_path, monkeypatch):
 def test_a_bad_chat_is_named(pipeline, message, error, rule):
     with pytest.raises(error, match=rule):
         pipeline.processor.apply_chat_template([message], **ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ["do_sample", "num_beams"])
+def test_arguments_of_generate_are_not_lost_in_the_processor(pipeline, name):
+    for call in (
+        lambda **more: pipeline.processor.apply_chat_template([turn(0)], **ARGUMENTS, **more),
+        lambda **more: pipeline.processor(IMAGES[0], "<image>", **more),
+    ):
+        with pytest.raises(TypeError, match=rf"is for generate \(.*generate_kwargs.*, got \['{name}'\]"):
+            call(**{name: 1})
+
+
+def test_a_mask_of_the_assistants_tokens_is_refused(pipeline):
+    with pytest.raises(ValueError, match="return_assistant_tokens_mask must be False"):
+        pipeline.processor.apply_chat_template([turn(0)], **ARGUMENTS, return_assistant_tokens_mask=True)
 
 
 def test_a_model_in_training_mode_is_not_asked_for_experts(pipeline):
@@ -213,6 +232,16 @@ def test_images_in_a_list_for_each_text(pipeline):
     texts = ["<image><image>", "<image>"]
     nested = pipeline.processor([IMAGES[:2], IMAGES[2:3]], texts)
     assert torch.equal(nested["pixel_values"], pipeline.processor(IMAGES[:3], texts)["pixel_values"])
+
+
+def test_images_in_lists_that_do_not_fit_their_texts(pipeline):
+    with pytest.raises(ValueError, match=r"images must be lists of \[1, 1\], as many as <image> in .*, got \[2, 0\]"):
+        pipeline.processor([IMAGES[:2], []], ["<image>a", "<image>b"])
+
+
+def test_no_images_for_the_image_processor(pipeline):
+    with pytest.raises(ValueError, match="images must not be empty"):
+        pipeline.processor.image_processor([])
 
 
 def test_an_unknown_argument_is_named(pipeline):

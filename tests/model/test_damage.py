@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mova import MoVAForConditionalGeneration, MoVAPipeline, cli
 from mova.convert import _question_tokenizer
@@ -81,6 +83,14 @@ WRONG = [  # a file, the way to a field, a value of another type or beyond its r
     ("config.json", ("text_config", "num_hidden_layers"), [2]),
     ("config.json", ("text_config", "vocab_size"), "512"),
     ("config.json", ("text_config",), 3),
+    ("config.json", ("text_config",), {}),
+    ("config.json", ("text_config",), None),
+    ("config.json", ("text_encoder_config",), {}),
+    ("config.json", ("experts",), []),
+    ("config.json", ("base",), None),
+    ("config.json", ("model_type",), "llama"),
+    ("config.json", ("dtype",), -1),
+    ("config.json", ("dtype",), "wide"),
     ("config.json", ("text_encoder_config", "hidden_size"), None),
     ("config.json", ("topk",), "3"),
     ("config.json", ("adapter_heads",), 0),
@@ -109,6 +119,8 @@ WRONG = [  # a file, the way to a field, a value of another type or beyond its r
     ("processor_config.json", ("question_words",), 96),
     ("generation_config.json", ("max_new_tokens",), "many"),
     ("generation_config.json", ("eos_token_id",), "two"),
+    ("generation_config.json", ("num_beams",), 0),
+    ("generation_config.json", ("num_beams",), 2.5),
     ("experts/sam/config.json", ("hidden_size",), "wide"),
     ("experts/sam/config.json", ("hidden_size",), 64),
     ("experts/sam/config.json", ("num_hidden_layers",), None),
@@ -129,7 +141,7 @@ def test_a_field_of_another_type_is_an_error_that_names_the_file(copy, name, way
 
 
 @pytest.mark.parametrize("folder", ["", "experts/sam"])
-@pytest.mark.parametrize("damage", ["cut off", "deleted", "no weight_map", "a list", "names a list", "empty"])
+@pytest.mark.parametrize("damage", ["cut off", "deleted", "no weight_map", "a list", "names a list", "empty", "alone"])
 def test_shards_and_their_index(copy, folder, damage):
     directory = copy / folder
     model = MoVAForConditionalGeneration.from_pretrained(copy)
@@ -150,10 +162,48 @@ def test_shards_and_their_index(copy, folder, damage):
             "names a list": {"weight_map": {"a": [1]}},
             "empty": {"weight_map": {}},
         }
+        if damage == "alone":  # without metadata, which transformers wants of a model
+            maps[damage] = {"weight_map": json.loads(index.read_text())["weight_map"]}
         index.write_text(json.dumps(maps[damage]))
+        if damage == "alone" and folder:
+            load(copy)
+            return
     with pytest.raises((ValueError, OSError), match=file.name.replace(".", r"\.")) as found:
         load(copy)
     assert str(directory) in str(found.value)
+
+
+PICKLES = {
+    "text": b"hello",
+    "a memo": b"\x80\x02h\x05.",
+    "a list": [torch.zeros(2)],
+    "numbers as names": {1: torch.zeros(2)},
+    "no tensors": {"a": 3},
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("folder", ["", "experts/sam"])
+@pytest.mark.parametrize("content", PICKLES)
+def test_a_pickle_that_holds_no_weights(copy, folder, content):
+    (copy / folder / "model.safetensors").unlink()
+    file, found = copy / folder / "pytorch_model.bin", PICKLES[content]
+    file.write_bytes(found) if isinstance(found, bytes) else torch.save(found, file)
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        load(copy)
+
+
+@pytest.mark.parametrize("load_it", [AutoModelForImageTextToText.from_pretrained, AutoConfig.from_pretrained, load])
+def test_a_config_without_its_parts_is_not_that_of_the_released_model(copy, load_it):
+    (copy / "config.json").write_text('{"model_type": "mova"}')
+    with pytest.raises(ValueError, match="text_config must be the config of a model"):
+        load_it(copy)
+
+
+def test_a_damaged_chat_template(copy):
+    (copy / "chat_template.jinja").write_text("{{ broken")
+    with pytest.raises(ValueError, match=f"the chat template in {re.escape(str(copy))} cannot be used"):
+        load(copy)
 
 
 def test_a_missing_folder_of_the_question_tokenizer(copy):
@@ -192,6 +242,33 @@ def test_a_processor_of_another_model(copy):
     (copy / "config.json").write_text(json.dumps({**fields, "image_token_id": 9}))
     with pytest.raises(ValueError, match=r"must number the image token as the model does \(9\), got 3"):
         load(copy)
+
+
+PROCESSORS = {
+    "experts in another order": (lambda f: f["experts"].reverse(), "must have the model's experts in their order"),
+    "another mean": (lambda f: f["experts"][0].update(mean=[0.5, 0.5, 0.5]), "must have the model's dinov2"),
+    "another base": (lambda f: f["base"].update(std=[0.5, 0.5, 0.5]), "must have the model's clip"),
+    "fewer image tokens": (lambda f: f.update(num_image_tokens=16), "must make as many image tokens as the model"),
+}
+
+
+@pytest.mark.parametrize("fault", PROCESSORS)
+def test_a_processor_of_other_encoders(copy, fault):
+    change, message = PROCESSORS[fault]
+    file = copy / "processor_config.json"
+    fields = json.loads(file.read_text())
+    change(fields)
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        load(copy)
+
+
+def test_a_processor_with_other_descriptions_is_the_models(copy):
+    file = copy / "processor_config.json"
+    fields = json.loads(file.read_text())
+    fields["experts"][0]["description"] = "Sees everything."
+    file.write_text(json.dumps(fields))
+    load(copy)
 
 
 @pytest.mark.parametrize("command", ["answer", "info"])

@@ -148,8 +148,9 @@ def test_resolve():
 
 FIELDS = {
     "name: type": ({"name": 3}, TypeError, "name must be a string, got 3"),
-    "name: capital": ({"name": "SAM"}, ValueError, "name must be lower-case letters, digits, _ and -, a letter first"),
-    "name: newline": ({"name": "sam\n"}, ValueError, "name must be lower-case"),
+    "name: capital": ({"name": "SAM"}, ValueError, "name must be up to 100 lower-case letters, digits, _"),
+    "name: long": ({"name": "a" * 101}, ValueError, "name must be up to 100"),
+    "name: newline": ({"name": "sam\n"}, ValueError, "name must be up to"),
     "name: all": ({"name": "all"}, ValueError, "neither all nor none, got 'all'"),
     "description: empty": ({"description": " "}, ValueError, "description must be one line of text, got ' '"),
     "description: lines": ({"description": "a\nb"}, ValueError, "description must be one line of text, got 'a\\nb'"),
@@ -199,6 +200,12 @@ def test_bad_field(name):
 
 
 CALLS = {
+    "the base encoder's name": (
+        experts.register,
+        replace(OFFICIAL["sam"], name="clip"),
+        ValueError,
+        "expert must have a name that is not registered yet (or replace=True), got 'clip'",
+    ),
     "unknown": (experts.get, "dino", ValueError, "name must be a registered expert (dinov2, vary, codetr, "),
     "no name": (experts.get, None, TypeError, "name must be a string, got None"),
     "repeated": (experts.register, OFFICIAL["sam"], ValueError, "expert must have a name that is not registered yet"),

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import GenerationConfig, LlamaConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mova import prompts
@@ -138,6 +138,27 @@ def test_embeddings_alone_cannot_have_candidates(pipeline, one):
         pipeline.model.generate(inputs_embeds=embedded, max_new_tokens=4, prompt_lookup_num_tokens=3)
 
 
+@pytest.mark.parametrize("of", ["argument", "config", "model"])
+def test_embeddings_alone_cannot_be_read_in_chunks(pipeline, one, of, monkeypatch):
+    model, arguments = pipeline.model, {"prefill_chunk_size": 16}
+    embedded = model.embed(one["input_ids"], features_of(model, one))
+    if of == "config":
+        arguments = {"generation_config": GenerationConfig(prefill_chunk_size=16)}
+    if of == "model":
+        monkeypatch.setattr(model.generation_config, "prefill_chunk_size", 16)
+        arguments = {}
+    with pytest.raises(ValueError, match="prefill_chunk_size must be None with inputs_embeds alone, got 16"):
+        model.generate(inputs_embeds=embedded, max_new_tokens=4, **arguments)
+
+
+def test_rows_that_are_padded_on_the_right_are_refused(pipeline, two):
+    """Their answers would begin behind the padding."""
+    mask = two["attention_mask"].flip(1)
+    assert not mask[:, -1].all()
+    with pytest.raises(ValueError, match="attention_mask must be 1 in its last column: pad on the left"):
+        pipeline.model.generate(**{**two, "attention_mask": mask}, max_new_tokens=2)
+
+
 def test_a_placeholder_that_was_generated_is_a_token_like_any_other(pipeline, one):
     model, place = pipeline.model, pipeline.model.config.image_token_id
     found = model.generate(**one, max_new_tokens=3, prefix_allowed_tokens_fn=lambda *_: [place])
@@ -210,6 +231,19 @@ def test_generating_goes_on_with_a_cache(pipeline, turns, given):
         ids, whole["attention_mask"], image_features=images, max_new_tokens=NEW, do_sample=False, **{CACHE: cache}
     )
     assert torch.equal(found[:, -NEW:], best(model, whole))
+
+
+@pytest.mark.parametrize("candidates", ["prompt lookup", "an assistant"])
+def test_candidates_need_an_empty_cache(pipeline, turns, candidates):
+    """transformers' loop would give other tokens than the model's own best, for any model."""
+    model, (whole, length, features) = pipeline.model, turns
+    cache = cache_of(model, whole["input_ids"][:, :length], features[:1])
+    how = {"assistant_model": model.language_model}
+    if candidates == "prompt lookup":
+        how = {"prompt_lookup_num_tokens": 3}
+    ids, mask = whole["input_ids"], whole["attention_mask"]
+    with pytest.raises(ValueError, match=f"past_key_values must be empty when candidates are tried, got '{length} tok"):
+        model.generate(ids, mask, image_features=features, max_new_tokens=NEW, **how, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("given", ["all", "new"])

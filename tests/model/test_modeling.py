@@ -253,7 +253,15 @@ def test_a_selected_expert_needs_pixels_and_a_question(pipeline):
     with pytest.raises(ValueError, match="question_ids must be given"):
         pipeline.model(**{k: v for k, v in inputs.items() if not k.startswith("question")})
     inputs["expert_pixel_values"].pop("sam")
-    with pytest.raises(ValueError, match="expert_pixel_values must have 'sam'"):
+    with pytest.raises(ValueError, match=r"expert_pixel_values must have those that are selected, .*sam\), got \["):
+        pipeline.model(**inputs)
+
+
+def test_experts_in_another_order_are_those_of_another_model(pipeline):
+    """The columns of its routing mean other experts, whatever the names."""
+    inputs = inputs_for(pipeline)
+    inputs["expert_pixel_values"] = dict(reversed(inputs["expert_pixel_values"].items()))
+    with pytest.raises(ValueError, match="in the order of the model's experts"):
         pipeline.model(**inputs)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import datetime
 import os
+import sys
 import traceback
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -187,6 +189,26 @@ def test_the_gradients_are_those_of_one_process(tmp_path):
     found = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name[:4] in ("True", "Fals")}
     assert not found, "\n".join(f"{name}: {text}" for name, text in found.items())
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}, "a process has hung or died"
+
+
+@pytest.mark.parametrize("free_text", [False, True], ids=["frozen text encoder", "trained text encoder"])
+def test_under_zero2_gradients_come_in_an_order_that_does_not_depend_on_the_batch(free_text, monkeypatch):
+    """DeepSpeed's ZeRO-2 adds up the gradients of all processes as they come; this stands in for its marks."""
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    monkeypatch.setattr("mova.modeling.runs_every_part", lambda _: True)
+    model = tiny(free_text)
+    order: list[str] = []
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        parameter.param_idx_in_group = number
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    orders = []
+    for kind in (FIRST, SECOND, NOTHING, TEXT):
+        order.clear()
+        model(**inputs(model, kind, 0), use_cache=False).loss.backward()
+        orders.append(list(order))
+    assert set(orders[0]) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert orders[1] == orders[0] and orders[2] == orders[0] and orders[3] == orders[0]
 
 
 def test_one_process_runs_nothing_for_others(monkeypatch):

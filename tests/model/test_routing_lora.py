@@ -176,6 +176,36 @@ def test_checkpointing_of_ones_own_that_is_not_reentrant(model, inputs):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_under_zero3_it_gets_zeros_outside_of_the_pass(model, inputs):
+    """ZeRO-3 would take a step with the gradient of the last pass."""
+    plain = add(model).train()(**inputs).loss
+    for number, parameter in enumerate(weights(model).values()):
+        parameter.ds_id = number
+    loss = model(**inputs).loss
+    loss.backward()
+    assert torch.equal(loss, plain)
+    assert all(p.grad is not None and not p.grad.any() for p in weights(model).values())
+    model.zero_grad()
+    with model.routing_pass():
+        model(**inputs).loss.backward()
+    assert all(p.grad.any() for p in weights(model).values())
+
+
+def test_under_zero3_one_with_more_weights_is_refused(model, inputs):
+    for number, parameter in enumerate(weights(add(model, use_dora=True)).values()):
+        parameter.ds_id = number
+    with pytest.raises(RuntimeError, match="under ZeRO-3 must have the weights A and B alone"):
+        model(**inputs)
+
+
+def test_one_that_is_added_in_inference_mode_trains(model, inputs):
+    with torch.inference_mode():
+        add(model)
+    with model.routing_pass():
+        model(**inputs).loss.backward()
+    assert all(p.grad.any() for p in weights(model).values())
+
+
 def test_a_copy_has_its_own(model, inputs):
     expected = copy.deepcopy(add(model))
     with torch.no_grad(), model.routing_pass():

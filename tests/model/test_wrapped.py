@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from mova import MoVAPipeline
@@ -40,6 +41,15 @@ def assert_same(found, expected):
         torch.testing.assert_close(answer.gates, wanted.gates, rtol=0, atol=1e-5)
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-5)
     assert found[2] == expected[2]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["encoder", "backbone"])
+def test_an_expert_that_accelerate_offloads(expected, whole):
+    pipeline = small_model()
+    encoder = pipeline.model.experts["sam"]
+    cpu_offload(encoder if whole else encoder.backbone, execution_device="cpu")
+    assert any(p.is_meta for p in encoder.parameters())
+    assert_same(outcome(pipeline), expected)
 
 
 @pytest.mark.parametrize("part", PARTS)
