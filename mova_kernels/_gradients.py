@@ -53,7 +53,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     PyTorch's tangent of it holds mean and deviation constant where it is differentiated again, so jacfwd(jacfwd(f)) and
     jacrev(jacfwd(f)) are wrong. Where these may be wanted, the steps are PyTorch's single operators.
     """
-    if not other_derivatives() or torch.compiler.is_compiling():
+    if not other_derivatives():
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     narrow = x.dtype in (torch.bfloat16, torch.float16)
     wide = x.float() if narrow else x

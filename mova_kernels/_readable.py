@@ -125,11 +125,11 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ValueError: a parameter is on the meta device.
     """
-    if torch.compiler.is_compiling():
-        return module(x)
     if other_derivatives() and type(module) is nn.LayerNorm and not _is_hooked(vars(module)) and classes_are_original():
         if module.normalized_shape == x.shape[-1:]:
             return layer_norm(x, module.weight, module.bias, module.eps)
+    if torch.compiler.is_compiling():
+        return module(x)
     try:
         return module(x)
     except RuntimeError:
