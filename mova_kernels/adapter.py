@@ -247,9 +247,9 @@ class MoVAdapter(
             device = "cpu" if host_sees_values(base.device) else base.device
             return torch.ones(num_samples, num_experts, dtype=torch.bool, device=device)
         check_tensor("routing", routing, (num_samples, num_experts))
-        check(not routing.is_meta, "routing", "must hold data", "a tensor on the meta device")
         if routing.device.type != "cpu":
             check(routing.device == base.device, "routing", f"must be on the host or {base.device}", routing.device)
+            check(not routing.is_meta, "routing", "must hold data", "a tensor on the meta device")
         return validated_routing(routing, base.device)
 
     def _check_experts(
