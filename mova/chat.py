@@ -12,7 +12,7 @@ from transformers.image_utils import load_image
 
 from ._checks import check
 from .images import PreparedImage
-from .routing import prompts
+from .routing import is_unicode, prompts
 
 if TYPE_CHECKING:
     from .modeling import MoVAForConditionalGeneration
@@ -40,6 +40,7 @@ def check_chats(chats: Sequence[Any]) -> None:
             for part in _parts(message):
                 text = part.get("text") if part["type"] == "text" else ""
                 check(isinstance(text, str), "conversation", "must have text in a part of type text", text, TypeError)
+                check(is_unicode(str(text)), "conversation", "must be valid Unicode", text)
 
 
 def message_text(message: Mapping[str, Any]) -> str:
@@ -112,9 +113,9 @@ def gate_texts(processor: MoVAProcessor, questions: Sequence[Sequence[str]]) -> 
 
 
 def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return [{"type": "text", "text": content or ""}]
     is_list = isinstance(content, list | tuple)
     check(is_list, "conversation", "must have a string or a list of parts as content", content, TypeError)
     for part in content:

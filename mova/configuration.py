@@ -119,6 +119,7 @@ class MoVAConfig(PretrainedConfig):
         Raises:
             TypeError, ValueError: a field is missing, or breaks its rule; the message names it.
         """
+        check(isinstance(config_dict, Mapping), "config_dict", "must be a mapping", config_dict, TypeError)
         kind = config_dict.get("model_type")
         check(kind == cls.model_type, "model_type", f"must be {cls.model_type!r}", kind)
         for name in ("text_config", "text_encoder_config"):
@@ -128,7 +129,11 @@ class MoVAConfig(PretrainedConfig):
         for name in ("base", "experts"):
             check(config_dict.get(name), name, "must be given in a saved config", config_dict.get(name))
         dtype = config_dict.get("dtype", config_dict.get("torch_dtype"))
-        is_dtype = dtype is None or isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype)
+        is_dtype = (
+            dtype is None
+            or isinstance(dtype, torch.dtype)
+            or (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype))
+        )
         check(is_dtype, "dtype", "must be the name of a dtype", dtype)
         return super().from_dict(config_dict, **kwargs)
 

@@ -44,19 +44,23 @@ def generate_arguments(generate: Mapping[str, Any]) -> dict[str, Any]:
     check(several in (None, 1), "num_return_sequences", "must be 1: there is one answer for each image", several)
     for name in _NO_TEXT:
         check(not arguments.get(name), name, "must be False: an answer is a text, see model.generate", True)
-    check_counts(arguments)
+    check_values(arguments)
     return arguments
 
 
-def check_counts(arguments: Mapping[str, Any]) -> None:
-    """Refuse counts that transformers computes with before it looks at them.
+def check_values(arguments: Mapping[str, Any]) -> None:
+    """Refuse values that transformers computes with before it looks at them.
 
     Args:
         arguments: of ``generate``, or the fields of a generation config.
 
     Raises:
-        TypeError, ValueError: a count is no int of at least 1.
+        TypeError, ValueError: a count is no int of at least 1, or ``stop_strings`` is no string or list of strings.
     """
+    stop = arguments.get("stop_strings")
+    strings = [stop] if isinstance(stop, str) else stop
+    fits = stop is None or (isinstance(strings, list | tuple) and strings and all(isinstance(s, str) for s in strings))
+    check(fits, "stop_strings", "must be a string or a list of strings", stop, TypeError)
     for name in ("num_beams", "num_return_sequences", "prefill_chunk_size"):
         if arguments.get(name) is not None:
             check_int(name, arguments[name], 1)
@@ -179,10 +183,23 @@ class PromptGenerationMixin(GenerationMixin):
             return {"prompt_embeds": torch.cat([cached, self.embed(new, image_features)], 1)}
         return {"prompt_embeds": self.embed(input_ids, image_features)}
 
+    def _ends(self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> bool:
+        """Whether every row ends with a token. Without a mask, padding is what transformers takes for it."""
+        if attention_mask is not None:
+            return attention_mask.dim() != 2 or not attention_mask.shape[1] or bool(attention_mask[:, -1].all())
+        padding, end = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
+        ends = end if isinstance(end, list | tuple) else [end]
+        if input_ids is None or padding is None or padding in ends or not input_ids.numel():
+            return True
+        return not (input_ids[:, -1] == padding).any()
+
     def _setting(self, name: str, kwargs: Mapping[str, Any]) -> Any:
         """What ``generate`` will take for an argument: given, of a generation config that is given, or the model's."""
-        config = kwargs.get("generation_config") or self.generation_config
-        return kwargs.get(name, getattr(config, name, None))
+        if name in kwargs:
+            return kwargs[name]
+        configs = kwargs.get("generation_config"), self.generation_config
+        found = (getattr(config, name, None) for config in configs)
+        return next((value for value in found if value is not None), None)
 
     def _places(self, input_ids: Tensor) -> int:
         return int((input_ids == self.config.image_token_id).sum())

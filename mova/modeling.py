@@ -22,7 +22,7 @@ from .chat import RoutingRequest, route_requested
 from .checkpoint import check_files, read_json, weight_files
 from .configuration import MoVAConfig
 from .encoders import VisionEncoder
-from .generating import PromptGenerationMixin, cache_length, check_counts
+from .generating import PromptGenerationMixin, cache_length, check_values
 from .hub import UploadsFolders, elsewhere, folder, loading_arguments, pinned
 from .pool import ExpertPool
 from .ranks import runs_every_part, with_zero_times
@@ -351,12 +351,12 @@ class MoVAForConditionalGeneration(RoutingLoRA, UploadsFolders, PreTrainedModel,
         }
         is_mask = attention_mask is None or isinstance(attention_mask, Tensor)
         check(is_mask, "attention_mask", "must be a tensor", type(attention_mask).__name__, TypeError)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            ends = bool(attention_mask[:, -1].all())
-            check(ends, "attention_mask", "must be 1 in its last column: pad on the left", "padding on the right")
-        image_features = self._image_features(image_features, images)
+        check_values(kwargs)
         if input_ids is None:
             input_ids = kwargs.pop("inputs", None)
+        ends = self._ends(input_ids, attention_mask, kwargs)
+        check(ends, "attention_mask", "must be 1 in its last column: pad on the left", "padding on the right")
+        image_features = self._image_features(image_features, images)
         if "prompt_embeds" not in kwargs:
             kwargs |= self._prompt(input_ids, attention_mask, image_features, kwargs)
         return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
@@ -463,7 +463,7 @@ def _check_generation(file: Path) -> None:
     when it generates."""
     fields = read_json(file)
     try:
-        check_counts(fields)
+        check_values(fields)
         GenerationConfig.from_dict(fields)
     except Exception as error:  # whatever a comparison makes of a value of another type
         raise ValueError(f"{file} cannot be used: {error}") from error

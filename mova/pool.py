@@ -158,7 +158,7 @@ class ExpertPool:
                     encoder.to(device, dtype)
             return encoder(pixels.to(device, dtype)).to(like)
         finally:  # also where memory did not suffice
-            if place.offload:
+            if place.offload and not any(parameter.is_meta for parameter in encoder.parameters()):
                 with torch.inference_mode(False):
                     encoder.to("cpu")
 

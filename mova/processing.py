@@ -232,15 +232,17 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         Raises:
             TypeError, ValueError: a part is no image or text, or those of ``__call__``.
         """
+        is_list = isinstance(conversation, list | tuple)
+        check(is_list, "conversation", "must be a list", type(conversation).__name__, TypeError)
         check(conversation, "conversation", "must not be empty", conversation)
-        _check_not_generating(kwargs)
         masked = kwargs.pop("return_assistant_tokens_mask", False)
         check(not masked, "return_assistant_tokens_mask", "must be False", masked)
         batched = isinstance(conversation[0], list | tuple)
         chats: list[Any] = list(conversation) if batched else [conversation]
         check_chats(chats)
         given = {key: kwargs.pop(key) for key in _OF_THE_CALL if key in kwargs} | dict(processor_kwargs or {})
-        template = chat_template or self.chat_template or self.tokenizer.chat_template or CHAT_TEMPLATE
+        _check_not_generating(kwargs)
+        template = self._template(chat_template)
         texts = []
         for chat in chats:
             messages = [{**message, "content": message_text(message)} for message in chat]
@@ -270,6 +272,16 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
             gate_texts(self, questions)  # for its checks, before the model is asked
             inputs["routing"] = RoutingRequest(self, images, questions)
         return inputs
+
+    def _template(self, given: str | None) -> str:
+        """The chat template: itself, or its name among several, or the own one; of several, the one named default."""
+        own = self.chat_template or self.tokenizer.chat_template or CHAT_TEMPLATE
+        if isinstance(own, Mapping):
+            name = given if given in own else "default"
+            check(given is not None or name in own, "chat_template", f"must be one of {', '.join(own)}", given)
+            own = own.get(name, given)
+            return own if given in (None, name) else given
+        return given or own
 
     def __call__(
         self,

@@ -29,6 +29,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _FIELDS = re.compile(r"\{(topk|pool|question)\}")
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a tokenizer can read the text: it has no half of a surrogate pair."""
+    return text.isascii() or not _SURROGATE.search(text)
+
+
 @dataclass(frozen=True)
 class RoutingPrompt:
     """The ``text`` for the language model, and the names of the ``pool`` in the order of their letters."""
@@ -78,7 +83,7 @@ def routing_prompt(
     """
     check(isinstance(question, str), "question", "must be a string", question, TypeError)
     check(question.strip(), "question", "must not be empty", question)
-    check(question.isascii() or not _SURROGATE.search(question), "question", "must be valid Unicode", question)
+    check(is_unicode(question), "question", "must be valid Unicode", question)
     check(isinstance(template, str), "template", "must be a string", template, TypeError)
     check_int("topk", topk, 1)
     pool = resolve(experts)

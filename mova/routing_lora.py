@@ -93,9 +93,10 @@ class RoutingLoRA:
         self.add_routing_lora(config)
         dtypes = {value.dtype for value in state.values()}
         if len(dtypes) == 1:
-            for name, parameter in self.language_model.named_parameters():
-                if re.search(LORA_KEYS, name):
-                    parameter.data = parameter.data.to(*dtypes)
+            with torch.inference_mode(False):
+                for name, parameter in self.language_model.named_parameters():
+                    if re.search(LORA_KEYS, name):
+                        parameter.data = parameter.data.to(*dtypes)
         state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
         wrong: Any = set_peft_model_state_dict(self.language_model, state, adapter_name=ROUTING_LORA)
         missing = [key for key in wrong.missing_keys if re.search(LORA_KEYS, key)]
@@ -186,7 +187,7 @@ class RoutingLoRA:
             is_lora = re.search(LORA_KEYS, key)
             if not is_lora and (".lora_" in key or ".modules_to_save." in key):
                 foreign.append(key)
-            saved[key if is_lora else key.replace(".base_layer.", ".")] = value
+            saved[(key if is_lora else key.replace(".base_layer.", ".")).replace("._orig_mod.", ".")] = value
         rule = "must have no weights of adapters but the routing LoRA: save these with peft, or merge them"
         check(not foreign, "state_dict", rule, foreign[:3])
         return saved
@@ -254,11 +255,12 @@ def _join_under_zero3(layer: Any, args: Any, output: Tensor) -> Tensor | None:
     """
     if ROUTING_LORA in layer.active_adapters or not torch.is_grad_enabled():
         return None
-    weights = [p for name, p in layer.named_parameters() if f".{ROUTING_LORA}" in name and hasattr(p, "ds_id")]
-    if not weights:
+    names = [f".{name}" for name, parameter in layer.named_parameters() if hasattr(parameter, "ds_id")]
+    own = [name for name in names if re.search(LORA_KEYS, name)]
+    if not own:
         return None
-    if len(weights) > 2:
-        raise RuntimeError("a routing LoRA under ZeRO-3 must have the weights A and B alone, not a bias or DoRA's")
+    if {name.split(".")[1] for name in own} != {"lora_A", "lora_B"} or len(own) != 2:
+        raise RuntimeError("a routing LoRA under ZeRO-3 must have the weights lora_A and lora_B alone, got " + str(own))
     first, second = layer.lora_A[ROUTING_LORA], layer.lora_B[ROUTING_LORA]
     row = args[0].flatten(0, -2)[:1].to(first.weight.dtype)
     return with_zero_times(output, second(first(row)))

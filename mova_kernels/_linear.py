@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     numbers are not what its memory holds.
     """
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if not (_is_eager() and x.dim() > 1 and all(map(is_plain, operands)) and _is_ours(*operands)):
+    if not (_is_eager() and x.dim() > 1 and x.numel() and all(map(is_plain, operands)) and _is_ours(*operands)):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
         # Rows go in and come out: a view made inside of a Function could not be modified in place.

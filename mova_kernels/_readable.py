@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
@@ -25,8 +26,12 @@ _READS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.ModuleList: (),
 }
-_FORWARDS: list[tuple[type[Any], str, Any]] = [(kind, "forward", kind.forward) for kind in _READS]
+_FORWARDS: list[tuple[Any, str, Any]] = [(kind, "forward", kind.forward) for kind in _READS]
 _FORWARDS.append((nn.Conv2d, "_conv_forward", nn.Conv2d._conv_forward))
+# What a call of these modules goes through; torch.export replaces some of it itself.
+_CALLS: list[tuple[Any, str]] = [(kind, "__call__") for kind in (nn.Module, *_READS)]
+_CALLS += [(nn.Module, "_call_impl"), (F, "linear"), (F, "layer_norm"), (F, "adaptive_avg_pool2d")]
+_CALLED = [(where, name, getattr(where, name)) for where, name in _CALLS]
 _TENSORS = ("weight", "bias")  # the names of all parameters of these classes
 _PLAIN_TENSORS = {nn.Parameter, Tensor, FakeTensor}  # the last one is what torch.export traces with
 
@@ -157,12 +162,16 @@ def refuse_meta(module: nn.Module, x: Tensor, name: str = "") -> None:
 
 
 def classes_are_original() -> bool:
-    """Whether no hook is registered for all modules, and nobody has replaced the forward of a class."""
+    """Whether no hook is registered for all modules, and nobody has replaced what their calls consist of."""
     if torch_module._has_any_global_hook():
         return False
     for kind, name, function in _FORWARDS:
         if getattr(kind, name) is not function:
             return False
+    if not torch.compiler.is_compiling():
+        for where, name, function in _CALLED:
+            if getattr(where, name) is not function:
+                return False
     return True
 
 

@@ -65,6 +65,14 @@ class RaggedPairs:
     most_per_sample: int
     _row_table: Tensor  # (B, N): the row of every (sample, expert), for topk(); on the host if bounds is not None
 
+    def __post_init__(self) -> None:
+        if self.bounds is None:  # sizes may be symbols
+            return
+        pairs, found = self.bounds[-1], [tuple(table.shape) for table in self.tables]
+        samples, experts = self.selected.shape
+        wanted = [(pairs,), (pairs,), (pairs,), (experts + 1,), (pairs,), (samples + 1,)]
+        check(found == wanted, "the tables of pairs", f"must have the shapes {wanted}", found)
+
     @classmethod
     def from_routing(
         cls, routing: Tensor, packed: Sequence[bool] | None = None, device: torch.device | str | None = None

@@ -186,3 +186,10 @@ def test_the_dense_layers_of_the_adapter_take_it(calls) -> None:
 def test_a_repetition_gives_the_same_bits() -> None:
     x, w = torch.randn(300, 200), torch.randn(100, 200)
     assert all(torch.equal(product(x, w), product(x, w)) for _ in range(3))
+
+
+def test_gradients_of_no_rows() -> None:
+    x, weight, bias = torch.randn(0, 4, 8), torch.randn(5, 8), torch.randn(5)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    for found, like in zip(torch.autograd.grad(linear(*inputs).sum(), inputs), inputs, strict=True):
+        assert found.shape == like.shape and not found.any()

@@ -229,6 +229,15 @@ def test_kinds_of_tensors_that_are_refused(kind, name) -> None:
 
 
 @each_case
+def test_integers_are_refused(name) -> None:
+    for i, argument in enumerate(CASES[name].shapes):
+        inputs = CASES[name].inputs()
+        inputs[i] = inputs[i].long()
+        with pytest.raises((TypeError, ValueError), match=rf"^{re.escape(argument) if i else '.*'} must "):
+            results(name, inputs)
+
+
+@each_case
 def test_one_argument_on_the_meta_device_is_named(name) -> None:
     shapes = CASES[name].shapes
     for i, argument in enumerate(shapes):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import ROUTINGS, mask, padded_pairs
@@ -232,3 +234,10 @@ def test_device_routing_refuses_a_routing_on_the_host() -> None:
         RaggedPairs.from_routing(mask("x.x"), device="meta")
     with device_routing(), pytest.raises(ValueError, match="routing must be on meta"):
         validated_routing(mask("x.x"), torch.device("meta"))
+
+
+@pytest.mark.parametrize("table", ["sample", "expert", "row", "expert_offsets", "by_sample", "sample_offsets"])
+def test_tables_of_other_lengths_are_refused(table) -> None:
+    pairs = RaggedPairs.from_routing(torch.ones(3, 2))
+    with pytest.raises(ValueError, match="the tables of pairs must have the shapes"):
+        dataclasses.replace(pairs, **{table: getattr(pairs, table)[:-1]})

@@ -329,6 +329,24 @@ def test_a_forward_replaced_for_a_whole_class_is_called(monkeypatch, path):
     assert adapter.get_submodule(path) in called
 
 
+PATCHED = [
+    *((kind, "__call__") for kind in (nn.Module, nn.Linear, nn.LayerNorm, nn.Conv2d, nn.AdaptiveAvgPool2d)),
+    (nn.Module, "_call_impl"),
+    *((nn.functional, name) for name in ("linear", "layer_norm", "adaptive_avg_pool2d")),
+]
+
+
+@pytest.mark.parametrize(("where", "name"), PATCHED, ids=[f"{where.__name__}.{name}" for where, name in PATCHED])
+def test_what_torch_calls_for_a_module_may_be_replaced(monkeypatch, where, name):
+    """The results are those of modules that are all called."""
+    original = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *a, **k: 1.1 * original(*a, **k))
+    called = tiny.adapter()
+    for module in called.modules():
+        module.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(train(tiny.adapter()), train(called), rtol=1e-4, atol=1e-4)
+
+
 def tie(adapter):
     first, second = adapter.blocks[0].cross_attn[:2]
     second.proj.weight = first.proj.weight

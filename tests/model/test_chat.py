@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 from io import BytesIO
 
 import pytest
@@ -164,6 +165,8 @@ def test_an_image_wherever_it_comes_from(part, tmp_path, monkeypatch):
         ({"role": "user", "content": [{"type": "image"}]}, ValueError, "images must be 1"),
         ({"role": "user", "content": [{"type": "audio"}]}, ValueError, "parts of type image or text, got 'audio'"),
         ("What?", TypeError, "conversation must hold messages with role and content, got 'What"),
+        ({"role": "user", "content": 0}, TypeError, "conversation must have a string or a list of parts as content"),
+        ({"role": "user", "content": "\ud800"}, ValueError, "conversation must be valid Unicode"),
         ({"content": "What?"}, ValueError, "conversation must have the role of each message, got None"),
         ({"role": "user", "content": 3}, TypeError, "conversation must have a string or a list of parts as content"),
         ({"role": "user", "content": [{"type": "text"}]}, TypeError, "must have text in a part of type text, got None"),
@@ -174,6 +177,24 @@ def test_an_image_wherever_it_comes_from(part, tmp_path, monkeypatch):
 def test_a_bad_chat_is_named(pipeline, message, error, rule):
     with pytest.raises(error, match=rule):
         pipeline.processor.apply_chat_template([message], **ARGUMENTS)
+
+
+def test_the_calls_own_arguments_stand_beside_the_templates(pipeline):
+    arguments = {**ARGUMENTS, "padding": "max_length", "max_length": 400}
+    assert pipeline.processor.apply_chat_template([turn(0)], **arguments)["input_ids"].shape == (1, 400)
+
+
+def test_one_of_several_templates_by_its_name(pipeline, tmp_path):
+    processor = copy.copy(pipeline.processor)
+    processor.chat_template = {"default": "D{{ messages[0]['content'] }}", "rag": "R{{ messages[0]['content'] }}"}
+    processor.save_pretrained(tmp_path)
+    processor = type(processor).from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "Hi"}]
+    for template, expected in ((None, "DHi"), ("rag", "RHi"), ("X{{ messages|length }}", "X1")):
+        assert processor.apply_chat_template(chat, template) == expected
+    processor.chat_template = {"rag": "R"}
+    with pytest.raises(ValueError, match="chat_template must be one of rag, got None"):
+        processor.apply_chat_template(chat)
 
 
 @pytest.mark.parametrize("name", ["do_sample", "num_beams"])

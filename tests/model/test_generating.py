@@ -138,15 +138,15 @@ def test_embeddings_alone_cannot_have_candidates(pipeline, one):
         pipeline.model.generate(inputs_embeds=embedded, max_new_tokens=4, prompt_lookup_num_tokens=3)
 
 
-@pytest.mark.parametrize("of", ["argument", "config", "model"])
+@pytest.mark.parametrize("of", ["argument", "config", "model", "model, with a config"])
 def test_embeddings_alone_cannot_be_read_in_chunks(pipeline, one, of, monkeypatch):
     model, arguments = pipeline.model, {"prefill_chunk_size": 16}
     embedded = model.embed(one["input_ids"], features_of(model, one))
     if of == "config":
         arguments = {"generation_config": GenerationConfig(prefill_chunk_size=16)}
-    if of == "model":
+    if of.startswith("model"):
         monkeypatch.setattr(model.generation_config, "prefill_chunk_size", 16)
-        arguments = {}
+        arguments = {"generation_config": GenerationConfig(num_beams=1)} if of != "model" else {}
     with pytest.raises(ValueError, match="prefill_chunk_size must be None with inputs_embeds alone, got 16"):
         model.generate(inputs_embeds=embedded, max_new_tokens=4, **arguments)
 
@@ -157,6 +157,26 @@ def test_rows_that_are_padded_on_the_right_are_refused(pipeline, two):
     assert not mask[:, -1].all()
     with pytest.raises(ValueError, match="attention_mask must be 1 in its last column: pad on the left"):
         pipeline.model.generate(**{**two, "attention_mask": mask}, max_new_tokens=2)
+
+
+def test_without_a_mask_padding_is_what_transformers_takes_for_it(pipeline, two):
+    model, (first, second) = pipeline.model, two["input_ids"]
+    padding = model.generation_config.pad_token_id
+    assert (first != padding).all() and second[0] == padding
+    left = {**two, "attention_mask": None}
+    found = model.generate(**left, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(found[:, -NEW:], best(model, two))
+    number = int((second == padding).sum())
+    with pytest.raises(ValueError, match="attention_mask must be 1 in its last column: pad on the left"):
+        model.generate(**{**left, "input_ids": torch.stack([first, second.roll(-number)])}, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_beams", "2"), ("num_beams", 0), ("prefill_chunk_size", True), ("stop_strings", 5)]
+)
+def test_values_that_transformers_does_not_look_at(pipeline, one, name, value):
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+        pipeline.model.generate(**one, max_new_tokens=2, **{name: value})
 
 
 def test_a_placeholder_that_was_generated_is_a_token_like_any_other(pipeline, one):

@@ -194,8 +194,35 @@ def test_under_zero3_it_gets_zeros_outside_of_the_pass(model, inputs):
 def test_under_zero3_one_with_more_weights_is_refused(model, inputs):
     for number, parameter in enumerate(weights(add(model, use_dora=True)).values()):
         parameter.ds_id = number
-    with pytest.raises(RuntimeError, match="under ZeRO-3 must have the weights A and B alone"):
+    with pytest.raises(RuntimeError, match="under ZeRO-3 must have the weights lora_A and lora_B alone"):
         model(**inputs)
+
+
+def test_under_zero3_one_of_embeddings_is_refused(model, inputs):
+    add(model, target_modules=["embed_tokens", "q_proj"])
+    for number, parameter in enumerate(weights(model).values()):
+        parameter.ds_id = number
+    with pytest.raises(RuntimeError, match="under ZeRO-3 must have the weights lora_A and lora_B alone"):
+        model(**inputs)
+
+
+def test_under_zero3_an_adapter_with_a_similar_name_is_another(model, inputs):
+    wrapped = get_peft_model(add(model), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="routing2")
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number
+    wrapped(**inputs).loss.backward()
+    assert all(not p.grad.any() for name, p in model.named_parameters() if ".routing." in name)
+
+
+def test_one_in_bf16_that_is_loaded_in_inference_mode_trains(model, inputs, tmp_path):
+    for parameter in weights(add(model)).values():
+        parameter.data = parameter.data.bfloat16()
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        model.load_routing_lora(tmp_path / "routing")
+    with model.routing_pass():
+        model(**inputs).loss.backward()
+    assert all(p.dtype == torch.bfloat16 and p.grad.any() for p in weights(model).values())
 
 
 def test_one_that_is_added_in_inference_mode_trains(model, inputs):

@@ -43,9 +43,11 @@ def assert_same(found, expected):
     assert found[2] == expected[2]
 
 
+@pytest.mark.parametrize("placed", [True, False], ids=["placed", "not placed"])
 @pytest.mark.parametrize("whole", [True, False], ids=["encoder", "backbone"])
-def test_an_expert_that_accelerate_offloads(expected, whole):
+def test_an_expert_that_accelerate_offloads(expected, whole, placed):
     pipeline = small_model()
+    pipeline.model.experts.place("sam", offload=placed)
     encoder = pipeline.model.experts["sam"]
     cpu_offload(encoder if whole else encoder.backbone, execution_device="cpu")
     assert any(p.is_meta for p in encoder.parameters())
@@ -125,6 +127,15 @@ def test_a_compiled_adapter(expected, way):
     base = torch.randn(2, 256, model.config.adapter_config.in_channels)
     model.routing_tokens(base)  # a graph that knows no hooks
     assert_same(outcome(pipeline), expected)
+
+
+def test_a_model_with_compiled_parts_is_saved_under_its_own_names(tmp_path):
+    model = small_model().model
+    names = set(model.state_dict())
+    model.adapter.blocks[0] = torch.compile(model.adapter.blocks[0], backend="eager")
+    model.language_model = torch.compile(model.language_model, backend="eager")
+    model.save_pretrained(tmp_path)
+    assert set(type(model).from_pretrained(tmp_path).state_dict()) == names
 
 
 def test_an_adapter_with_checkpoints(expected):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _flops, _native, _triton, backends
-from ..._checks import check, check_device, check_floats, check_tensor
+from ..._checks import check, check_device, check_floats
 from ..._gradients import layer_norm, need_reference, of_reference
 from ..._library import define
 from ...ragged import PairTables, RaggedPairs
@@ -68,7 +68,7 @@ def gated_combine(
             (f"weights[{e}]", weight, (x.shape[2], *width)),
             (f"biases[{e}]", bias, (x.shape[2],)),
         ):
-            check_tensor(name, parameter, shape)
+            check_floats(name, parameter, shape)
             check_device(name, parameter, "x", x)
     scale, shift = [n[0] for n in norms], [n[1] for n in norms]
     parameters = (*scale, *shift, *weights, *biases)

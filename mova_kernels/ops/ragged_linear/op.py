@@ -104,7 +104,7 @@ def _check_parameters(
 
 
 def _check_parameter(name: str, parameter: Tensor, shape: tuple[int | str, ...], x: Tensor) -> None:
-    check_tensor(name, parameter, shape)
+    check_floats(name, parameter, shape)
     check_device(name, parameter, "x", x)
 
 

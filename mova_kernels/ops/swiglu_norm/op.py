@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native, _triton, backends
-from ..._checks import check, check_device, check_floats, check_tensor
+from ..._checks import check, check_device, check_floats
 from ..._gradients import need_reference, of_reference
 from ..._library import define
 from . import native_impl, reference
@@ -46,9 +46,9 @@ def swiglu_norm(
         backends.BackendError: the requested backend cannot run here, or not with this F.
     """
     check_floats("gate", gate, ("B", "L", "F"))
-    check_tensor("up", up, tuple(gate.shape))
-    check_tensor("weight", weight, (gate.shape[2],))
-    check_tensor("bias", bias, (gate.shape[2],))
+    check_floats("up", up, tuple(gate.shape))
+    check_floats("weight", weight, (gate.shape[2],))
+    check_floats("bias", bias, (gate.shape[2],))
     for name, tensor in (("up", up), ("weight", weight), ("bias", bias)):
         check_device(name, tensor, "gate", gate)
     channels = gate.shape[2] if channels is None else channels

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _flops, _native, _triton, backends
-from ..._checks import check, check_device, check_floats, check_like, check_tensor
+from ..._checks import check, check_device, check_floats, check_like
 from ..._gradients import need_reference, of_reference
 from ..._library import define
 from ..._plain import autocast
@@ -90,7 +90,7 @@ def _as_autocast_asks(stage: StageWeights, device: str) -> StageWeights:
 
 def _check_stage(name: str, stage: StageWeights, x: Tensor) -> None:
     width = x.shape[2]
-    check_tensor(f"{name}.squeeze[0]", stage.squeeze[0], ("S", width, 1, 1))
+    check_floats(f"{name}.squeeze[0]", stage.squeeze[0], ("S", width, 1, 1))
     squeezed = stage.squeeze[0].shape[0]
     convolutions = {
         "conv1": (stage.conv1, (width, width, 1, 1)),
@@ -102,11 +102,11 @@ def _check_stage(name: str, stage: StageWeights, x: Tensor) -> None:
         "excite[1]": (stage.excite[1], (width,)),
     }
     for field, (tensor, shape) in convolutions.items():
-        check_tensor(f"{name}.{field}", tensor, shape)
+        check_floats(f"{name}.{field}", tensor, shape)
         check_like(f"{name}.{field}", tensor, "x", x)
     for norm in ("norm1", "norm2", "norm3"):
         for i, affine in enumerate(getattr(stage, norm)):
-            check_tensor(f"{name}.{norm}[{i}]", affine, (width,))
+            check_floats(f"{name}.{norm}[{i}]", affine, (width,))
             check_device(f"{name}.{norm}[{i}]", affine, "x", x)
 
 
