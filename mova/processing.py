@@ -274,14 +274,13 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         return inputs
 
     def _template(self, given: str | None) -> str:
-        """The chat template: itself, or its name among several, or the own one; of several, the one named default."""
+        """The chat template: what is given; or, of several by name, the one that it names, without one "default"."""
         own = self.chat_template or self.tokenizer.chat_template or CHAT_TEMPLATE
-        if isinstance(own, Mapping):
-            name = given if given in own else "default"
-            check(given is not None or name in own, "chat_template", f"must be one of {', '.join(own)}", given)
-            own = own.get(name, given)
-            return own if given in (None, name) else given
-        return given or own
+        if not isinstance(own, Mapping):
+            return given or own
+        if given is None:
+            check("default" in own, "chat_template", f"must be one of {', '.join(own)}", None)
+        return own.get("default" if given is None else given, given)
 
     def __call__(
         self,
