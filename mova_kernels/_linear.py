@@ -39,7 +39,7 @@ def product(
         out = (_native.empty if _is_ours(x) else Tensor.new_empty)(x, *x.shape[:-1], weight.shape[0])
     rows, result = x.flatten(0, -2), out.flatten(0, -2)
     added = None if added is None else added.flatten(0, -2)
-    if _is_ours(x, weight):
+    if _is_ours(x, weight) and x.shape[-1]:  # without channels (no rows in a gradient), torch gives zeros
         bias = None if bias is None else bias.contiguous()
         added = None if added is None else _native.adjacent_channels(added)
         strides = (*rows.stride(), *weight.t().stride(), 0 if added is None else added.stride(0), result.stride(0))
@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     numbers are not what its memory holds.
     """
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if not (_is_eager() and x.dim() > 1 and x.numel() and all(map(is_plain, operands)) and _is_ours(*operands)):
+    if not (_is_eager() and x.dim() > 1 and all(map(is_plain, operands)) and _is_ours(*operands)):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
         # Rows go in and come out: a view made inside of a Function could not be modified in place.
