@@ -95,20 +95,21 @@ def _implementation(backend: str, q: Tensor, num_heads: int):
     return triton_impl
 
 
-def _check_count(count, q):
-    if count is not None and count.is_cpu:  # on a GPU, a kernel asks whether a pair is below it
-        check(0 <= int(count) <= q.shape[0], "count", f"must be from 0 to the {q.shape[0]} pairs", int(count))
-
-
 def _forward_kernel(q, k, v, cos, sin, num_heads, count, backend):
-    _check_count(count, q)
-    return _implementation(backend, q, num_heads).forward(q, k, v, cos, sin, num_heads, count)
+    implementation = _implementation(backend, q, num_heads)
+    _check_count(implementation, count, q)
+    return implementation.forward(q, k, v, cos, sin, num_heads, count)
 
 
 def _backward_kernel(grad, q, k, v, out, lse, cos, sin, num_heads, count, backend):
-    _check_count(count, q)
     implementation = _implementation(backend, q, num_heads)
+    _check_count(implementation, count, q)
     return implementation.backward(grad, q, k, v, out, lse, cos, sin, num_heads, count)
+
+
+def _check_count(implementation, count, q):
+    if count is not None and implementation is native_impl:  # in Triton, each pair asks whether it is below
+        check(0 <= int(count) <= q.shape[0], "count", f"must be from 0 to the {q.shape[0]} pairs", int(count))
 
 
 def _forward_fake(q, k, v, cos, sin, num_heads, count, backend):
