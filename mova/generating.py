@@ -187,9 +187,9 @@ class PromptGenerationMixin(GenerationMixin):
         """Whether every row ends with a token. Without a mask, padding is what transformers takes for it."""
         if attention_mask is not None:
             return attention_mask.dim() != 2 or not attention_mask.shape[1] or bool(attention_mask[:, -1].all())
-        padding, end = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
-        ends = end if isinstance(end, list | tuple) else [end]
-        if input_ids is None or padding is None or padding in ends or not input_ids.numel():
+        padding, last = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
+        is_last = padding in last if isinstance(last, list | tuple) else padding == last
+        if input_ids is None or padding is None or is_last or not input_ids.numel():
             return True
         return not (input_ids[:, -1] == padding).any()
 

@@ -150,15 +150,16 @@ class ExpertPool:
         device, dtype = place.device or like.device, place.dtype or like.dtype
         with torch.inference_mode(False):
             encoder = self[name]
+        hooked = any(parameter.is_meta for parameter in encoder.parameters())  # accelerate offloads it
+        if hooked:
+            device, dtype = compute_device(encoder), compute_dtype(encoder)
         try:
-            if any(parameter.is_meta for parameter in encoder.parameters()):  # accelerate offloads it
-                device, dtype = compute_device(encoder), compute_dtype(encoder)
-            else:
+            if not hooked:
                 with torch.inference_mode(False):
                     encoder.to(device, dtype)
             return encoder(pixels.to(device, dtype)).to(like)
         finally:  # also where memory did not suffice
-            if place.offload and not any(parameter.is_meta for parameter in encoder.parameters()):
+            if place.offload and not hooked:
                 with torch.inference_mode(False):
                     encoder.to("cpu")
 

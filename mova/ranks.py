@@ -2,9 +2,9 @@
 
 DistributedDataParallel waits for a gradient of every parameter; FSDP and ZeRO-3 gather and scatter weights around every
 call of a module that they have wrapped. A process that leaves a module out stops the others. So a batch of text alone
-runs the parts for images on a blank one, and a batch that selected no expert runs the text encoder on one token; both
-enter the result times zero. The adapter does the same for experts that no image selected (``idle_expert_gradients``).
-The experts' encoders themselves are frozen and belong to no wrapper.
+runs the parts for images on a blank one, whose features enter the result times zero, and a batch that selected no
+expert runs the text encoder on one token, of which the adapter uses nothing. The adapter does the same for experts that
+no image selected (``idle_expert_gradients``). The experts' encoders themselves are frozen and belong to no wrapper.
 """
 
 from __future__ import annotations

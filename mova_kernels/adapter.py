@@ -43,9 +43,10 @@ class MoVAdapter(
     Attributes:
         idle_expert_gradients: whether the parameters of experts which no sample of a batch selected get gradients of
             zero instead of None. DistributedDataParallel without ``find_unused_parameters`` and FSDP need that where
-            processes use different experts. True: always; False: never; None, the default: where torch.distributed
-            has more than one process. There, modules that are called one by one (wrapped by FSDP, for example) are
-            also called for idle experts, with no rows, since all processes must call them in the same order.
+            processes use different experts. True: always; False: never; None, the default: where torch.distributed has
+            more than one process, or DeepSpeed's ZeRO has the parameters. There, modules that are called one by one
+            (wrapped by FSDP, for example) are also called for idle experts, with no rows, since all processes must call
+            them in the same order.
     """
 
     def __init__(self, config: MoVAdapterConfig) -> None:
