@@ -24,6 +24,8 @@ def check_tensor(argument: str, value: object, shape: tuple[int | str, ...]) -> 
     check_dense(argument, value)
     assert isinstance(value, Tensor)
     found = value.shape
+    if found == shape:
+        return
     fits = len(found) == len(shape)
     if fits:
         for want, have in zip(shape, found, strict=True):
@@ -46,7 +48,8 @@ def check_floats(argument: str, value: object, shape: tuple[int | str, ...]) -> 
     """:func:`check_tensor`, and the dtype must be a floating point one."""
     check_tensor(argument, value, shape)
     assert isinstance(value, Tensor)
-    check(value.is_floating_point(), argument, "must be floating point", value.dtype, TypeError)
+    if not value.is_floating_point():
+        raise TypeError(f"{argument} must be floating point, got {value.dtype}")
 
 
 def check_device(argument: str, value: Tensor, reference_name: str, reference: Tensor) -> None:

@@ -35,15 +35,17 @@ def product(
     Returns:
         (..., O): ``out``, or a new tensor.
     """
+    ours = _is_ours(x, weight)
     if out is None:
-        out = (_native.empty if _is_ours(x) else Tensor.new_empty)(x, *x.shape[:-1], weight.shape[0])
-    rows, result = x.flatten(0, -2), out.flatten(0, -2)
-    added = None if added is None else added.flatten(0, -2)
-    if _is_ours(x, weight) and x.shape[-1]:  # without channels (no rows in a gradient), torch gives zeros
+        out = (_native.empty if ours else Tensor.new_empty)(x, *x.shape[:-1], weight.shape[0])
+    rows, result = _rows(x), _rows(out)
+    added = None if added is None else _rows(added)
+    depth = x.shape[-1]
+    if ours and depth:  # without channels (no rows in a gradient), torch gives zeros
         bias = None if bias is None else bias.contiguous()
         added = None if added is None else _native.adjacent_channels(added)
-        strides = (*rows.stride(), *weight.t().stride(), 0 if added is None else added.stride(0), result.stride(0))
-        _matmul(rows, weight, bias, added, result, *result.shape, x.shape[-1], *strides, _native.DTYPES[x.dtype])
+        strides = (*rows.stride(), *weight.stride()[::-1], 0 if added is None else added.stride(0), result.stride(0))
+        _matmul(rows, weight, bias, added, result, *result.shape, depth, *strides, _native.DTYPES[x.dtype])
     elif bias is None and added is None:
         torch.mm(rows, weight.t(), out=result)
     else:
@@ -83,11 +85,16 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad.sum(0) if needs_bias else None
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.flatten(0, -2)
+
+
 def _is_ours(*operands: Tensor) -> bool:
     """Whether C++ takes the product. Without vector instructions beyond SSE2, torch's is faster."""
     dtype = operands[0].dtype
-    if any(t.dtype != dtype or not t.is_cpu for t in operands):
-        return False
+    for t in operands:
+        if t.dtype != dtype or not t.is_cpu:
+            return False
     if _native.cpu_reason() is not None or _native.cpu_isa() == "base":
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and not _has_amx())

@@ -76,6 +76,7 @@ def cuda_reason() -> str | None:
     return None if devices.value > 0 else "there is no CUDA device"
 
 
+@functools.cache
 def cpu_isa() -> str:
     """The instruction set that the CPU kernels use: "base", "avx2", "avx512" or "avx512_bf16"."""
     return _require("cpu").mk_cpu_isa().decode()
@@ -95,6 +96,7 @@ def set_cpu_isa(name: str) -> None:
     """
     library = _require("cpu")
     status = library.mk_set_cpu_isa(name.encode())
+    cpu_isa.cache_clear()
     if status:
         _raise(library, status)
 

@@ -23,7 +23,8 @@ def forward(
     used = num_pairs if count is None else int(count)
     out = _native.empty(q, *q.shape)
     lse = q.new_empty((num_pairs, num_heads, length), dtype=torch.float32)
-    out[used:], lse[used:] = 0, 0
+    if used < num_pairs:
+        out[used:], lse[used:] = 0, 0
     _fwd(
         q, k, v, cos.contiguous(), sin.contiguous(), out, lse,
         used, length, num_heads, width // num_heads, *_strides(q, k, v), _native.DTYPES[q.dtype],
@@ -40,8 +41,9 @@ def backward(
     num_pairs, length, width = q.shape
     used = num_pairs if count is None else int(count)
     grads = _native.empty(q, *q.shape), _native.empty(q, *q.shape), _native.empty(q, *q.shape)
-    for g in grads:
-        g[used:] = 0
+    if used < num_pairs:
+        for g in grads:
+            g[used:] = 0
     _bwd(
         grad, q, k, v, out.contiguous(), lse.contiguous(), cos.contiguous(), sin.contiguous(), *grads,
         used, length, num_heads, width // num_heads, *_strides(grad, q, k, v), _native.DTYPES[q.dtype],

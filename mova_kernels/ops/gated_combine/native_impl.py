@@ -37,9 +37,10 @@ def forward(
     eps: float,
 ) -> Tensor:
     """(B, L, C), (P, L, I), fp32 (P,) -> (B, L, C) in the dtype of x; arguments as in op.py."""
+    gates, experts = gate.tolist(), tables.expert.tolist()
     with torch.autocast("cpu", enabled=False):
         rows = [
-            _combined(tokens, attended, gate, pairs, tables.expert, scale, shift, weight, bias, eps)
+            _combined(tokens, attended, gates, pairs, experts, scale, shift, weight, bias, eps)
             for tokens, pairs in zip(x, _of_samples(tables), strict=True)
         ]
     return torch.stack(rows) if rows else x.new_empty(x.shape)
@@ -48,9 +49,9 @@ def forward(
 def _combined(
     y: Tensor,
     attended: Tensor,
-    gate: Tensor,
+    gates: Sequence[float],
     pairs: Sequence[int],
-    expert: Tensor,
+    experts: Sequence[int],
     scale: Sequence[Tensor],
     shift: Sequence[Tensor],
     weight: Sequence[Tensor],
@@ -59,17 +60,17 @@ def _combined(
 ) -> Tensor:
     """The tokens of one sample, (L, C), with what its pairs add."""
     dtype, length, width = attended.dtype, *attended.shape[1:]
-    experts = expert[list(pairs)].tolist()
     # One product as deep as all experts rounds once. fp32 rather keeps its sums short, and saves joining the weights.
     depth = len(pairs) if dtype == torch.bfloat16 else 1
     for first in range(0, len(pairs), max(depth, 1)):
-        chosen = list(zip(pairs, experts, strict=True))[first : first + depth]
+        chosen = [(p, experts[p]) for p in pairs[first : first + depth]]
         z = _native.empty(attended, length, len(chosen) * width)
         for (p, e), part in zip(chosen, z.split(width, 1), strict=True):
-            _weigh(attended[p], scale[e].to(dtype), shift[e].to(dtype), float(gate[p]), part, eps)
+            _weigh(attended[p], scale[e].to(dtype), shift[e].to(dtype), gates[p], part, eps)
         weights = [weight[e].to(dtype) for _, e in chosen]
         joined = weights[0] if len(weights) == 1 else torch.cat(weights, 1)
-        constant = torch.stack([gate[p] * bias[e].float() for p, e in chosen]).sum(0).to(dtype)
+        constants = [gates[p] * bias[e].float() for p, e in chosen]
+        constant = (constants[0] if len(constants) == 1 else torch.stack(constants).sum(0)).to(dtype)
         if y.dtype == dtype:
             y = product(z, joined, constant, y)
         else:

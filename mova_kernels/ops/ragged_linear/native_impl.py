@@ -71,8 +71,9 @@ def forward(
                     product(taken, narrow, constant, out=out)
                 else:
                     resampling.forward(product(taken, narrow), selected, constant, out)
-    for output in outputs:
-        output[offsets[-1] :] = 0
+    if offsets[-1] < len(tables.sample):
+        for output in outputs:
+            output[offsets[-1] :] = 0
     return outputs
 
 
