@@ -1,0 +1,288 @@
+// The state of an emulated GPU: what a launch, a block and a warp consist of, and what an instruction is.
+//
+// A warp is 32 lanes that execute one instruction together. Its warps run one after another, each until it has to wait;
+// the blocks of a grid run one after another. What is asynchronous happens as late as the program allows.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+using u8 = uint8_t;
+using u16 = uint16_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+using i16 = int16_t;
+using i32 = int32_t;
+using i64 = int64_t;
+
+constexpr int LANES = 32;
+constexpr u32 ALL = 0xffffffffu;  // the mask of all lanes
+constexpr int MAX_WARPS = 32;     // of a block
+
+struct Warp;
+
+// What the loop over instructions has to know about one.
+enum Kind { NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, TRAP, WAIT };
+
+struct Instruction {
+  void (*run)(Warp&, const Instruction&, u32 lanes) = nullptr;
+  Kind kind = NORMAL;
+  int guard = -1;         // predicate without which a lane does not execute it
+  bool negated = false;   // the guard is
+  int at[8];              // operands: offsets in the registers of a warp in bytes, -1: absent
+  i64 imm[8];             // offsets of addresses and other constants, in the order of the operands
+  std::vector<int> list;  // the registers of vector operands; the targets of an indexed branch
+  int line = 0;           // in the PTX
+  // Of the registers that some wgmma of the program uses, which are numbered: those that a wgmma uses, in the order of
+  // ``list``; those that another instruction reads and writes.
+  std::vector<int> uses, reads, writes;
+};
+
+// Who has to be ordered with whom: warps, the matrix reads and the bulk stores of each, and the bulk loads of mbarriers.
+constexpr int MMA = MAX_WARPS, STORE = 2 * MAX_WARPS, BULK = 3 * MAX_WARPS, MAX_MBARRIERS = 64;
+constexpr int AGENTS = BULK + MAX_MBARRIERS;
+
+// A vector clock: up to which step of each agent something has happened before.
+struct Clock {
+  u32 at[AGENTS] = {};
+  void join(const Clock& other) {
+    for (int i = 0; i < AGENTS; ++i) at[i] = at[i] < other.at[i] ? other.at[i] : at[i];
+  }
+};
+
+struct Counter {
+  u64 executed = 0, lanes = 0, sectors = 0, ideal_sectors = 0, wavefronts = 0, ideal_wavefronts = 0;
+};
+
+struct Constant {
+  int at, width;  // width in bytes, 0: a predicate
+  u64 value;
+};
+
+struct Module {
+  std::vector<Instruction> code;
+  std::vector<Constant> constants;
+  std::vector<std::pair<int, int>> special;  // which special register, and where
+  size_t register_bytes = 0;
+  int watched = 0;  // registers that some wgmma uses
+  std::vector<Counter> counters;
+};
+
+// The last accesses of four bytes of global memory. Blocks count from 1; SEVERAL of them may have read.
+constexpr u32 SEVERAL = ~0u;
+struct Access {
+  u32 block = 0, warp = 0, clock = 0, line = 0;
+};
+struct GlobalWord {
+  Access write, read;
+  bool atomic = false;  // the write was
+};
+
+// Memory that the kernel may access: [low, high). ``valid`` has a byte for each: zeros lie between the rows of a view.
+struct Region {
+  u64 low, high;
+  const u8* valid;
+  std::vector<GlobalWord> words;
+  std::vector<u8> read, written;              // sectors of 32 bytes: ever
+  std::vector<u32> read_by, written_by;       // and by which block last
+};
+
+// Four bytes of shared memory. Reads are kept apart, see Block::reads.
+struct SharedWord {
+  u32 block = 0;         // of whom the rest tells
+  int writer = -1;       // agent
+  u32 write_clock = 0, write_line = 0;
+  u32 copies = 0;        // cp.async on their way
+  u64 write_time = 0;    // to compare with fences
+};
+
+// What stands in for a CUtensorMap, of at most 128 bytes. machine.py and cuda_runtime.cpp write them.
+struct TensorMap {
+  u64 magic, base, size[5], stride[4];  // stride in bytes, of dimensions 1 to 4
+  u16 box[5], swizzle, element, rank;   // swizzle and element in bytes
+};
+constexpr u64 TENSOR_MAP = 0x70616d2d726f7374ull;
+
+// A bulk copy: of a box of a tensor (map != 0), or of ``bytes`` from or to ``global``.
+struct Bulk {
+  u64 shared = 0, global = 0, map = 0;
+  u32 bytes = 0;
+  i32 corner[5] = {};
+  const Instruction* instruction = nullptr;
+};
+
+struct AsyncCopy {
+  u64 to, from;
+  int size, filled;  // of ``size`` bytes, ``filled`` are copied and the others become 0
+};
+
+struct WarpMma {
+  const Instruction* instruction;
+  u64 a, b;  // matrix descriptors
+  bool add;
+};
+
+struct TensorMma {  // tcgen05.mma
+  bool a_in_shared, add, tf32;
+  u64 a, b;
+  u32 d, description;
+};
+
+struct Commit {  // tcgen05.commit: tells when the products before it are done
+  size_t until;  // the first of Block::products after it
+  int warp;
+  u32 group;
+};
+
+struct Mbarrier {
+  u32 count, pending;
+  u64 phase = 0;
+  i64 bytes = 0;  // of transactions that are expected
+  int agent = 0;
+  u64 made = 0;        // when, and by which warp: the async proxy needs a fence since
+  int maker = 0;
+  Clock arriving, done;
+  std::vector<Bulk> loads;            // on their way
+  std::vector<Commit> commits;
+};
+
+struct Launch;
+
+struct Block {
+  Launch* launch;
+  u32 serial = 0;  // from 1
+  int index[3];
+  std::vector<u8> shared;
+  std::vector<SharedWord> words;
+  std::vector<u64> reads;  // per word and reading agent: clock << 32 | line
+  std::vector<u32> tensor;  // tensor memory: 128 lanes of 512 columns
+  u32 tensor_columns = 0;
+  std::vector<TensorMma> products;  // of tcgen05, in order
+  size_t products_done = 0;
+  std::map<u64, Mbarrier> mbarriers;
+  std::map<int, std::pair<int, Clock>> arrived;  // at barriers by bar.arrive: warps, and what they had done
+  std::vector<Warp> warps;
+  u64 time = 1;
+  bool progress = false;
+};
+
+struct Path {
+  int next;
+  u32 lanes;
+};
+
+struct Warp {
+  u8* registers;
+  Block* block;
+  int id;
+  u32 living;
+  std::vector<Path> paths;  // where the lanes are, by ascending instruction
+  bool at_barrier, done;
+  int barrier, barrier_warps;  // 0: all
+  const Instruction* instruction;
+  Clock clock;
+  u64 fenced, fenced_mbarriers;  // when this warp's last fence.proxy.async and fence.mbarrier_init were
+  std::vector<AsyncCopy> open_copies;
+  std::vector<std::vector<AsyncCopy>> copies;
+  std::vector<WarpMma> open_products;
+  std::vector<std::vector<WarpMma>> products;
+  std::vector<Bulk> open_stores;
+  std::vector<std::vector<Bulk>> stores;
+  std::vector<std::pair<u32*, u32>> tensor_stores;  // by tcgen05.st: where, and what, when the program waits
+  u32 product_groups, store_groups;     // committed so far
+  std::vector<u8> flying, unfenced;     // per watched register: accumulator 1, operand 2; written since wgmma.fence
+};
+
+enum Flags : u32 { CHECKS = 1, COUNTERS = 2 };
+
+struct Launch {
+  Module* module;
+  int grid[3], threads[3];
+  u32 flags, schedule;  // schedule: 0 warps in order, 1 reversed, else the seed of a random order
+  const u8* parameters;
+  u64 parameter_bytes, shared_bytes;
+  std::vector<Region> regions;
+  Region* last = nullptr;
+  std::map<std::string, u64> races;  // text -> how often
+  u64 executed = 0, macs = 0, block_reads = 0, block_writes = 0;
+  bool checks() const { return flags & CHECKS; }
+  bool counts() const { return flags & COUNTERS; }
+};
+
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+[[noreturn, gnu::format(printf, 2, 3)]] void fault(const Warp& w, const char* format, ...);
+
+using Table = std::map<std::string, void (*)(Warp&, const Instruction&, u32)>;
+const Table& instructions();
+void add_arithmetic(Table&);
+void add_collectives(Table&);
+void add_memory(Table&);
+void add_copies(Table&);
+void add_matrices(Table&);
+void add_tensor_memory(Table&);
+
+template <class T>
+inline T* operand(Warp& w, const Instruction& i, int k) {
+  return reinterpret_cast<T*>(w.registers + i.at[k]);
+}
+template <class T>
+inline T* at_offset(Warp& w, int offset) {
+  return reinterpret_cast<T*>(w.registers + offset);
+}
+inline int first_lane(u32 lanes) { return __builtin_ctz(lanes); }
+// for (int lane : each(lanes))
+struct each {
+  u32 lanes;
+  struct iterator {
+    u32 left;
+    int operator*() const { return __builtin_ctz(left); }
+    void operator++() { left &= left - 1; }
+    bool operator!=(const iterator& other) const { return left != other.left; }
+  };
+  explicit each(u32 l) : lanes(l) {}
+  iterator begin() const { return {lanes}; }
+  iterator end() const { return {0}; }
+};
+inline void set_predicate(u32* p, u32 lanes, u32 value) { *p = (*p & ~lanes) | (value & lanes); }
+
+// ---- memory.cpp: addresses
+u8* global_memory(Warp& w, u64 address, int bytes, bool write);
+u8* shared_memory(Warp& w, u64 address, int bytes, bool write);
+
+// ---- checks.cpp
+struct SharedAccess {
+  u64 address;
+  int bytes;
+  bool write;
+  int agent;                    // who, at which step of its own
+  u32 clock;
+  bool async = false;           // through the async proxy
+  const void* value = nullptr;  // what is written: the same bytes written twice are no race
+};
+void check_shared(Warp& w, const SharedAccess& access, const Clock& known);
+// By the warp itself, in the generic proxy.
+void check_shared(Warp& w, u64 address, int bytes, bool write, const void* value = nullptr);
+void check_global(Warp& w, u64 address, int bytes, bool write, bool atomic = false, const void* value = nullptr);
+void check_registers(Warp& w, const Instruction& i);
+[[gnu::format(printf, 2, 3)]] void race(Warp& w, const char* format, ...);
+void release(Warp& w, Clock& to);
+void count_global(Warp& w, const Instruction& i, const u64* address, u32 lanes, int bytes, bool write);
+void count_shared(Warp& w, const Instruction& i, const u64* address, u32 lanes, int bytes);
+
+// ---- copies.cpp
+Mbarrier& mbarrier(Warp& w, u64 address);
+bool wait_mbarrier(Warp& w, const Instruction& i, u32 lanes);
+u32 swizzled(u32 address, int bytes);
+
+// ---- tensor_memory.cpp
+void finish_products(Warp& w, size_t until);
+
+}  // namespace emulator

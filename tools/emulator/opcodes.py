@@ -1,0 +1,547 @@
+"""PTX opcodes: one table from their forms to the functions of the C++ side and the operands that these take.
+
+A form that is not in :data:`TABLE` is refused. A row has a regular expression for the whole opcode; the name of the C++
+function, in which ``{0}`` is the expression's first group; the operands; and how the instruction is executed. Operands,
+in their order:
+
+``32``        a register of so many bits, or a constant (``16``, ``32``, ``64``); ``p``: a predicate
+``=32``       a register that is written
+``=32|p``     two results, of which the second may be missing
+``[32]``      an address in shared memory: a register or a name, and a constant that is added to it; ``[64]``: global
+``{32}``      a vector of registers, or one; ``={32}``: they are written
+``#``         a constant
+``_``         nothing that matters here, such as the mask of lanes that take part
+``32?``       may be missing
+
+A row may have a Python function instead, for what this cannot say.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .ptx import Kernel, Statement, Unsupported
+
+NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, TRAP, WAIT = range(8)  # Kind of machine.h
+SPECIAL = {
+    name: number
+    for number, name in enumerate(
+        [f"%{kind}.{axis}" for kind in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
+    )
+}
+
+
+class Instruction:
+    """What a statement becomes; the fields are those of ``Instruction`` in machine.h."""
+
+    def __init__(self, statement: Statement) -> None:
+        self.line, self.opcode = statement.line, statement.opcode
+        self.name, self.kind, self.guard, self.negated = "", NORMAL, -1, False
+        self.at: list[int] = []
+        self.imm: list[int] = []
+        self.list: list[int] = []
+        self.uses: list[int] = []
+        self.reads: set[int] = set()
+        self.writes: set[int] = set()
+
+
+class Decoder:
+    """Turns the statements of a kernel into instructions, and gives its registers and constants their places.
+
+    A register takes 32 lanes of its size, a predicate one word.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.end = 0
+        self.places: dict[str, int] = {}
+        self.constants: dict[tuple[int, int], int] = {}  # (value, bytes) -> place
+        self.special: dict[int, int] = {}
+        self.symbols = {name: offset for name, (offset, _) in kernel.parameters.items()} | kernel.shared
+        self.instructions = [self._decode(statement) for statement in kernel.statements]
+
+    def _decode(self, s: Statement) -> Instruction:
+        try:
+            for row, m in _rows_of(s.opcode):
+                if row.takes(len(s.operands)):
+                    i = Instruction(s)
+                    i.kind = row.kind
+                    if s.guard:
+                        i.guard, i.negated = self.register(s.guard.lstrip("!"), "pred"), s.guard.startswith("!")
+                    if callable(row.function):
+                        row.function(self, i, s, m)
+                    else:
+                        groups = [group or "" for group in m.groups()]
+                        i.name = row.function.format(*groups)
+                        for token, text in zip(row.operands.format(*groups).split(), s.operands, strict=False):
+                            self.add(i, token, text)
+                    return i
+            raise Unsupported("unknown form")
+        except (Unsupported, ValueError, KeyError, IndexError) as error:
+            statement = f"{s.opcode} {', '.join(s.operands)}"
+            raise Unsupported(f"line {s.line}: {statement}: {error}") from error
+
+    def add(self, i: Instruction, token: str, text: str) -> None:
+        """One operand, as the token says."""
+        token = token.rstrip("?")
+        written = token.startswith("=")
+        token = token.lstrip("=")
+        if token == "_":
+            return
+        if token == "#":
+            i.imm.append(int(text, 0))
+        elif token.startswith("["):
+            base, offset = self.address(text, int(token[1:-1]))
+            i.at.append(base)
+            i.imm.append(offset)
+            i.reads.add(base)
+        elif token.startswith("{"):
+            for element in text.strip("{}").split(","):
+                i.list.append(self.operand(i, element.strip(), token[1:-1], written))
+        elif "|" in token:
+            parts = [*text.split("|"), "_"]
+            for kind, part in zip(token.split("|"), parts, strict=False):
+                i.at.append(self.operand(i, part.strip(), kind, written))
+        else:
+            i.at.append(self.operand(i, text, token, written))
+
+    def operand(self, i: Instruction, text: str, bits: str, written: bool = False) -> int:
+        """The place of a register of so many bits or, unless it is written, of a constant; -1 for ``_``."""
+        bits = "pred" if bits == "p" else bits
+        if text == "_":
+            return -1
+        if self.is_register(text):
+            place = self.register(text, bits)
+            (i.writes if written else i.reads).add(place)
+            return place
+        if written:
+            raise Unsupported(f"{text} cannot be written")
+        if text in SPECIAL:
+            if bits != "32":
+                raise Unsupported(f"{text} as a number of {bits} bits")
+            if SPECIAL[text] not in self.special:
+                self.special[SPECIAL[text]] = self._room(128)
+            return self.special[SPECIAL[text]]
+        return self.constant(text, bits)
+
+    def is_register(self, text: str) -> bool:
+        return text not in SPECIAL and (text.startswith("%") or text in self.kernel.registers)
+
+    def register(self, name: str, bits: str) -> int:
+        if self.kernel.bits(name) != bits:
+            raise Unsupported(f"{name} has {self.kernel.bits(name)} bits where {bits} are meant")
+        if name not in self.places:
+            self.places[name] = self._room(64 if bits == "pred" else 4 * int(bits))
+        return self.places[name]
+
+    def constant(self, text: str, bits: str) -> int:
+        size = 0 if bits == "pred" else int(bits) // 8
+        if text in self.symbols:
+            value = self.symbols[text]
+        elif re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
+            value = int(text[2:], 16)
+        elif text == "WARP_SZ":
+            value = 32
+        else:
+            value = int(text.rstrip("U"), 0)
+        value = (0xFFFFFFFF if value else 0) if size == 0 else value & ((1 << 8 * size) - 1)
+        if (value, size) not in self.constants:
+            self.constants[value, size] = self._room(max(64, 32 * size))
+        return self.constants[value, size]
+
+    def address(self, text: str, bits: int) -> tuple[int, int]:
+        """``[register + constant]``: the register's place, and the constant."""
+        m = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
+        if not m:
+            raise Unsupported(f"address {text}")
+        offset = int(m[2] or "0", 0)
+        place = self.register(m[1], str(bits)) if self.is_register(m[1]) else self.constant(m[1], str(bits))
+        return place, offset
+
+    def _room(self, size: int) -> int:
+        start = self.end
+        self.end += -(-size // 64) * 64
+        return start
+
+
+# ---- what needs more than a row of the table
+def _branch(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    i.list = [d.kernel.labels[s.operands[0]]]
+
+
+def _branch_indexed(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    d.add(i, "32", s.operands[0])
+    i.list = [d.kernel.labels[label] for label in d.kernel.tables[s.operands[1]]]
+
+
+def _barrier(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """at[0]: which, or -1: imm[0]. imm[1]: threads, 0: all."""
+    name, count = s.operands[0], s.operands[1] if len(s.operands) > 1 else "0"
+    i.at = [d.operand(i, name, "32")] if d.is_register(name) else [-1]
+    i.imm = [0 if d.is_register(name) else int(name), int(count)]
+    i.name, i.kind = ("bar.arrive", COLLECTIVE) if "arrive" in m[0] else ("", BARRIER)
+
+
+def _register_bits(d: Decoder, text: str, otherwise: str) -> str:
+    """The bits of the register, which may be more than the opcode names."""
+    return d.kernel.bits(text) if d.is_register(text) else otherwise
+
+
+def _move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """mov, also between a register and a vector of smaller ones."""
+    bits, (to, source) = m[1], s.operands
+    for name, vector, whole in (("unpack", to, source), ("pack", source, to)):
+        if vector.startswith("{"):
+            part = int(bits) // len(vector.split(","))
+            i.name = f"{name}.{bits}.{part}"
+            d.add(i, ("=" if name == "pack" else "") + bits, whole)
+            d.add(i, ("=" if name == "unpack" else "") + f"{{{part}}}", vector)
+            return
+    i.name = f"mov.{bits}"
+    d.add(i, f"={bits}", to)
+    d.add(i, bits, source)
+
+
+def _convert_integer(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """Registers may be wider than the types: the low bits count, and the result is extended."""
+    to, source = s.operands
+    to_bits = _register_bits(d, to, m[1][1:])
+    from_bits = _register_bits(d, source, max("16", m[2][1:], key=int))
+    i.name = f"cvt.{m[1]}.{to_bits}.{m[2]}.{from_bits}"
+    d.add(i, f"={to_bits}", to)
+    d.add(i, from_bits, source)
+
+
+def _integer_to_float(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    from_bits = _register_bits(d, s.operands[1], max("16", m[2][1:], key=int))
+    i.name = f"cvt.f{m[1]}.{m[2]}.{from_bits}"
+    d.add(i, f"={m[1]}", s.operands[0])
+    d.add(i, from_bits, s.operands[1])
+
+
+def _load_or_store(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """at[0]: address, or -1 for a parameter; imm: what is added to it, the bytes of its register. list: the registers."""
+    store, space, kind, bits = m["op"] == "st", m["space"], m["kind"], m["bits"]
+    address, data = s.operands if store else (s.operands[1], s.operands[0])  # a cache policy may follow
+    inner = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]", address)
+    if not inner:
+        raise Unsupported(f"address {address}")
+    base, offset = inner[1], int(inner[2] or "0", 0)
+    if d.is_register(base):
+        width = d.kernel.bits(base)
+        i.at = [d.operand(i, base, width)]
+        i.imm = [offset, int(width) // 8]
+    elif base in d.symbols:
+        i.at, i.imm = [-1], [d.symbols[base] + offset, 0]
+    else:
+        raise Unsupported(f"address {address}")
+    elements = [element.strip() for element in data.strip("{}").split(",")]
+    widths = {d.kernel.bits(e) for e in elements if d.is_register(e)} or {max(bits, "16", key=int)}
+    if len(widths) != 1:
+        raise Unsupported("registers of several sizes")
+    (register,) = widths
+    i.list = [d.operand(i, e, register, written=not store) for e in elements]
+    sign = "s" if kind == "s" and not store else "u"
+    i.name = f"{m['op']}.{space}.{sign}{bits}.{register}"
+
+
+def _atomic(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """at: address, value, second value or -1; imm as in _load_or_store; list: the register of the old value."""
+    operands = list(s.operands)
+    result = operands.pop(0) if m["op"] == "atom" else "_"
+    base, offset = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]", operands[0]).groups()
+    width = d.kernel.bits(base) if d.is_register(base) else "32"
+    i.at = [d.operand(i, base, width)]
+    i.imm = [int(offset or "0", 0), int(width) // 8]
+    for value in operands[1:]:
+        i.at.append(d.operand(i, value, m["bits"]))
+    i.list = [d.operand(i, result, m["bits"], written=True)]
+    signed = m["what"] in ("min", "max") or m["kind"] == "f"
+    i.name = f"atom.{m['space']}.{m['what']}.{m['kind'] if signed else ''}{m['bits']}"
+
+
+def _shuffle(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    i.name = "shfl"
+    for token, text in zip(("=32|p", "32", "32", "32"), s.operands, strict=False):
+        d.add(i, token, text)
+    i.imm = [["up", "down", "bfly", "idx"].index(m[1])]
+    i.kind = COLLECTIVE if s.operands[4] in ("-1", "0xffffffff") else NORMAL
+
+
+def _matrix(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """at[0]: address; imm: offset, whether transposed; list: a register for each matrix."""
+    for token, text in zip(("={32}", "[32]") if m[1] == "ld" else ("[32]", "{32}"), s.operands, strict=True):
+        d.add(i, token, text)
+    i.imm.append(int(m[2] is not None))
+    i.name = f"{m[1]}matrix"
+
+
+def _mma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    i.name = f"mma.{m[1] or 'tf32'}"
+    for token, text in zip(("={32}", "{32}", "{32}", "{32}"), s.operands, strict=True):
+        d.add(i, token, text)
+
+
+def _wgmma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """at: A's descriptor or -1, B's, predicate; imm: N, whether A and B are transposed; list: D, then A if in registers."""
+    columns, kind = int(m[1]), m[2]
+    d.add(i, "={32}", s.operands[0])
+    in_registers = s.operands[1].startswith("{")
+    if in_registers:
+        d.add(i, "{32}", s.operands[1])
+        i.at.append(-1)
+    else:
+        d.add(i, "64", s.operands[1])
+    d.add(i, "64", s.operands[2])
+    d.add(i, "p", s.operands[3])
+    scale_a, scale_b, *transposed = (int(x) for x in s.operands[4:])
+    if (scale_a, scale_b) != (1, 1):
+        raise Unsupported("negated operands")
+    if in_registers:
+        transposed = [0, *transposed]
+    i.imm = [columns, *transposed, *[0] * (2 - len(transposed))]
+    i.name, i.uses = f"wgmma.{kind}", list(i.list)
+    i.reads.clear()  # the rules for ``uses`` are others
+    i.writes.clear()
+
+
+def _mbarrier_arrive(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """at: address, arrivals or -1: one, expected bytes or -1."""
+    # The state that it returns is for waits without a parity, which are unknown here.
+    d.add(i, "[32]", s.operands[1])
+    third = d.operand(i, s.operands[2], "32") if len(s.operands) > 2 else -1
+    i.at += [-1, third] if m[1] else [third, -1]
+    i.name = "mbarrier.arrive"
+
+
+def _bulk(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """at: shared address, global address or map, mbarrier or -1, bytes or -1; list: coordinates of the map."""
+    load = m["from"] == "global"
+    operands = list(s.operands)
+    outside = operands[1] if load else operands[0]
+    inside = operands[0] if load else operands[1]
+    d.add(i, "[32]", inside)
+    if m["tensor"]:
+        tensor = re.fullmatch(r"\[(.+?),\s*(\{.*\})\s*\]", outside)
+        if not tensor:
+            raise Unsupported(f"address {outside}")
+        d.add(i, "[64]", f"[{tensor[1]}]")
+        d.add(i, "{32}", tensor[2])
+        size = -1
+    else:
+        d.add(i, "[64]", outside)
+        size = d.operand(i, operands[2], "32")
+    if load:
+        d.add(i, "[32]", operands[2 if m["tensor"] else 3])
+    else:
+        i.at.append(-1)
+    i.at.append(size)
+    i.name = "bulk.load" if load else "bulk.store"
+
+
+def _tensor_move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """at[0]: address; imm: offset, whether it stores, columns between the halves or -1; list: registers."""
+    store = m[1] == "st"
+    operands = list(s.operands)
+    d.add(i, "[32]", operands.pop(0 if store else 1))
+    split = int(operands.pop(0 if store else 1), 0) if m[2] == "16x32bx2" else -1
+    d.add(i, "{32}" if store else "={32}", operands[0])
+    i.imm += [int(store), split]
+    i.name = "tcgen05.move"
+
+
+def _tensor_mma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """at: D, A in tensor memory or -1, A's descriptor or -1, B's, instruction descriptor, predicate; imm: offsets, tf32."""
+    d.add(i, "[32]", s.operands[0])
+    if s.operands[1].startswith("["):
+        d.add(i, "[32]", s.operands[1])
+        i.at.append(-1)
+    else:
+        i.at += [-1, d.operand(i, s.operands[1], "64")]
+        i.imm.append(0)
+    for token, text in zip(("64", "32", "p"), s.operands[2:5], strict=True):
+        d.add(i, token, text)
+    i.imm.append(int(m[1] == "tf32"))
+    i.name = "tcgen05.mma"
+
+
+def _tensor_commit(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    base = s.operands[0].strip("[] ")
+    width = d.kernel.bits(base)
+    i.at, i.imm, i.name = [d.operand(i, base, width)], [int(width) // 8], "tcgen05.commit"
+
+
+class Row(NamedTuple):
+    pattern: re.Pattern
+    function: str | Callable[[Decoder, Instruction, Statement, re.Match], None]
+    operands: str
+    kind: int
+
+    def takes(self, count: int) -> bool:
+        """Whether the form can have so many operands."""
+        if callable(self.function):
+            return True
+        tokens = self.operands.split()
+        return len(tokens) - sum(token.endswith("?") for token in tokens) <= count <= len(tokens)
+
+
+_SIZE = "(16|32|64)"
+_INTEGER = "[su](?:8|16|32|64)"
+_SPACE = r"(?P<space>global|shared|param)(?:::cta|::cluster|::entry)?"
+_HINTS = r"(?:\.(?:weak|relaxed|acquire|release|volatile|cta|gpu|sys|cluster|nc|ca|cg|cs|cv|wb|wt|lu|L1::\w+|L2::\w+))*"
+_CTA = "(?:::cta|::cluster)?"
+
+TABLE = [
+    # integers
+    (rf"(add|sub)\.[bsu]{_SIZE}", "{0}.{1}", "={1} {1} {1}"),
+    (rf"(and|or|xor)\.b{_SIZE}", "{0}.{1}", "={1} {1} {1}"),
+    (rf"(not|neg)\.[bs]{_SIZE}", "{0}.{1}", "={1} {1}"),
+    (rf"abs\.s{_SIZE}", "abs.s{0}", "={0} {0}"),
+    (rf"mul\.lo\.[su]{_SIZE}", "mul.lo.{0}", "={0} {0} {0}"),
+    (rf"mad\.lo\.[su]{_SIZE}", "mad.lo.{0}", "={0} {0} {0} {0}"),
+    (rf"mul\.hi\.([su]){_SIZE}", "mul.hi.{0}{1}", "={1} {1} {1}"),
+    (r"mul\.wide\.([su])16", "mul.wide.{0}16", "=32 16 16"),
+    (r"mul\.wide\.([su])32", "mul.wide.{0}32", "=64 32 32"),
+    (r"mad\.wide\.([su])16", "mad.wide.{0}16", "=32 16 16 32"),
+    (r"mad\.wide\.([su])32", "mad.wide.{0}32", "=64 32 32 64"),
+    (rf"(min|max|div|rem)\.([su]){_SIZE}", "{0}.{1}{2}", "={2} {2} {2}"),
+    (rf"shl\.b{_SIZE}", "shl.{0}", "={0} {0} 32"),
+    (rf"shr\.([su]){_SIZE}", "shr.{0}{1}", "={1} {1} 32"),
+    (rf"shr\.b{_SIZE}", "shr.u{0}", "={0} {0} 32"),
+    (r"bfe\.([su])32", "bfe.{0}32", "=32 32 32 32"),
+    (r"bfi\.b32", "bfi", "=32 32 32 32 32"),
+    (r"lop3\.b32", "lop3", "=32 32 32 32 #"),
+    (r"(popc|clz|brev)\.b32", "{0}.32", "=32 32"),
+    (r"popc\.b64", "popc.64", "=32 64"),
+    (r"prmt\.b32", "prmt.32", "=32 32 32 32"),
+    (r"shf\.([lr])\.wrap\.b32", "shf.{0}.wrap", "=32 32 32 32"),
+    (r"(add|sub)\.[su]16x2", "{0}.16x2", "=32 32 32"),
+    # floating point numbers
+    (r"(add|sub|mul)(?:\.rn)?(\.ftz)?\.f32", "{0}{1}.f32", "=32 32 32"),
+    (r"(add|sub|mul|div)(?:\.rn)?\.f64", "{0}.f64", "=64 64 64"),
+    (r"div(?:\.full|\.rn|\.approx)(\.ftz)?\.f32", "div{0}.f32", "=32 32 32"),
+    (r"fma\.rn(\.ftz)?\.f32", "fma{0}.f32", "=32 32 32 32"),
+    (r"fma\.rn\.f64", "fma.f64", "=64 64 64 64"),
+    (r"(sqrt|rsqrt|rcp)(?:\.rn|\.approx)(\.ftz)?\.f32", "{0}{1}.f32", "=32 32"),
+    (r"(sqrt|rsqrt|rcp)(?:\.rn|\.approx)(?:\.ftz)?\.f64", "{0}.f64", "=64 64"),
+    (r"(neg|abs)(\.ftz)?\.f32", "{0}{1}.f32", "=32 32"),
+    (r"(neg|abs)\.f64", "{0}.f64", "=64 64"),
+    (r"(ex2|lg2)\.approx(\.ftz)?\.f32", "{0}{1}.f32", "=32 32"),
+    (r"(sin|cos|tanh)\.approx(?:\.ftz)?\.f32", "{0}.f32", "=32 32"),
+    (r"(min|max)(?:\.ftz)?\.NaN\.f32", "{0}.NaN.f32", "=32 32 32"),
+    (r"(min|max)(?:\.ftz)?\.f32", "{0}.f32", "=32 32 32"),
+    (r"(min|max)(?:\.ftz)?\.f32", "{0}3.f32", "=32 32 32 32"),
+    (r"(min|max)\.f64", "{0}.f64", "=64 64 64"),
+    (r"(add|sub|mul|min|max)(?:\.rn)?\.(bf16|f16)", "{0}.{1}", "=16 16 16"),
+    (r"(add|sub|mul|min|max)(?:\.rn)?\.(bf16|f16)x2", "{0}.{1}x2", "=32 32 32"),
+    (r"fma\.rn\.(bf16|f16)", "fma.{0}", "=16 16 16 16"),
+    (r"fma\.rn\.(bf16|f16)x2", "fma.{0}x2", "=32 32 32 32"),
+    (r"(neg|abs)\.(bf16|f16)", "{0}.{1}", "=16 16"),
+    (r"(neg|abs)\.(bf16|f16)x2", "{0}.{1}x2", "=32 32"),
+    (r"(add|sub)(?:\.rn)?\.f32\.(bf16|f16)", "{0}.f32.{1}", "=32 16 32"),
+    (r"fma\.rn\.f32\.(bf16|f16)", "fma.f32.{0}", "=32 16 16 32"),
+    (r"(add|sub|mul)(?:\.rn)?\.f32x2", "{0}.f32x2", "=64 64 64"),
+    (r"fma\.rn\.f32x2", "fma.f32x2", "=64 64 64 64"),
+    # comparisons and predicates
+    (rf"setp\.(eq|ne)\.b{_SIZE}", "setp.{0}.u{1}", "=p {1} {1}"),
+    (rf"setp\.(eq|ne|lt|le|gt|ge)\.([su]){_SIZE}", "setp.{0}.{1}{2}", "=p {2} {2}"),
+    *[(rf"setp\.{u}\.u{_SIZE}", f"setp.{s}.u{{0}}", "=p {0} {0}") for u, s in zip(("lo", "ls", "hi", "hs"), ("lt", "le", "gt", "ge"), strict=True)],
+    (r"setp\.(\w+)(?:\.ftz)?\.f32", "setp.{0}.f32", "=p 32 32"),
+    (r"setp\.(\w+)\.f64", "setp.{0}.f64", "=p 64 64"),
+    (r"setp\.(\w+)\.(bf16|f16)", "setp.{0}.{1}", "=p 16 16"),
+    (r"setp\.num\.(bf16|f16)x2", "setp.num.{0}x2", "=p|p 32 32"),
+    (rf"selp\.[bsuf]{_SIZE}", "selp.{0}", "={0} {0} {0} p"),
+    (r"(and|or|xor)\.pred", "{0}.pred", "=p p p"),
+    (r"(mov|not)\.pred", "{0}.pred", "=p p"),
+    # moves and conversions
+    (rf"mov\.[bsuf]{_SIZE}", _move, ""),
+    (r"cvta(?:\.to)?\.(?:global|shared|param)\.u64", "mov.64", "=64 64"),
+    (rf"cvt\.({_INTEGER})\.({_INTEGER})", _convert_integer, ""),
+    (rf"cvt\.rn\.f(32|64)\.({_INTEGER})", _integer_to_float, ""),
+    (rf"cvt\.(rzi|rmi|rpi|rni)(?:\.ftz)?(?:\.sat)?\.([su])(32|64)\.f32", "cvt.{0}.{1}{2}.f32", "={2} 32"),
+    (rf"cvt\.(rzi|rmi|rpi|rni)(?:\.sat)?\.([su])(32|64)\.f64", "cvt.{0}.{1}{2}.f64", "={2} 64"),
+    (r"cvt\.(rzi|rmi|rpi|rni)(?:\.ftz)?\.f32\.f32", "cvt.{0}.f32.f32", "=32 32"),
+    (r"cvt\.sat(?:\.ftz)?\.f32\.f32", "cvt.sat.f32.f32", "=32 32"),
+    (r"cvt\.rn\.(bf16|f16)\.f32", "cvt.{0}.f32", "=16 32"),
+    (r"cvt\.rn\.(bf16|f16)x2\.f32", "cvt.{0}x2.f32", "=32 32 32"),
+    (r"cvt\.f(32|64)\.(bf16|f16)", "cvt.f{0}.{1}", "={0} 16"),
+    (r"cvt\.rna\.tf32\.f32", "cvt.tf32.f32", "=32 32"),
+    (r"cvt\.f64\.f32", "cvt.f64.f32", "=64 32"),
+    (r"cvt\.rn\.f32\.f64", "cvt.f32.f64", "=32 64"),
+    # memory
+    (rf"(?P<op>ld|st){_HINTS}\.{_SPACE}{_HINTS}(?:\.v[248])?\.(?P<kind>[bsuf])(?P<bits>8|16|32|64)", _load_or_store, ""),
+    (
+        rf"(?P<op>atom|red){_HINTS}\.(?P<space>global|shared)(?:::cta)?{_HINTS}\.(?P<what>add|and|or|xor|exch|cas|min|max)"
+        r"\.(?P<kind>[bsuf])(?P<bits>32|64)",
+        _atomic,
+        "",
+    ),
+    (r"(?:fence(?!\.(?:proxy|mbarrier))|membar|prefetch|createpolicy|griddepcontrol|setmaxnreg|discard|applypriority)\b.*", "nop", "_? _? _? _?"),
+    (r"fence\.mbarrier_init\.release\.cluster", "fence.mbarrier_init", ""),
+    (r"fence\.proxy\.tensormap.*", "nop", "_? _? _?"),
+    (rf"fence\.proxy\.async(?:\.shared{_CTA}|\.global)?", "fence.proxy.async", ""),
+    # control
+    (r"bra(?:\.uni)?", _branch, "", BRANCH),
+    (r"brx\.idx(?:\.uni)?", _branch_indexed, "", BRANCH_INDEXED),
+    (r"(?:ret|exit)(?:\.uni)?", "", "", EXIT),
+    (r"trap", "", "", TRAP),
+    (r"(?:bar|barrier)(?:\.cta)?\.(?:sync|arrive)(?:\.aligned)?", _barrier, ""),
+    (r"bar\.warp\.sync", "nop", "_", COLLECTIVE),
+    # lanes together
+    (r"shfl\.sync\.(up|down|bfly|idx)\.b32", _shuffle, ""),
+    (r"redux\.sync\.(min|max)\.([su])32", "redux.{0}.{1}32", "=32 32 _"),
+    (r"redux\.sync\.add\.[su]32", "redux.add", "=32 32 _"),
+    (r"redux\.sync\.(and|or|xor)\.b32", "redux.{0}", "=32 32 _"),
+    (r"redux\.sync\.(min|max)\.f32", "redux.{0}.f32", "=32 32 _"),
+    (r"vote\.sync\.ballot\.b32", "vote.ballot", "=32 p _"),
+    (r"vote\.sync\.(any|all)\.pred", "vote.{0}", "=p p _", COLLECTIVE),
+    (r"elect\.sync", "elect", "=32|p _", COLLECTIVE),
+    # asynchronous copies
+    (rf"cp\.async\.c[ag]\.shared{_CTA}\.global(?:\.L2::\w+)*", "cp.async", "[32] [64] # 32?"),
+    (r"cp\.async\.commit_group", "cp.async.commit", ""),
+    (r"cp\.async\.wait_group", "cp.async.wait", "#"),
+    (r"cp\.async\.wait_all", "cp.async.wait_all", ""),
+    (rf"mbarrier\.init(?:\.shared{_CTA})?\.b64", "mbarrier.init", "[32] 32"),
+    (rf"mbarrier\.inval(?:\.shared{_CTA})?\.b64", "mbarrier.inval", "[32]"),
+    (rf"mbarrier\.arrive(\.expect_tx)?(?:\.release)?(?:\.cta)?(?:\.shared{_CTA})?\.b64", _mbarrier_arrive, ""),
+    (rf"mbarrier\.expect_tx(?:\.relaxed)?(?:\.cta)?(?:\.shared{_CTA})?\.b64", "mbarrier.expect", "[32] 32"),
+    (rf"mbarrier\.(?:try|test)_wait\.parity(?:\.acquire)?(?:\.cta)?(?:\.shared{_CTA})?\.b64", "", "=p [32] 32 _?", WAIT),
+    (
+        rf"cp\.async\.bulk(?P<tensor>\.tensor\.[1-5]d)?\.shared{_CTA}\.(?P<from>global)(?:\.tile)?"
+        r"\.mbarrier::complete_tx::bytes",
+        _bulk,
+        "",
+    ),
+    (rf"cp\.async\.bulk(?P<tensor>\.tensor\.[1-5]d)?\.global\.(?P<from>shared){_CTA}(?:\.tile)?\.bulk_group", _bulk, ""),
+    (r"cp\.async\.bulk\.commit_group", "bulk.commit", ""),
+    (r"cp\.async\.bulk\.wait_group(?:\.read)?", "bulk.wait", "#"),
+    # matrices
+    (r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(?:::cta)?\.b16", _matrix, "", COLLECTIVE),
+    (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.(?:bf16|f16)\.f32", _mma, "", COLLECTIVE),
+    (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32()", _mma, "", COLLECTIVE),
+    (r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(?:8|16)\.f32\.(bf16|f16|tf32)\.(?:bf16|f16|tf32)", _wgmma, "", COLLECTIVE),
+    (r"wgmma\.fence\.sync\.aligned", "wgmma.fence", "", COLLECTIVE),
+    (r"wgmma\.commit_group\.sync\.aligned", "wgmma.commit", "", COLLECTIVE),
+    (r"wgmma\.wait_group\.sync\.aligned", "wgmma.wait", "#", COLLECTIVE),
+    (r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32", "tcgen05.alloc", "[32] #"),
+    (r"tcgen05\.dealloc\.cta_group::1\.sync\.aligned\.b32", "tcgen05.dealloc", "32 32"),
+    (r"tcgen05\.(?:relinquish_alloc_permit|fence).*", "nop", ""),
+    (r"tcgen05\.wait::ld\.sync\.aligned", "nop", ""),
+    (r"tcgen05\.wait::st\.sync\.aligned", "tcgen05.wait", ""),
+    (r"tcgen05\.(ld|st)\.sync\.aligned\.(32x32b|16x32bx2)\.x\d+\.b32", _tensor_move, ""),
+    (r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32)", _tensor_mma, ""),
+    (r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?:\.shared::cluster)?\.b64", _tensor_commit, ""),
+]
+
+
+_ROWS = [Row(re.compile(pattern), function, operands, *(kind or [NORMAL])) for pattern, function, operands, *kind in TABLE]
+
+
+@functools.cache
+def _rows_of(opcode: str) -> list[tuple[Row, re.Match]]:
+    """More than one where forms differ in the number of operands alone."""
+    matches = [(row, row.pattern.fullmatch(opcode)) for row in _ROWS]
+    return [(row, m) for row, m in matches if m]

@@ -1,0 +1,175 @@
+"""A Triton driver whose GPU is the emulator: after ``use("sm_90")``, ``kernel[grid](...)`` runs on CPU tensors.
+
+The kernels are compiled as for a GPU, but for the last step from PTX to machine code, which the emulator does not need.
+Works with Triton 3.6 and later.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from numpy.lib.stride_tricks import as_strided
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.cache import get_cache_manager
+
+from .machine import BUILD, Kernel, Memory, Totals
+
+_FORMATS = {
+    "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
+    "fp32": "f", "f32": "f", "fp64": "d",
+}  # fmt: skip
+_kernels: dict[str, Kernel] = {}  # by the hash of what was compiled
+
+
+@dataclass
+class Settings:
+    """How launches run, see :meth:`emulator.Kernel.launch`; and who is told of each."""
+
+    checks: bool = True
+    counters: bool = False
+    schedule: int = 0
+    observer: Callable[[Launch], None] | None = None
+
+
+@dataclass
+class Launch:
+    name: str
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    warps: int
+    shared: int
+    totals: Totals
+    seconds: float
+
+
+SETTINGS = Settings()
+
+
+def use(architecture: str) -> None:
+    """Make Triton compile for "sm_80", "sm_90" or "sm_100", and run the kernels here."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(BUILD / "triton"))
+    CUDABackend.make_cubin = lambda self, *arguments, **options: b"none"
+    triton.runtime.driver.set_active(_Driver(int(architecture.removeprefix("sm_"))))
+
+
+def memory_of(tensors: Iterable[torch.Tensor]) -> list[Memory]:
+    """What a kernel that gets these tensors may access: their elements, nothing between the rows of a view."""
+    spans = sorted((_span(t), t) for t in tensors if t.numel())  # type: ignore[type-var]
+    groups: list[list] = []  # [low, high, tensors], of which none overlap
+    for (low, high), tensor in spans:
+        if groups and low < groups[-1][1]:
+            groups[-1][1] = max(groups[-1][1], high)
+            groups[-1][2].append(tensor)
+        else:
+            groups.append([low, high, [tensor]])
+    return [Memory(low, high, _valid(low, high, found)) for low, high, found in groups]
+
+
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def _valid(low: int, high: int, tensors: list[torch.Tensor]) -> np.ndarray | None:
+    if any(high - low == t.numel() * t.element_size() for t in tensors):  # one without gaps covers it all
+        return None
+    valid = np.zeros(high - low, dtype=np.uint8)
+    for t in tensors:
+        size = t.element_size()
+        view = valid[t.data_ptr() - low :]
+        as_strided(view, (*t.shape, size), (*(stride * size for stride in t.stride()), 1))[...] = 1
+    return valid
+
+
+class _Launcher:
+    """What Triton calls in the place of the function that it would compile for each kernel."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.signature = list(source.signature.values())
+        self.metadata = metadata
+        if metadata.hash not in _kernels:
+            path = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
+            with open(path) as file:
+                _kernels[metadata.hash] = Kernel(file.read())
+        self.kernel = _kernels[metadata.hash]
+
+    def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments) -> None:
+        kernel, tensors = self.kernel, []
+        parameters = bytearray(kernel.ptx.parameter_bytes)
+        values: list[tuple[str, Any]] = []
+        for kind, argument in _flat(self.signature, arguments):
+            if not kind.startswith("*"):
+                values.append((_FORMATS[kind], argument))
+            elif isinstance(argument, torch.Tensor):
+                tensors.append(argument)
+                values.append(("Q", argument.data_ptr()))
+            else:
+                values.append(("Q", argument or 0))
+        places = [offset for offset, _ in kernel.parameters.values()]
+        values += [("Q", 0)] * (len(places) - len(values))  # Triton's scratch memory, which our kernels do not use
+        for place, (code, value) in zip(places, values, strict=True):
+            struct.pack_into("<" + code, parameters, place, value)
+        start = time.perf_counter()
+        totals = kernel.launch(
+            (x, y, z),
+            (32 * self.metadata.num_warps,),
+            self.metadata.shared,
+            bytes(parameters),
+            memory_of(tensors),
+            checks=SETTINGS.checks,
+            counters=SETTINGS.counters,
+            schedule=SETTINGS.schedule,
+        )
+        seconds = time.perf_counter() - start
+        if SETTINGS.observer is not None:
+            m = self.metadata
+            SETTINGS.observer(Launch(m.name, kernel, (x, y, z), m.num_warps, m.shared, totals, seconds))
+
+
+def _flat(signature: Iterable[Any], arguments: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """The kinds and values of all arguments, also of those in tuples, but for constants."""
+    for kind, argument in zip(signature, arguments, strict=True):
+        if isinstance(kind, (tuple, list)):
+            yield from _flat(kind, argument)
+        elif kind != "constexpr":
+            yield kind, argument
+
+
+class _Utils:
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
+        return object(), 1, 0, 0, 1024  # module, function, registers, spills, threads
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+
+
+class _Driver:
+    launcher_cls = _Launcher
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+        self.utils = _Utils()
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
