@@ -47,7 +47,9 @@ class Kernel:
         parameters: bytes,
         memory: list[tuple[int, int]],
     ) -> None:
+        """``shared_bytes`` is the dynamic part."""
         self._ptxemu.set_buffers(memory)
+        shared_bytes += self.static_shared
         try:
             warnings = self._kernel.launch(grid, block, shared_bytes, parameters, CHECK_BOUNDS_AND_RACES | LATE_EFFECTS)
         except RuntimeError as error:

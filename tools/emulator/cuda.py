@@ -94,7 +94,7 @@ def build(sources: Sequence[Path], architecture: str, headers: Path = ROOT / "cs
     """A folder with library.so and a .ptx per CUDA source; from the cache if nothing changed since.
 
     Args:
-        sources: the library's, in CUDA C++ and C++.
+        sources: in CUDA C++ and C++; csrc/common/host.cpp is one of them.
         architecture: a key of DEVICES.
         headers: the folder to which #include is relative.
     """
@@ -103,7 +103,8 @@ def build(sources: Sequence[Path], architecture: str, headers: Path = ROOT / "cs
     content = hashlib.sha256()
     versions = [subprocess.run([c, "--version"], capture_output=True, check=True).stdout for c in (nvcc, "g++")]
     files = [*sources, RUNTIME, *sorted(p for p in headers.rglob("*") if p.is_file())]
-    for part in (architecture.encode(), *versions, Path(__file__).read_bytes(), *(p.read_bytes() for p in files)):
+    names = " ".join([architecture, *(p.name for p in files)])
+    for part in (names.encode(), *versions, Path(__file__).read_bytes(), *(p.read_bytes() for p in files)):
         content.update(hashlib.sha256(part).digest())
     folder = CACHE / f"cuda-{architecture}-{content.hexdigest()[:20]}"
     if folder.exists():
@@ -213,6 +214,7 @@ class Library:
             *device,
         )
         self.loaded.mk_emulator_connect(ctypes.byref(self._connection))
+        self.loaded.mk_last_error.restype = ctypes.c_char_p
 
     def call(self, name: str, block: bytes, tensors: Sequence[torch.Tensor]) -> None:
         """Call ``int name(const void* block, uint64_t nbytes)``; its kernels may access these tensors, nothing else.
@@ -318,7 +320,6 @@ def library(architecture: str) -> Iterator[Library]:
 @functools.cache
 def _library(architecture: str) -> Library:
     emulated = Library(build(sources(), architecture), DEVICES[architecture])
-    emulated.loaded.mk_last_error.restype = ctypes.c_char_p
     if emulated.loaded.mk_abi_version() != _native.ABI_VERSION:
         raise ImportError("csrc and mova_kernels have different ABI versions")
     return emulated

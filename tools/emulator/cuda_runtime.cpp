@@ -174,8 +174,8 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
 }
 
 // Threads and shared memory bound the number. Registers do too on a device, but PTX does not tell how many there are.
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
-                                                          size_t shared) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* function, int threads,
+                                                                   size_t shared, unsigned) {
   Kernel* kernel = find(function);
   if (kernel == nullptr) return result(cudaErrorInvalidDeviceFunction);
   if (threads <= 0 || threads > 1024) return result(cudaErrorInvalidValue);
@@ -185,6 +185,10 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
   const int64_t by_shared = emulator.shared_per_multiprocessor / (fixed + (int64_t)shared + reserved_shared);
   *blocks = (int)(by_threads < by_shared ? by_threads : by_shared);
   return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
+                                                          size_t shared) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared, 0);
 }
 
 // ---- Errors ----
