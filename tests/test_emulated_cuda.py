@@ -127,6 +127,12 @@ def test_more_rows_than_a_grid_has(on_hopper) -> None:
     assert torch.equal(y.flatten(), rows.float())
 
 
+def test_all_sources_and_architectures_are_emulated() -> None:
+    assert set(cuda.ROOT.glob("csrc/*/*.cu")) <= set(cuda.sources())
+    built = re.search(r'MOVA_CUDA_ARCHS "(.*?)"', (cuda.ROOT / "CMakeLists.txt").read_text())
+    assert [a.partition("-")[0] for a in built[1].split(";")] == list(cuda.DEVICES)
+
+
 def test_nothing_to_do_launches_nothing(on_hopper) -> None:
     for shape in ((0, 6, 8), (2, 6, 0)):
         assert native_impl.cuda_forward(torch.empty(shape), None, [2, 3], [1, 2]).shape == (shape[0], 2, shape[2])

@@ -22,7 +22,7 @@ struct Args {
   uint64_t stream;
 };
 
-__global__ void fill(int32_t* to, int32_t narrow, int64_t wide) {
+__global__ void __launch_bounds__(256) fill(int32_t* to, int32_t narrow, int64_t wide) {
   __shared__ int32_t rounds[64];
   rounds[threadIdx.x % 64] = narrow;
   to[blockIdx.x * blockDim.x + threadIdx.x] = rounds[threadIdx.x % 64] + (int32_t)wide;
@@ -48,6 +48,11 @@ PROBE(launch) {
   fill<<<dim3(v[0], v[1], v[2]), dim3(v[3], v[4]), v[5], (cudaStream_t)a.stream>>>((int32_t*)a.to, -3, 1ll << 33 | 10);
   const auto peeked = cudaPeekAtLastError(), error = cudaGetLastError();
   return peeked == error && cudaGetLastError() == cudaSuccess ? error : cudaErrorUnknown;
+}
+
+PROBE(careless) {
+  fill<<<0, 32, 0, (cudaStream_t)a.stream>>>((int32_t*)a.to, 0, 0);
+  return cudaSuccess;
 }
 
 PROBE(cluster) {
@@ -157,6 +162,16 @@ def test_launches_that_a_device_refuses(values, error, probe) -> None:
 def test_shared_memory_up_to_the_limit(probe) -> None:
     for bytes_ in (0, 227 * 1024 - 256):
         assert probe("launch", *launch(shared=bytes_, allowed=bytes_)) == [7] * 64
+
+
+def test_more_threads_than_the_launch_bound(probe) -> None:
+    with pytest.raises(cuda.Fault, match="288 threads in a block, its launch bound is 256"):
+        probe("launch", *launch(block=(32, 9)))
+
+
+def test_errors_that_nobody_reads(probe) -> None:
+    with pytest.raises(cuda.Fault, match="mk_careless succeeded, but left cudaErrorInvalidConfiguration unread"):
+        probe("careless")
 
 
 def test_clusters(probe) -> None:

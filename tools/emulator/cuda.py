@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import inspect
+import math
 import os
 import re
 import shutil
@@ -141,7 +142,7 @@ def _compile(nvcc: str, source: Path, architecture: str, headers: Path, made: Pa
     ]
     _run([*command, "-c", "-o", str(output), str(source)])
     for ptx in kept.glob("*.ptx"):
-        ptx.rename(made / f"{kept.name}-{ptx.name}")
+        ptx.rename(made / f"{source.parent.name}-{ptx.name}")
     return str(output)
 
 
@@ -152,7 +153,8 @@ def _run(command: list[str]) -> None:
 
 
 def _nvcc() -> str | None:
-    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    candidates = (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc")
+    return next(filter(None, (shutil.which(candidate) for candidate in candidates if candidate)), None)
 
 
 # ---- Running ----
@@ -214,7 +216,7 @@ class Library:
             *device,
         )
         self.loaded.mk_emulator_connect(ctypes.byref(self._connection))
-        self.loaded.mk_last_error.restype = ctypes.c_char_p
+        self.loaded.mk_last_error.restype = self.loaded.mk_emulator_unread_error.restype = ctypes.c_char_p
 
     def call(self, name: str, block: bytes, tensors: Sequence[torch.Tensor]) -> None:
         """Call ``int name(const void* block, uint64_t nbytes)``; its kernels may access these tensors, nothing else.
@@ -226,7 +228,7 @@ class Library:
         function = getattr(self.loaded, name)
         self._memory = _merged([_extent(x) for x in tensors if x.numel()])
         self._error = None
-        self.loaded.mk_emulator_forget_error()
+        self.loaded.mk_emulator_unread_error()
         try:
             status = function(ctypes.c_char_p(block), ctypes.c_uint64(len(block)))
         finally:
@@ -235,6 +237,9 @@ class Library:
             raise self._error
         if status:
             _native._raise(self.loaded, status)
+        unread = self.loaded.mk_emulator_unread_error().decode()
+        if unread != "cudaSuccess":
+            raise Fault(f"{name} succeeded, but left {unread} unread")
 
     def _guarded(self, function: Callable[..., int | None]) -> Callable[..., int]:
         """A callback must not raise: the first error waits for :meth:`call`, and the launch fails."""
@@ -259,9 +264,17 @@ class Library:
         for i, (offset, size) in enumerate(kernel.parameters.values()):
             parameters[offset : offset + size] = ctypes.string_at(arguments[i], size)
         launch = Launch(name.decode(), tuple(grid[:3]), tuple(block[:3]), shared_bytes)
+        bound, threads = self._launch_bound(launch.kernel), math.prod(launch.block)
+        if threads > bound:
+            raise Fault(f"{launch.kernel} has {threads} threads in a block, its launch bound is {bound}")
         self.launches.append(launch)
         kernel.launch(launch.grid, launch.block, shared_bytes, bytes(parameters), self._memory)
         return 0
+
+    def _launch_bound(self, name: str) -> int:
+        """The most threads of a block, as __launch_bounds__ says."""
+        found = re.search(rf"\.entry\s+{re.escape(name)}\([^{{]*\.maxntid\s+(\d+)", self._images[name])
+        return int(found[1]) if found else 1024
 
     def _has_image(self, name: str) -> bool:
         """Whether the kernel runs on this device: one for sm_90a does so on no other."""

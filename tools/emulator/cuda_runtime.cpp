@@ -102,7 +102,7 @@ bool on_device(const void* p, size_t bytes) { return emulator.check_range(p, byt
 }  // namespace
 
 EXPORTED void mk_emulator_connect(const mk_emulator* device) { emulator = *device; }
-EXPORTED void mk_emulator_forget_error(void) { last_error = cudaSuccess; }
+EXPORTED const char* mk_emulator_unread_error(void) { return cudaGetErrorName(cudaGetLastError()); }  // and forgets it
 
 // ---- What nvcc generates calls of; no header for host code declares it ----
 
