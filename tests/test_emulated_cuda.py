@@ -168,6 +168,12 @@ def test_errors_of_the_library(on_hopper) -> None:
     assert len(on_hopper.launches) == 1
 
 
+def test_failed_launches_are_reported(on_hopper, monkeypatch) -> None:
+    monkeypatch.setattr(on_hopper, "device", on_hopper.device._replace(major=7))
+    with pytest.raises(RuntimeError, match="mk_feature_resample_cuda_fwd: cudaErrorNoKernelImageForDevice"):
+        call(X, Y)
+
+
 WRONG = {
     "a row that does not exist": {"rows": torch.tensor([0, 3, 1])},
     "fewer rows than results": {"rows": torch.tensor([0, 1])},

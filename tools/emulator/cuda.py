@@ -4,9 +4,9 @@
         y = native_impl.cuda_forward(x, rows, in_size, out_size)  # CPU tensors
     print(library.launches)
 
-The sources are compiled by nvcc as always, but linked with cuda_runtime.cpp instead of libcudart. That one turns a
-launch into a call of :meth:`Library._launch`, which runs the kernel's PTX on the memory of the call's tensors. Kernels
-that only run on one architecture lie in files whose names end in it, like linear_sm90a.cu.
+nvcc compiles the sources as always; they are linked with cuda_runtime.cpp instead of libcudart. It turns each launch
+into a call of :meth:`Library._launch`, which runs the kernel's PTX on the memory of the call's tensors. A file of
+kernels for a single architecture has that in its name, like linear_sm90a.cu.
 """
 
 from __future__ import annotations
@@ -189,13 +189,14 @@ class Library:
     """A library that :func:`build` made, connected to a device.
 
     Attributes:
+        device: decides which kernels have an image; the runtime was told at the beginning.
         launches: what was launched since the list was last cleared.
     """
 
     def __init__(self, folder: Path, device: Device) -> None:
         self.launches: list[Launch] = []
         self.loaded = ctypes.CDLL(str(folder / "library.so"))
-        self._device = device
+        self.device = device
         self._memory: list[tuple[int, int]] = []
         self._error: BaseException | None = None
         self._images: dict[str, str] = {}
@@ -280,7 +281,7 @@ class Library:
         """Whether the kernel runs on this device: one for sm_90a does so on no other."""
         target = re.search(r"^\.target sm_(\d+)(a?)", self._images[name], re.MULTILINE)
         assert target is not None
-        here = 10 * self._device.major + self._device.minor
+        here = 10 * self.device.major + self.device.minor
         return int(target[1]) == here if target[2] else int(target[1]) <= here
 
     def _static_shared(self, name: bytes, found) -> int:
