@@ -1,0 +1,378 @@
+"""The library's CUDA C++ on the emulator, through its own C functions: checks, argument blocks and launches included.
+
+    with emulator.cuda.library("90a") as library:
+        y = native_impl.cuda_forward(x, rows, in_size, out_size)  # CPU tensors
+    print(library.launches)
+
+nvcc compiles the sources as always; they are linked with cuda_runtime.cpp instead of libcudart. It turns each launch
+into a call of :meth:`Library._launch`, which runs the kernel's PTX on the memory of the call's tensors. A file of
+kernels for a single architecture has that in its name, like linear_sm90a.cu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import inspect
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from mova_kernels import _native
+from mova_kernels._plain import address
+
+from ._prototype import Fault, Kernel
+from ._prototype import reason as _prototype_reason
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "build" / "emulator"
+RUNTIME = Path(__file__).with_name("cuda_runtime.cpp")
+STREAM = 0x57EA00  # work on any other stream is an error of the launcher
+CPU = -1  # the ordinal that CPU tensors have
+
+COMPILE = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]  # as CMakeLists.txt
+LINK = ["-shared", "-cudart", "none", f"-Xlinker=--version-script={ROOT / 'csrc' / 'exports.map'},-z,now,-z,defs"]
+
+LAUNCH_FAILURE, NO_KERNEL_IMAGE = 719, 209  # cudaError_t
+
+
+class Device(NamedTuple):
+    """What cudaDeviceGetAttribute says."""
+
+    major: int
+    minor: int
+    multiprocessors: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+
+
+KIB = 1024
+DEVICES = {
+    "80": Device(8, 0, 108, 163 * KIB, 164 * KIB),
+    "90a": Device(9, 0, 132, 227 * KIB, 228 * KIB),
+    "100": Device(10, 0, 148, 227 * KIB, 228 * KIB),
+}
+
+
+class Launch(NamedTuple):
+    kernel: str  # its mangled name
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+
+
+# ---- Building ----
+
+
+def reason() -> str | None:
+    """Why there is no emulated library; None if there is."""
+    missing = [name for name, path in (("nvcc", _nvcc()), ("g++", shutil.which("g++"))) if path is None]
+    return f"{' and '.join(missing)} not found" if missing else _prototype_reason()
+
+
+def sources() -> list[Path]:
+    """The sources of libmova_kernels_cuda.so: those that CMakeLists.txt lists."""
+    section = re.search(
+        r"^# ---- CUDA ----$(.*?)^# ----", (ROOT / "CMakeLists.txt").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert section is not None
+    return [ROOT / path for path in re.findall(r"\bcsrc/[\w/]+\.(?:cu|cpp)\b", section[1])]
+
+
+def build(sources: Sequence[Path], architecture: str, headers: Path = ROOT / "csrc") -> Path:
+    """A folder with library.so and a .ptx per CUDA source; from the cache if nothing changed since.
+
+    Args:
+        sources: in CUDA C++ and C++; csrc/common/host.cpp is one of them.
+        architecture: a key of DEVICES.
+        headers: the folder to which #include is relative.
+    """
+    nvcc = _nvcc()
+    assert nvcc is not None, reason()
+    content = hashlib.sha256()
+    versions = [subprocess.run([c, "--version"], capture_output=True, check=True).stdout for c in (nvcc, "g++")]
+    files = [*sources, RUNTIME, *sorted(p for p in headers.rglob("*") if p.is_file())]
+    names = " ".join([architecture, *(p.name for p in files)])
+    for part in (names.encode(), *versions, Path(__file__).read_bytes(), *(p.read_bytes() for p in files)):
+        content.update(hashlib.sha256(part).digest())
+    folder = CACHE / f"cuda-{architecture}-{content.hexdigest()[:20]}"
+    if folder.exists():
+        return folder
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        made = Path(scratch, "made")
+        made.mkdir()
+        objects = [_compile(nvcc, source, architecture, headers, made, Path(scratch)) for source in (*sources, RUNTIME)]
+        _run([nvcc, *LINK, "-o", str(made / "library.so"), *objects])
+        try:
+            made.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+    return folder
+
+
+def _compile(nvcc: str, source: Path, architecture: str, headers: Path, made: Path, scratch: Path) -> str:
+    """The object of one source. Its PTX comes from the same run, since names of kernels contain a hash of the run."""
+    kept = Path(tempfile.mkdtemp(dir=scratch))
+    output = kept / "compiled.o"
+    only = re.search(r"_sm(\d+a)$", source.stem)
+    target = f"compute_{only[1] if only else architecture}"
+    command = [
+        nvcc,
+        *COMPILE,
+        f"-I{headers}",
+        "-gencode",
+        f"arch={target},code={target}",
+        "-keep",
+        "-keep-dir",
+        str(kept),
+    ]
+    _run([*command, "-c", "-o", str(output), str(source)])
+    for ptx in kept.glob("*.ptx"):
+        ptx.rename(made / f"{source.parent.name}-{ptx.name}")
+    return str(output)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
+
+
+def _nvcc() -> str | None:
+    candidates = (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc")
+    return next(filter(None, (shutil.which(candidate) for candidate in candidates if candidate)), None)
+
+
+# ---- Running ----
+
+_LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint32),
+    ctypes.POINTER(ctypes.c_uint32),
+    ctypes.c_uint64,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+_STATIC_SHARED = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64))
+_CHECK_RANGE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64)
+_REFUSE = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+
+
+class _Connection(ctypes.Structure):
+    """mk_emulator of cuda_runtime.cpp."""
+
+    _fields_ = (
+        ("launch", _LAUNCH),
+        ("static_shared", _STATIC_SHARED),
+        ("check_range", _CHECK_RANGE),
+        ("refuse", _REFUSE),
+        ("stream", ctypes.c_uint64),
+        *((name, ctypes.c_int64) for name in ("device", *Device._fields)),
+    )
+
+
+class Library:
+    """A library that :func:`build` made, connected to a device.
+
+    Attributes:
+        device: decides which kernels have an image; the runtime was told at the beginning.
+        launches: what was launched since the list was last cleared.
+    """
+
+    def __init__(self, folder: Path, device: Device) -> None:
+        self.launches: list[Launch] = []
+        self.loaded = ctypes.CDLL(str(folder / "library.so"))
+        self.device = device
+        self._memory: list[tuple[int, int]] = []
+        self._error: BaseException | None = None
+        self._images: dict[str, str] = {}
+        for path in sorted(folder.glob("*.ptx")):
+            text = path.read_text()
+            for name in re.findall(r"\.entry\s+([\w$]+)", text):
+                if name in self._images:
+                    raise ValueError(f"two sources have a kernel {name}")
+                self._images[name] = text
+        self._kernel = functools.cache(self._decode)
+        self._connection = _Connection(
+            _LAUNCH(self._guarded(self._launch)),
+            _STATIC_SHARED(self._guarded(self._static_shared)),
+            _CHECK_RANGE(self._guarded(self._check_range)),
+            _REFUSE(self._guarded(self._refuse)),
+            STREAM,
+            CPU,
+            *device,
+        )
+        self.loaded.mk_emulator_connect(ctypes.byref(self._connection))
+        self.loaded.mk_last_error.restype = self.loaded.mk_emulator_unread_error.restype = ctypes.c_char_p
+
+    def call(self, name: str, block: bytes, tensors: Sequence[torch.Tensor]) -> None:
+        """Call ``int name(const void* block, uint64_t nbytes)``; its kernels may access these tensors, nothing else.
+
+        Raises:
+            Fault: a kernel did something wrong, or the launcher asked for what is not emulated.
+            ValueError, RuntimeError: the function's own errors.
+        """
+        function = getattr(self.loaded, name)
+        self._memory = _merged([_extent(x) for x in tensors if x.numel()])
+        self._error = None
+        self.loaded.mk_emulator_unread_error()
+        try:
+            status = function(ctypes.c_char_p(block), ctypes.c_uint64(len(block)))
+        finally:
+            self._memory = []
+        if self._error is not None:  # the function knows no more than that a launch failed
+            raise self._error
+        if status:
+            _native._raise(self.loaded, status)
+        unread = self.loaded.mk_emulator_unread_error().decode()
+        if unread != "cudaSuccess":
+            raise Fault(f"{name} succeeded, but left {unread} unread")
+
+    def _guarded(self, function: Callable[..., int | None]) -> Callable[..., int]:
+        """A callback must not raise: the first error waits for :meth:`call`, and the launch fails."""
+
+        def callback(*arguments: Any) -> int:
+            try:
+                return function(*arguments) or 0
+            except BaseException as error:
+                self._error = self._error or error
+                return LAUNCH_FAILURE
+
+        return callback
+
+    def _decode(self, name: str) -> Kernel:
+        return Kernel(self._images[name], name)
+
+    def _launch(self, name: bytes, grid, block, shared_bytes: int, arguments) -> int:
+        if not self._has_image(name.decode()):
+            return NO_KERNEL_IMAGE
+        kernel = self._kernel(name.decode())
+        parameters = bytearray(kernel.parameter_bytes)
+        for i, (offset, size) in enumerate(kernel.parameters.values()):
+            parameters[offset : offset + size] = ctypes.string_at(arguments[i], size)
+        launch = Launch(name.decode(), tuple(grid[:3]), tuple(block[:3]), shared_bytes)
+        bound, threads = self._launch_bound(launch.kernel), math.prod(launch.block)
+        if threads > bound:
+            raise Fault(f"{launch.kernel} has {threads} threads in a block, its launch bound is {bound}")
+        self.launches.append(launch)
+        kernel.launch(launch.grid, launch.block, shared_bytes, bytes(parameters), self._memory)
+        return 0
+
+    def _launch_bound(self, name: str) -> int:
+        """The most threads of a block, as __launch_bounds__ says."""
+        found = re.search(rf"\.entry\s+{re.escape(name)}\([^{{]*\.maxntid\s+(\d+)", self._images[name])
+        return int(found[1]) if found else 1024
+
+    def _has_image(self, name: str) -> bool:
+        """Whether the kernel runs on this device: one for sm_90a does so on no other."""
+        target = re.search(r"^\.target sm_(\d+)(a?)", self._images[name], re.MULTILINE)
+        assert target is not None
+        here = 10 * self.device.major + self.device.minor
+        return int(target[1]) == here if target[2] else int(target[1]) <= here
+
+    def _static_shared(self, name: bytes, found) -> int:
+        if not self._has_image(name.decode()):
+            return NO_KERNEL_IMAGE
+        found[0] = self._kernel(name.decode()).static_shared
+        return 0
+
+    def _check_range(self, begin: int | None, size: int) -> int:
+        begin = begin or 0
+        if size == 0 or any(low <= begin and begin + size <= high for low, high in self._memory):
+            return 0
+        raise Fault(f"the {size} bytes from {begin:#x} on are outside of all tensors")
+
+    def _refuse(self, why: bytes) -> None:
+        raise Fault(why.decode(errors="replace"))
+
+
+@contextmanager
+def library(architecture: str) -> Iterator[Library]:
+    """Makes the functions of the CUDA library run on the emulator, with CPU tensors.
+
+    Args:
+        architecture: "80", "90a" or "100".
+
+    Yields:
+        The library, whose launches of before are forgotten.
+    """
+    emulated = _library(architecture)
+    emulated.launches.clear()
+    function = _native.function
+
+    def emulated_function(name: str, layout: str, library: str = "cpu") -> Callable[..., None]:
+        original = function(name, layout, library)
+        return _twin(original, emulated) if library == "cuda" else original
+
+    replacements = [
+        (_native, "function", emulated_function),
+        (_native, "_cuda", lambda: emulated.loaded),
+        (_native, "cuda_reason", lambda: None),
+        (_native, "cuda_stream", lambda device: STREAM),
+        *((module, name, _twin(original, emulated)) for module, name, original in _cuda_functions()),
+    ]
+    with ExitStack() as stack:
+        for replacement in replacements:
+            stack.enter_context(mock.patch.object(*replacement))
+        yield emulated
+
+
+@functools.cache
+def _library(architecture: str) -> Library:
+    emulated = Library(build(sources(), architecture), DEVICES[architecture])
+    if emulated.loaded.mk_abi_version() != _native.ABI_VERSION:
+        raise ImportError("csrc and mova_kernels have different ABI versions")
+    return emulated
+
+
+def _cuda_functions() -> Iterator[tuple[Any, str, Callable[..., None]]]:
+    """The C functions of the CUDA library that modules of mova_kernels hold: module, attribute, function."""
+    made_here = f"{_native.function.__qualname__}.<locals>"
+    for module in [m for name, m in sys.modules.items() if name.startswith("mova_kernels.")]:
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and value.__qualname__.startswith(made_here):
+                if inspect.getclosurevars(value).nonlocals["library"] == "cuda":
+                    yield module, name, value
+
+
+def _twin(original: Callable[..., None], emulated: Library) -> Callable[..., None]:
+    """What a function made by _native.function does, on the emulator: it knows its tensors."""
+    made_with = inspect.getclosurevars(original).nonlocals
+    name, pack, pointers = made_with["name"], made_with["pack"], made_with["pointers"]
+
+    def call(*fields: Any) -> None:
+        tensors = fields[:pointers]
+        block = pack(*map(address, tensors), *fields[pointers:])
+        emulated.call(name, block, [x for x in tensors if x is not None])
+
+    return call
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    """The first byte of a tensor, and the one behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same memory in ranges that do not overlap, in order."""
+    merged: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if merged and low < merged[-1][1]:
+            low, high = merged[-1][0], max(high, merged.pop()[1])
+        merged.append((low, high))
+    return merged
