@@ -90,6 +90,45 @@ def aligned(shape: int | tuple[int, ...], dtype: type, boundary: int = 128) -> n
     return space[start : start + size].view(dtype).reshape(shape)
 
 
+def swizzled(rows: np.ndarray, swizzle: int) -> np.ndarray:
+    """Rows of ``swizzle`` bytes as they lie in shared memory: in each, the pieces of 16 bytes are permuted."""
+    pieces = rows.reshape(len(rows), -1, 16)
+    placed = np.empty_like(pieces)
+    for r in range(len(rows)):
+        for c in range(pieces.shape[1]):
+            placed[r, c ^ {0: 0, 32: r // 4 % 2, 64: r // 2 % 4, 128: r % 8}[swizzle]] = pieces[r, c]
+    return placed.reshape(rows.shape)
+
+
+def copy(to: str, source: str, count: int, threads: int, label: str) -> str:
+    """All threads copy so many bytes between shared memory (addresses in %r and %s) and global memory."""
+    loop = f"mul.lo.u32 %r60, %t, 4; {label}: setp.ge.u32 %q60, %r60, {count}; @%q60 bra {label}_end;"
+    address = []
+    for register, k in ((source, 61), (to, 62)):
+        if register.startswith(("%r", "%s")):
+            loop += f" add.u32 %r{k}, {register}, %r60;"
+            address.append(("shared", f"[%r{k}]"))
+        else:
+            loop += f" cvt.u64.u32 %d{k}, %r60; add.s64 %d{k}, {register}, %d{k};"
+            address.append(("global", f"[%d{k}]"))
+    (space, place), (other_space, other_place) = address
+    loop += f" ld.{space}.b32 %r63, {place}; st.{other_space}.b32 {other_place}, %r63;"
+    return loop + f" add.u32 %r60, %r60, {4 * threads}; bra {label}; {label}_end: bar.warp.sync -1;"
+
+
+def barrier_at(offset: int, arrivals: int = 1) -> str:
+    """An mbarrier at this place of shared memory. Its address is then in %r80, and %q80 is true in the first thread."""
+    return f"""
+        add.u32 %r80, %s, {offset}; setp.eq.u32 %q80, %t, 0;
+        @%q80 mbarrier.init.shared::cta.b64 [%r80], {arrivals}; @%q80 fence.mbarrier_init.release.cluster;
+        bar.sync 0;"""
+
+
+def wait(parity: int, label: str) -> str:
+    """All threads wait for a phase of the mbarrier at %r80."""
+    return f"{label}: mbarrier.try_wait.parity.shared::cta.b64 %q81, [%r80], {parity}; @!%q81 bra {label};"
+
+
 # ---- one instruction, lane by lane
 def width(kind: str) -> int:
     """Bits of a type such as ``s16`` or ``bf16x2``; 1 for ``pred``."""

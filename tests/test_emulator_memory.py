@@ -111,7 +111,8 @@ def test_shared_memory_in_all_sizes() -> None:
         st.shared.b8 [%r1 + 4], %r3; st.shared.b8 [%r1 + 5], %r4;
         st.shared.b8 [%r1 + 6], %r5; add.u32 %r7, %r1, 8; st.shared.b8 [%r7 + -1], %r6;
         ld.shared.b64 %d2, [%r1]; st.global.b64 [%e1], %d2;
-        ld.shared.s8 %d3, [%r1 + 7]; ld.shared::cta.u16 %d4, [%r1 + 2]; add.s64 %d3, %d3, %d4; st.global.b64 [%e2], %d3;"""
+        ld.shared.s8 %d3, [%r1 + 7]; ld.shared::cta.u16 %d4, [%r1 + 2]; add.s64 %d3, %d3, %d4;
+        st.global.b64 [%e2], %d3;"""
     run(body, source, found, signs, threads=64, shared=512)
     np.testing.assert_array_equal(found, source)
     parts = source.view(np.int8).reshape(64, 8)[:, 7].astype(np.int64) + source.view(np.uint16).reshape(64, 4)[:, 1]
@@ -268,7 +269,7 @@ def test_reduction_by_many_blocks() -> None:
 
 @about("atom.global.exch.b32", "atom.global.cas.b64", "atom.relaxed.gpu.global.cas.b32")
 def test_exchange_and_compare() -> None:
-    """An exchange gives what was there; a compare-and-swap takes effect for the lane that has met the value it wants."""
+    """An exchange gives what was there. A compare-and-swap takes effect where a lane meets the value that it wants."""
     word, before = np.array([7], np.uint32), np.zeros(64, np.uint32)
     run("atom.global.exch.b32 %r1, [%p0], %t; st.global.b32 [%e1], %r1;", word, before, threads=64)
     assert sorted([*before.tolist(), int(word[0])]) == sorted([7, *range(64)])

@@ -1,4 +1,4 @@
-"""What the emulator does with threads: branches, barriers, and instructions in which the lanes of a warp work together."""
+"""The emulator's threads: branches, barriers, and instructions in which the lanes of a warp work together."""
 
 from __future__ import annotations
 
