@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from emulator import Kernel
+from emulator import Fault, Kernel
 from emulator.memory import memory_of
 
 TESTED: set[tuple[str, int | None]] = (
@@ -127,6 +128,19 @@ def barrier_at(offset: int, arrivals: int = 1) -> str:
 def wait(parity: int, label: str) -> str:
     """All threads wait for a phase of the mbarrier at %r80."""
     return f"{label}: mbarrier.try_wait.parity.shared::cta.b64 %q81, [%r80], {parity}; @!%q81 bra {label};"
+
+
+ALLOCATE = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32"
+
+
+def with_tensor_memory(body: str, barrier: int) -> str:
+    """%r70: the address of all of tensor memory, %r71: of this warp's lanes in it. The mbarrier is at %r80."""
+    return f"""
+        {barrier_at(barrier)} setp.eq.u32 %q70, %w, 0;
+        @%q70 {ALLOCATE} [%r80 + 8], 512; @%q70 tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;
+        bar.sync 0; ld.shared.b32 %r70, [%r80 + 8]; shl.b32 %r71, %w, 21; add.u32 %r71, %r71, %r70;
+        {body}
+        bar.sync 0; @%q70 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r70, 512;"""
 
 
 # ---- one instruction, lane by lane
@@ -262,6 +276,44 @@ def rows_of(kinds: Sequence[str], most: int = 700) -> list[tuple[int, ...]]:
     return found
 
 
+# ---- faulty programs
+class Program(NamedTuple):
+    """A faulty program and its twin without the fault.
+
+    A line that ends with ``//-`` is in the faulty program only, one with ``//+`` in the other only. The error matches
+    the message and names the lines that end with ``!``.
+    """
+
+    name: str
+    body: str
+    message: str
+    threads: int = 64
+    blocks: int = 1
+    arrays: Callable[[], list[np.ndarray]] = lambda: [np.zeros((256, 4), np.uint32)]
+
+
+def lines_of(body: str, mark: str) -> str:
+    """Without the lines of the other program."""
+    return "\n".join(line for line in body.split("\n") if not line.rstrip(" !").endswith("//" + mark))
+
+
+def check_program(program: Program) -> None:
+    options = {"threads": program.threads, "blocks": program.blocks, "shared": 4096}
+    arrays = program.arrays()
+    run(lines_of(program.body, "-"), *arrays, **options)
+    body = lines_of(program.body, "+")
+    with pytest.raises(Fault, match=program.message) as caught:
+        run(body, *arrays, **options)
+    text = kernel_text(body, len(arrays), [a.strides[0] for a in arrays], 4096)
+    for number, line in enumerate(text.split("\n"), 1):
+        if re.search(r"//.*!$", line):
+            assert f"[PTX line {number}," in str(caught.value), f"{line} is not named in {caught.value}"
+
+
+def each_program(programs: list) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("program", programs, ids=lambda p: p.name)
+
+
 # ---- instructions with definitions
 class Case(NamedTuple):
     """An opcode; the types of its result and operands; a function of their numbers; constants behind the operands."""
@@ -297,4 +349,4 @@ def check(case: Case, rows: list[tuple[int, ...]] | None = None) -> None:
 
 def wrong(reason: str) -> pytest.MarkDecorator:
     """The emulator differs from the ISA here."""
-    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
+    return pytest.mark.xfail(strict=True, raises=(AssertionError, pytest.fail.Exception), reason=reason)

@@ -151,7 +151,7 @@ def tensor_map(tensor: np.ndarray, box: tuple[int, ...], swizzle: int) -> np.nda
 
 
 def overlap(tensor: np.ndarray, corner: tuple[int, ...], box: tuple[int, ...]) -> tuple[tuple, tuple]:
-    """Where box and tensor meet: slices of the tensor, and of the box. The innermost dimension of a corner is the first."""
+    """Slices of the tensor and of the box where they meet. Of corner and box, the innermost dimension is the first."""
     inside, of_box = [], []
     for size, start, length in zip(tensor.shape, corner[::-1], box[::-1], strict=True):
         low, high = max(start, 0), max(min(start + length, size), max(start, 0))

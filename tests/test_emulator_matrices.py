@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from emulated_ptx import TESTED, about, aligned, barrier_at, copy, run, swizzled, wait
+from emulated_ptx import ALLOCATE, TESTED, about, aligned, copy, run, swizzled, wait, with_tensor_memory
 
 ROW, COLUMN = np.arange(32) // 4, np.arange(32) % 4  # of a lane in a fragment: its group, and its number in the group
 SIZE = {"bf16": 2, "f16": 2, "tf32": 4}
@@ -263,18 +263,7 @@ def tensor_moves(what: str, column: int, count: int, array: str) -> str:
     return "\n".join(lines)
 
 
-ALLOCATE = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32"
 COMMIT = "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64"
-
-
-def with_tensor_memory(body: str, barrier: int) -> str:
-    """%r70: the address of all of tensor memory, %r71: of this warp's lanes in it. The mbarrier is at %r80."""
-    return f"""
-        {barrier_at(barrier)} setp.eq.u32 %q70, %w, 0;
-        @%q70 {ALLOCATE} [%r80 + 8], 512; @%q70 tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;
-        bar.sync 0; ld.shared.b32 %r70, [%r80 + 8]; shl.b32 %r71, %w, 21; add.u32 %r71, %r71, %r70;
-        {body}
-        bar.sync 0; @%q70 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r70, 512;"""
 
 
 TESTED.update((f"tcgen05.mma.cta_group::1.kind::{kind}", None) for kind in ("f16", "tf32"))

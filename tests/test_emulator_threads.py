@@ -72,7 +72,7 @@ def test_indexed_branch() -> None:
     assert found.tolist() == [0, 10, 110, 10] * 8
 
 
-@about("exit", "ret", "ret.uni", "trap")
+@about("exit", "ret", "ret.uni", "trap", "bar.warp.sync")
 def test_exit_of_some_lanes() -> None:
     """The rest goes on without them; a trap that no lane meets does nothing."""
     found = np.zeros(32, np.uint32)

@@ -1,0 +1,248 @@
+"""What the emulator calls an error in asynchronous copies and matrix products.
+
+Each faulty program has a twin without the fault, which passes; see Program.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from emulated_ptx import Program, aligned, barrier_at, check_program, each_program, wait, with_tensor_memory
+
+LOAD = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+EXPECT = "@%q80 mbarrier.arrive.expect_tx.shared.b64 _, [%r80]"
+ASYNC = """
+        mul.lo.u32 %r1, %t, 16; add.u32 %r1, %r1, %s; xor.b32 %r2, %r1, 512;
+        cp.async.cg.shared.global [%r1], [%e0], 16; cp.async.commit_group;"""
+STORE = "@%q80 cp.async.bulk.global.shared::cta.bulk_group [%p0], [%s], 1024;"
+FILL = """
+        setp.eq.u32 %q80, %t, 0; mul.lo.u32 %r1, %t, 16; add.u32 %r1, %r1, %s;
+        st.shared.v4.b32 [%r1], {%t, %t, %t, %t};"""
+COPIES = [
+    Program("cp.async without a wait", f"""{ASYNC}
+        cp.async.wait_group 0; //+
+        ld.shared.b32 %r3, [%r1]; //!
+        cp.async.wait_all;""", "read of shared memory that a cp.async is still writing"),
+    Program("cp.async with a wait for too few groups", f"""{ASYNC}
+        cp.async.wait_group 0; //+
+        cp.async.wait_group 1; //-
+        ld.shared.b32 %r3, [%r1]; //!
+        cp.async.wait_all;""", "read of shared memory that a cp.async is still writing"),
+    Program("cp.async of another warp", f"""{ASYNC}
+        cp.async.wait_group 0; //!
+        bar.sync 0; //+
+        ld.shared.b32 %r3, [%r2]; //!""", "not ordered after the write of warp 0|still writing"),
+    Program("write where a cp.async writes", f"""{ASYNC}
+        cp.async.wait_group 0; //+
+        st.shared.b32 [%r1], 1; //!
+        cp.async.wait_all;""", "write to shared memory that a cp.async is still writing"),
+    Program("bulk load without a wait", f"""
+        {barrier_at(1024)} {EXPECT}, 1024;
+        @%q80 {LOAD} [%s], [%p0], 1024, [%r80]; //!
+        {wait(0, "again")} //+
+        ld.shared.b32 %r1, [%s]; //!""", "not ordered after the write of a bulk load|that nobody has written"),
+    Program("bulk load over what is still read", f"""
+        {barrier_at(1024)} {FILL} bar.sync 0;
+        ld.shared.b32 %r2, [%r1]; //!
+        bar.sync 0; //+
+        {EXPECT}, 1024;
+        @%q80 {LOAD} [%s], [%p0], 1024, [%r80]; //- !
+        @%q80 {LOAD} [%s], [%p0], 1024, [%r80]; //+
+        {wait(0, "again")}""", "not ordered after the (read of warp 1|write of a bulk load)"),
+    Program("mbarrier without init", """
+        @%q80 mbarrier.init.shared.b64 [%s], 64; bar.sync 0; //-
+        setp.eq.u32 %q80, %t, 0; @%q80 mbarrier.init.shared.b64 [%s], 64; bar.sync 0; //+
+        mbarrier.arrive.shared.b64 _, [%s + 8]; //- !
+        mbarrier.arrive.shared.b64 _, [%s]; //+""", "there is no mbarrier at 8"),
+    Program("bulk load with an mbarrier that is not fenced", f"""
+        setp.eq.u32 %q80, %t, 0; add.u32 %r80, %s, 1024; @%q80 mbarrier.init.shared.b64 [%r80], 1;
+        fence.mbarrier_init.release.cluster; //+
+        {EXPECT}, 1024;
+        @%q80 {LOAD} [%s], [%p0], 1024, [%r80]; //- !
+        @%q80 {LOAD} [%s], [%p0], 1024, [%r80]; //+
+        bar.sync 0; {wait(0, "again")}""", "has not been fenced since its mbarrier.init"),
+    Program("too many arrivals", f"""
+        {barrier_at(1024, 64)}
+        mbarrier.arrive.shared.b64 _, [%r80]; //+
+        mbarrier.arrive.shared.b64 _, [%r80], 3; //- !""", "mbarrier: 3 arrive where 1 are still awaited"),
+    Program("misaligned bulk load", f"""
+        {barrier_at(1024)} {EXPECT}, 16;
+        @%q80 {LOAD} [%s], [%p0 + 16], 16, [%r80]; //+
+        @%q80 {LOAD} [%s], [%p0 + 8], 16, [%r80]; //- !
+        {wait(0, "again")}""", "bulk copy of 16 bytes, misaligned", arrays=lambda: [aligned((64, 4), np.uint32)]),
+    Program("bulk load from outside", f"""
+        {barrier_at(1024)} {EXPECT}, 32;
+        @%q80 {LOAD} [%s], [%p0 + 4064], 32, [%r80]; //+
+        @%q80 {LOAD} [%s], [%p0 + 4080], 32, [%r80]; //- !
+        {wait(0, "again")}""", "in no tensor", arrays=lambda: [aligned((256, 4), np.uint32)]),
+    Program("bulk store without a proxy fence", f"""{FILL} //!
+        fence.proxy.async; //+
+        bar.sync 0;
+        {STORE} //- !
+        {STORE} //+
+        @%q80 cp.async.bulk.commit_group; @%q80 cp.async.bulk.wait_group 0;""", "without a fence.proxy.async"),
+    Program("bulk store without a barrier", f"""{FILL} //!
+        fence.proxy.async;
+        bar.sync 0; //+
+        {STORE} //- !
+        {STORE} //+
+        @%q80 cp.async.bulk.commit_group; @%q80 cp.async.bulk.wait_group 0; bar.sync 0;""",
+        "not ordered after the (read|write)|that nobody has written"),
+    Program("write over what a bulk store reads", f"""{FILL}
+        fence.proxy.async; bar.sync 0; {STORE} //!
+        @%q80 cp.async.bulk.commit_group;
+        @%q80 cp.async.bulk.wait_group.read 0; //+
+        @%q80 st.shared.b32 [%r1], 99; //!
+        @%q80 cp.async.bulk.wait_group 0;""", "not ordered after the read of a bulk store of warp 0"),
+    Program("exit before a bulk store", f"""{FILL}
+        fence.proxy.async; bar.sync 0; {STORE} @%q80 cp.async.bulk.commit_group;
+        @%q80 cp.async.bulk.wait_group 0; //+
+        mov.u32 %r1, 0;""", "the warp ends before its bulk stores"),
+    Program("a phase that is over two phases ago", f"""
+        {barrier_at(1024)}
+        setp.ne.u32 %q1, %w, 0; @%q1 bra other;
+        @%q80 mbarrier.arrive.shared.b64 _, [%r80]; {wait(0, "first")}
+        @%q80 mbarrier.arrive.shared.b64 _, [%r80]; {wait(1, "second")}
+        bar.arrive 1, 64; bra done;
+        other: mov.u32 %r1, 0;
+        bar.sync 1, 64; //+
+        {wait(1, "late")} //!
+        done: mov.u32 %r1, 0;""", "two phases ahead"),
+]  # fmt: skip
+
+
+@each_program(COPIES)
+def test_asynchronous_copy(program) -> None:
+    check_program(program)
+
+
+# 64 x 8 products with A in %r20 to %r23 and B in shared memory, as core matrices without swizzle.
+PRODUCT = """wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+        {%r10, %r11, %r12, %r13}, {%r20, %r21, %r22, %r23}, %d1, %q1, 1, 1, 0;"""
+PRODUCT = " ".join(PRODUCT.split())
+OPERANDS = """
+        mul.lo.u32 %r1, %t, 4; add.u32 %r1, %r1, %s;
+        shr.u32 %r2, %s, 4; cvt.u64.u32 %d1, %r2; or.b64 %d1, %d1, 68720001024; setp.eq.u32 %q1, 0, 0;
+        mov.u32 %r20, 0; mov.u32 %r21, 0; mov.u32 %r22, 0; mov.u32 %r23, 0;
+        mov.u32 %r10, 0; mov.u32 %r11, 0; mov.u32 %r12, 0; mov.u32 %r13, 0;
+        st.shared.b32 [%r1], %t;"""
+READY = OPERANDS + " fence.proxy.async; bar.sync 0; wgmma.fence.sync.aligned;"
+COMMIT, WAIT = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
+MATRICES = [
+    Program("no proxy fence before wgmma", f"""{OPERANDS} //!
+        fence.proxy.async.shared::cta; //+
+        bar.sync 0; wgmma.fence.sync.aligned;
+        {PRODUCT} //!
+        {COMMIT} {WAIT}""", "the async proxy reads what warp . has written .*without a fence.proxy.async"),
+    Program("no barrier before wgmma", f"""{OPERANDS} //!
+        fence.proxy.async.shared::cta;
+        bar.sync 0; //+
+        wgmma.fence.sync.aligned;
+        {PRODUCT} //!
+        {COMMIT} {WAIT} bar.sync 0;""", "not ordered after the|nobody has written"),
+    Program("no wgmma.fence", f"""{OPERANDS}
+        fence.proxy.async.shared::cta; bar.sync 0;
+        wgmma.fence.sync.aligned; //+
+        {PRODUCT} //!
+        {COMMIT} {WAIT}""", "register that was written after the last wgmma.fence"),
+    Program("register written after wgmma.fence", f"""{READY}
+        mov.u32 %r22, 5; //-
+        {PRODUCT} //!
+        {COMMIT} {WAIT}""", "register that was written after the last wgmma.fence"),
+    Program("accumulator read too early", f"""{READY}
+        {PRODUCT} {COMMIT}
+        {WAIT} //+
+        mov.u32 %r30, %r12; //!
+        {WAIT}""", "read of an accumulator while its wgmma is in flight"),
+    Program("accumulator read after a wait for too few groups", f"""{READY}
+        {PRODUCT} {COMMIT}
+        wgmma.wait_group.sync.aligned 1; //-
+        wgmma.wait_group.sync.aligned 0; //+
+        st.global.b32 [%e0], %r10; //!
+        {WAIT}""", "read of an accumulator while its wgmma is in flight", arrays=lambda: [np.zeros(128, np.uint32)]),
+    Program("accumulator written too early", f"""{READY}
+        {PRODUCT} {COMMIT}
+        {WAIT} //+
+        mov.u32 %r13, 0; //!
+        {WAIT}""", "write to a register while a wgmma that uses it is in flight"),
+    Program("operand written too early", f"""{READY}
+        {PRODUCT} {COMMIT}
+        {WAIT} //+
+        mov.u32 %r21, 0; //!
+        {WAIT}""", "write to a register while a wgmma that uses it is in flight"),
+    Program("shared operand written too early", f"""{READY}
+        {PRODUCT} //!
+        {COMMIT}
+        {WAIT} bar.sync 0; //+
+        st.shared.b32 [%r1], 99; //!
+        {WAIT}""", "write to shared memory, not ordered after the read of a matrix product of warp 0"),
+    Program("exit before wgmma", f"""{READY}
+        {PRODUCT} {COMMIT}
+        {WAIT} //+
+        mov.u32 %r1, 0;""", "the warp ends before its wgmma"),
+    Program("exit before wgmma without a group", f"""{READY}
+        {PRODUCT}
+        {COMMIT} {WAIT} //+
+        mov.u32 %r1, 0;""", "the warp ends before its wgmma"),
+    Program("a matrix outside of shared memory", f"""{READY}
+        add.s64 %d1, %d1, 256; //-
+        {PRODUCT} //!
+        {COMMIT} {WAIT}""", "shared read of 16 bytes at 4096 of 4096"),
+]  # fmt: skip
+
+
+@each_program([program._replace(threads=128) for program in MATRICES])
+def test_matrix_product(program) -> None:
+    check_program(program)
+
+
+# A in the first columns of tensor memory, the accumulators from column 64 on, and B as above.
+MOVE = "{%r10, %r11, %r12, %r13, %r14, %r15, %r16, %r17}"
+STORE_A = f"tcgen05.st.sync.aligned.32x32b.x8.b32 [%r71], {MOVE};"
+LOAD_D = f"tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71 + 64]; tcgen05.wait::ld.sync.aligned;"
+TENSOR_READY = f"""{OPERANDS}
+        or.b64 %d1, %d1, {1 << 46}; mov.pred %q2, 0;
+        mov.u32 %r14, 0; mov.u32 %r15, 0; mov.u32 %r16, 0; mov.u32 %r17, 0;
+        fence.proxy.async.shared::cta; {STORE_A} tcgen05.wait::st.sync.aligned; bar.sync 0;"""
+TENSOR_PRODUCT = f"@%q80 tcgen05.mma.cta_group::1.kind::f16 [%r70 + 64], [%r70], %d1, {0x8020490}, %q2;"
+TENSOR_COMMIT = "@%q80 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r80];"
+TENSOR_MEMORY = [
+    Program("columns that are not allocated", f"""
+        mov.u32 %r90, 480; //+
+        mov.u32 %r90, 512; //-
+        add.u32 %r71, %r71, %r90;
+        {STORE_A} //!
+        tcgen05.wait::st.sync.aligned;""", "tensor memory at .*column 5"),
+    Program("lanes of another warp", f"""
+        mov.u32 %r71, %r70; //-
+        {STORE_A} //!
+        tcgen05.wait::st.sync.aligned;""", "this warp may not access the lanes of tensor memory"),
+    Program("load before the store is done", f"""
+        {STORE_A} //!
+        tcgen05.wait::st.sync.aligned; //+
+        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; //!
+        tcgen05.wait::st.sync.aligned;""", "without a tcgen05.wait::st"),
+    Program("accumulators of a product in flight", f"""{TENSOR_READY}
+        {TENSOR_PRODUCT} //!
+        {TENSOR_COMMIT}
+        {wait(0, "done")} //+
+        {LOAD_D} //!
+        {wait(0, "end")}""", "read of tensor memory, not ordered after the write of a matrix product of warp 0"),
+    Program("operand of a product in flight", f"""{TENSOR_READY}
+        {TENSOR_PRODUCT} //!
+        {TENSOR_COMMIT}
+        {wait(0, "done")} //+
+        {STORE_A} //!
+        {wait(0, "end")} tcgen05.wait::st.sync.aligned;""",
+        "write to tensor memory, not ordered after a read of a matrix product"),
+    Program("shared operand of a product in flight", f"""{TENSOR_READY}
+        {TENSOR_PRODUCT} //!
+        {TENSOR_COMMIT}
+        {wait(0, "done")} //+
+        st.shared.b32 [%r1], 99; //!
+        {wait(0, "end")}""", "write to shared memory, not ordered after the read of a matrix product of warp 0"),
+]  # fmt: skip
+
+
+@each_program([p._replace(threads=128, body=with_tensor_memory(p.body, 2048)) for p in TENSOR_MEMORY])
+def test_tensor_memory(program) -> None:
+    check_program(program)
