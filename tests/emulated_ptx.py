@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -43,8 +44,8 @@ def kernel_text(body: str, arrays: int = 0, row_bytes: Sequence[int] = (), share
 
     ``%p0``, ``%p1``, ... point to the arrays, and ``%e0``, ... to the row of each array that belongs to this thread.
     ``%i`` is the number of the thread in the grid, ``%t`` in its block, ``%l`` in its warp; ``%w`` the number of the
-    warp in its block; ``%s`` the address of shared memory. ``%h``, ``%r``, ``%d`` and ``%q`` with a number are free
-    registers of 16, 32 and 64 bits, and predicates.
+    warp in its block; ``%s`` the address of shared memory. ``%c``, ``%h``, ``%r``, ``%d`` and ``%q`` with a number are
+    free registers of 8, 16, 32 and 64 bits, and predicates.
     """
     parameters = ", ".join(f".param .u64 array{k}" for k in range(arrays))
     pointers = [
@@ -57,7 +58,7 @@ def kernel_text(body: str, arrays: int = 0, row_bytes: Sequence[int] = (), share
 .address_size 64
 .visible .entry test({parameters})
 {{
-.reg .b16 %h<99>; .reg .b32 %r<999>; .reg .b64 %d<99>; .reg .pred %q<99>;
+.reg .b8 %c<9>; .reg .b16 %h<99>; .reg .b32 %r<999>; .reg .b64 %d<99>; .reg .pred %q<99>;
 .reg .b32 %i, %t, %l, %w, %s; .reg .b64 %p<9>, %e<9>;
 {memory}
 mov.u32 %t, %tid.x; mov.u32 %l, %laneid; shr.u32 %w, %t, 5;
@@ -232,6 +233,11 @@ def encode(x: float | Fraction, kind: str) -> int:
     return int.from_bytes(np.dtype(f"f{size}").type(x).tobytes(), "little")
 
 
+def flushed(x: float, kind: str = "f32") -> float:
+    """A denormal number becomes a zero with its sign."""
+    return math.copysign(0.0, x) if abs(x) < 2.0 ** PRECISION[kind][1] else x
+
+
 def is_nan(bits: int, kind: str) -> bool:
     return kind in PRECISION and np.isnan(decode(bits, kind))
 
@@ -290,6 +296,7 @@ class Program(NamedTuple):
     threads: int = 64
     blocks: int = 1
     arrays: Callable[[], list[np.ndarray]] = lambda: [np.zeros((256, 4), np.uint32)]
+    always: bool = True  # whether the fault is noticed in every order of the warps, and not only in the usual one
 
 
 def lines_of(body: str, mark: str) -> str:
@@ -300,8 +307,12 @@ def lines_of(body: str, mark: str) -> str:
 def check_program(program: Program) -> None:
     options = {"threads": program.threads, "blocks": program.blocks, "shared": 4096}
     arrays = program.arrays()
-    run(lines_of(program.body, "-"), *arrays, **options)
     body = lines_of(program.body, "+")
+    for schedule in range(4):
+        run(lines_of(program.body, "-"), *arrays, schedule=schedule, **options)
+        if program.always:
+            with pytest.raises(Fault):
+                run(body, *arrays, schedule=schedule, **options)
     with pytest.raises(Fault, match=program.message) as caught:
         run(body, *arrays, **options)
     text = kernel_text(body, len(arrays), [a.strides[0] for a in arrays], 4096)

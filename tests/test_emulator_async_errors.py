@@ -6,7 +6,8 @@ Each faulty program has a twin without the fault, which passes; see Program.
 from __future__ import annotations
 
 import numpy as np
-from emulated_ptx import Program, aligned, barrier_at, check_program, each_program, wait, with_tensor_memory
+import pytest
+from emulated_ptx import Program, aligned, barrier_at, check_program, each_program, run, wait, with_tensor_memory
 
 LOAD = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 EXPECT = "@%q80 mbarrier.arrive.expect_tx.shared.b64 _, [%r80]"
@@ -106,7 +107,7 @@ COPIES = [
         other: mov.u32 %r1, 0;
         bar.sync 1, 64; //+
         {wait(1, "late")} //!
-        done: mov.u32 %r1, 0;""", "two phases ahead"),
+        done: mov.u32 %r1, 0;""", "two phases ahead", always=False),
 ]  # fmt: skip
 
 
@@ -246,3 +247,25 @@ TENSOR_MEMORY = [
 @each_program([p._replace(threads=128, body=with_tensor_memory(p.body, 2048)) for p in TENSOR_MEMORY])
 def test_tensor_memory(program) -> None:
     check_program(program)
+
+
+# ---- without checks
+EARLY = [
+    ("cp.async", f"{ASYNC} ld.shared.b32 %r10, [%r1]; cp.async.wait_all;"),
+    ("bulk load", f"""{barrier_at(2048)} {EXPECT}, 1024;
+        @%q80 {LOAD} [%s], [%p0], 1024, [%r80]; bar.sync 0; ld.shared.b32 %r10, [%s]; bar.sync 0; {wait(0, "end")}"""),
+    ("wgmma", f"{READY} setp.ne.u32 %q1, 0, 0; {PRODUCT} {COMMIT} mov.u32 %r30, %r10; {WAIT} mov.u32 %r10, %r30;"),
+    ("tcgen05.st", with_tensor_memory(f"""
+        mov.u32 %r10, 0; {STORE_A} tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71];
+        tcgen05.wait::st.sync.aligned;""", 2048)),
+    ("tcgen05.mma", with_tensor_memory(f"""{TENSOR_READY}
+        {TENSOR_PRODUCT} {TENSOR_COMMIT} bar.sync 0; {LOAD_D} bar.sync 0; {wait(0, "end")}""", 2048)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", [body for _, body in EARLY], ids=[name for name, _ in EARLY])
+def test_results_are_poison_before_the_wait(body) -> None:
+    """Also where the checks are left out: 0xffffffff is NaN in all formats."""
+    source, found = aligned((128, 4), np.uint32), np.zeros(128, np.uint32)
+    run(f"{body} st.global.b32 [%e1], %r10;", source, found, threads=128, shared=4096, checks=False)
+    assert (found == 0xFFFFFFFF).all()

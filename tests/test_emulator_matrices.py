@@ -223,6 +223,30 @@ def test_wgmma(p) -> None:
     np.testing.assert_array_equal(start, wanted)
 
 
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+def test_groups_of_wgmma(schedule) -> None:
+    """Two warpgroups with two products each: the older one may be used while the newer one is on its way."""
+    a, b = small(128, 16, seed=1), small(8, 16)
+    right = placed_along_k(bits_of(b, "f16"), 0)
+    left = np.concatenate([left_fragment(bits_of(a[rows : rows + 16], "f16")) for rows in range(0, 128, 16)])
+    found = np.zeros((256, 2, 4), np.float32)
+    opcode = "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16"
+    loads = " ".join(f"ld.global.b32 %r{k + 1}, [%e0 + {4 * k}];" for k in range(4))
+    stores = [
+        " ".join(f"st.global.b32 [%e2 + {16 * g + 4 * k}], %r{100 + 10 * g + k};" for k in range(4)) for g in (0, 1)
+    ]
+    body = f"""
+        {loads} {copy("%s", "%p1", 256, 256, "b")} fence.proxy.async.shared::cta; bar.sync 0; setp.ne.u32 %q1, 0, 0;
+        {descriptor("%d1", 0, right, 0, 0)} wgmma.fence.sync.aligned;
+        {opcode} {names("r", 4, 100)}, {names("r", 4, 1)}, %d1, %q1, 1, 1, 0; wgmma.commit_group.sync.aligned;
+        {opcode} {names("r", 4, 110)}, {names("r", 4, 1)}, %d1, %q1, 1, 1, 0; wgmma.commit_group.sync.aligned;
+        wgmma.wait_group.sync.aligned 1; {stores[0]} wgmma.wait_group.sync.aligned 0; {stores[1]}"""
+    run(body, left, right.content, found, threads=256, shared=256, schedule=schedule)
+    wanted = np.concatenate([sum_fragment((a @ b.T)[rows : rows + 16]) for rows in range(0, 128, 16)])
+    np.testing.assert_array_equal(found[:, 0], wanted)
+    np.testing.assert_array_equal(found[:, 1], wanted)
+
+
 # ---- tcgen05
 class TensorProduct(NamedTuple):
     """As Product, with the number of rows. A is in tensor memory if its placing is None."""

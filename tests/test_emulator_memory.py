@@ -44,6 +44,35 @@ def test_load_from_global_memory(kind, to, load) -> None:
     np.testing.assert_array_equal(found, extended(source, kind, to))
 
 
+@pytest.mark.parametrize(("kind", "to"), LOADS)
+def test_shared_memory(kind, to) -> None:
+    """As in global memory, and there by a store of the low bits of a register."""
+    size, register = width(kind) // 8, REGISTER[to] + "1"
+    source, found = words(UNSIGNED[to], 64), np.zeros(64, UNSIGNED[to])
+    body = f"""
+        mad.lo.u32 %r80, %t, {size}, %s; ld.global.b{to} {register}, [%e0];
+        st.shared.{kind} [%r80], {register}; ld.shared.{kind} {register}, [%r80];
+        st.global.b{to} [%e1], {register};"""
+    run(body, source, found, threads=64, shared=64 * size)
+    np.testing.assert_array_equal(found, extended(source.astype(UNSIGNED[width(kind)]), kind, to))
+
+
+@pytest.mark.parametrize(("kind", "to"), LOADS)
+def test_parameter_memory(kind, to) -> None:
+    register = {16: ".reg .b16 %h<2>;", 32: ".reg .b32 %r<2>;", 64: ""}[to] + " .reg .b64 %d<9>;"
+    text = f"""
+.visible .entry test(.param .u64 to, .param .align 8 .b8 block[16])
+{{
+{register}
+ld.param.u64 %d2, [to]; ld.param.{kind} {REGISTER[to]}1, [block + 8]; st.global.b{to} [%d2], {REGISTER[to]}1; ret;
+}}"""
+    for seed in range(4):
+        source, found = words(np.uint64, 1, seed=seed), np.zeros(1, UNSIGNED[to])
+        packed = np.array([found.ctypes.data, 0, source[0]], np.uint64).tobytes()
+        Kernel(text).launch([1], [1], 0, packed, [Memory(found.ctypes.data, found.ctypes.data + found.nbytes)])
+        assert found[0] == extended(source.astype(UNSIGNED[width(kind)]), kind, to)[0]
+
+
 @pytest.mark.parametrize("kind", ["b8", "u16", "s32", "b64"])
 @pytest.mark.parametrize("store", STORE_TO)
 def test_store_to_global_memory(kind, store) -> None:
@@ -53,15 +82,18 @@ def test_store_to_global_memory(kind, store) -> None:
     np.testing.assert_array_equal(found, source.astype(found.dtype))
 
 
-VECTORS = [(count, bits) for count in (2, 4, 8) for bits in SIZES if count * bits <= 256]
+VECTORS = [
+    (count, bits, space)
+    for count in (2, 4, 8)
+    for bits in SIZES
+    for space, most in (("global", 256), ("shared", 128))
+    if count * bits <= most
+]
 
 
-@pytest.mark.parametrize("space", ["global", "shared"])
-@pytest.mark.parametrize(("count", "bits"), VECTORS)
+@pytest.mark.parametrize(("count", "bits", "space"), VECTORS)
 def test_vectors(count, bits, space) -> None:
     """The first register has the element at the lowest address; an element whose register is _ is left out."""
-    if space == "shared" and count * bits > 128:
-        pytest.skip("vectors of more than 128 bits exist in global memory only")
     source, found = words(UNSIGNED[bits], 64, count), aligned((64, count), UNSIGNED[bits])
     register = REGISTER[max(bits, 16)]
     registers = [f"{register}{k}" for k in range(count)]
@@ -267,18 +299,41 @@ def test_reduction_by_many_blocks() -> None:
     assert word[0] == 639 * 640 // 2
 
 
-@about("atom.global.exch.b32", "atom.global.cas.b64", "atom.relaxed.gpu.global.cas.b32")
-def test_exchange_and_compare() -> None:
-    """An exchange gives what was there. A compare-and-swap takes effect where a lane meets the value that it wants."""
-    word, before = np.array([7], np.uint32), np.zeros(64, np.uint32)
-    run("atom.global.exch.b32 %r1, [%p0], %t; st.global.b32 [%e1], %r1;", word, before, threads=64)
-    assert sorted([*before.tolist(), int(word[0])]) == sorted([7, *range(64)])
-    wide, before = np.array([5], np.uint64), np.zeros(64, np.uint64)
+@about("red.global.add.f32", "red.shared.add.f32")
+def test_reductions_of_floats_are_atomics_too() -> None:
+    word = np.zeros(1, np.float32)
     body = """
-        cvt.u64.u32 %d1, %t; add.s64 %d2, %d1, 1;
-        atom.global.cas.b64 %d3, [%p0], %d1, %d2; st.global.b64 [%e1], %d3;"""
-    run(body, wide, before, threads=64)  # lane k turns k into k + 1, one after the other
-    assert wide[0] == 64 and before.tolist() == [5] * 5 + list(range(5, 64))
-    word = np.array([3], np.uint32)
-    run("atom.relaxed.gpu.global.cas.b32 %r1, [%p0], 4, 9;", word)
-    assert word[0] == 3
+        st.shared.b32 [%s], 0; bar.sync 0; red.shared.add.f32 [%s], 0f40000000; bar.sync 0;
+        ld.shared.b32 %r1, [%s]; red.global.add.f32 [%p0], %r1;"""
+    run(body, word, threads=64, shared=4)
+    assert word[0] == 2 * 64 * 64
+
+
+@pytest.mark.parametrize("space", ["global", "shared"])
+@pytest.mark.parametrize("bits", [32, 64])
+def test_exchange(bits, space) -> None:
+    """Each lane gets what was there before its own value."""
+    some, word, before = words(UNSIGNED[bits], 64), np.array([7], UNSIGNED[bits]), np.zeros(64, UNSIGNED[bits])
+    register, place = REGISTER[bits], "%p1" if space == "global" else "%s"
+    instruction = f"atom.{space}.exch.b{bits} {register}2, [{place}], {register}1;"
+    body = f"ld.global.b{bits} {register}1, [%e0];"
+    body += instruction if space == "global" else shared_twin(instruction, bits)
+    run(f"{body} st.global.b{bits} [%e2], {register}2;", some, word, before, threads=64, shared=8)
+    assert sorted([*before.tolist(), int(word[0])]) == sorted([7, *some.tolist()])
+
+
+@pytest.mark.parametrize("space", ["global", "shared"])
+@pytest.mark.parametrize("bits", [32, 64])
+def test_compare_and_swap(bits, space) -> None:
+    """Lane k turns k into k + 1, one after the other, from the one on that meets the value that it wants."""
+    word, before = np.array([5], UNSIGNED[bits]), np.zeros(64, UNSIGNED[bits])
+    register, place = REGISTER[bits], "%p1" if space == "global" else "%s"
+    instruction = f"atom.relaxed.gpu.{space}.cas.b{bits} {register}3, [{place}], {register}1, {register}2;"
+    body = f"cvt.u{bits}.u32 {register}1, %t; add.u{bits} {register}2, {register}1, 1;"
+    body += instruction if space == "global" else shared_twin(instruction, bits)
+    unused = np.zeros(1, np.uint8)
+    run(f"{body} st.global.b{bits} [%e2], {register}3;", unused, word, before, threads=64, shared=8)
+    assert word[0] == 64 and before.tolist() == [5] * 5 + list(range(5, 64))
+
+
+TESTED.update((f"atom.{space}.{what}.b32", None) for space in ("global", "shared") for what in ("exch", "cas"))

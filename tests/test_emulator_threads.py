@@ -85,13 +85,13 @@ def test_exit_of_some_lanes() -> None:
 
 
 @about("mov.b32", "mov.b64")
-@pytest.mark.parametrize(("whole", "parts"), [(32, 2), (64, 2), (64, 4)])
+@pytest.mark.parametrize(("whole", "parts"), [(32, 2), (64, 2), (64, 4), (32, 4), (64, 8)])
 def test_packing(whole, parts) -> None:
     """The first of a vector's registers holds the low bits."""
     part = whole // parts
-    register = {16: "%h", 32: "%r", 64: "%d"}
+    register = {8: "%c", 16: "%h", 32: "%r", 64: "%d"}
     source = np.random.default_rng(0).integers(0, 1 << whole, 32, np.uint64).astype(f"u{whole // 8}")
-    swapped, last = np.zeros_like(source), np.zeros(32, f"u{part // 8}")
+    swapped, last = np.zeros_like(source), np.zeros_like(source)
     names = [f"{register[part]}{k}" for k in range(parts)]
     body = f"""
         ld.global.b{whole} {register[whole]}9, [%e0];
@@ -99,12 +99,13 @@ def test_packing(whole, parts) -> None:
         mov.b{whole} {register[whole]}9, {{{", ".join(names[::-1])}}};
         st.global.b{whole} [%e1], {register[whole]}9;
         mov.b{whole} {{{", ".join(["_"] * (parts - 1) + [names[0]])}}}, {register[whole]}9;
-        st.global.b{part} [%e2], {names[0]};
+        mov.b{whole} {register[whole]}9, {{{", ".join([names[0]] * parts)}}};
+        st.global.b{whole} [%e2], {register[whole]}9;
         mov.b32 %r80, 1; mov.b64 %d80, 1;"""
     run(body, source, swapped, last)
-    pieces = source.view(last.dtype).reshape(32, parts)
-    np.testing.assert_array_equal(swapped.view(last.dtype).reshape(32, parts), pieces[:, ::-1])
-    np.testing.assert_array_equal(last, pieces[:, 0])
+    pieces, swapped, last = (array.view(f"u{part // 8}").reshape(32, parts) for array in (source, swapped, last))
+    np.testing.assert_array_equal(swapped, pieces[:, ::-1])
+    np.testing.assert_array_equal(last, pieces[:, :1].repeat(parts, 1))
 
 
 HARMLESS = [
