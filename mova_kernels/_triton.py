@@ -20,7 +20,7 @@ def declines(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
     if torch.compiler.is_compiling():  # what follows cannot be traced: the opaque op asks again where it runs
-        could = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        could = device.type == "cuda" or _interpreter_is_on()
         return None if could else f"it runs on cuda tensors, not on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -37,6 +37,10 @@ def declines(device: torch.device, dtype: torch.dtype) -> str | None:
 @functools.cache  # asking torch takes longer than everything else together
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def _interpreter_is_on() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _interpreted() -> bool:

@@ -48,14 +48,47 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.set_cpu_isa(before)
 
 
-@pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Skips a test unless Triton interprets its kernels, and makes the interpreter as strict as a GPU."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("TRITON_INTERPRET=1 is not set")
-    pytest.importorskip("triton")
-    from interpreter import strict
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "run the Triton kernels of *_triton tests compiled for this GPU, on the emulator (tools/emulator)"
+    parser.addoption("--gpu", choices=("sm_80", "sm_90", "sm_100"), help=text)
+    parser.addoption("--gpu-report", help="with --gpu: write what passed into this file, for tools/gpu_status.py")
 
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    path = config.getoption("--gpu-report")
+    if path and not hasattr(config, "workerinput"):
+        import gpu_status
+
+        outcomes = {
+            report.nodeid: outcome
+            for outcome in ("passed", "failed", "error")
+            for report in terminalreporter.stats.get(outcome, ())
+        }
+        gpu_status.write_emulated(path, config.getoption("--gpu"), outcomes)
+
+
+@pytest.fixture
+def triton_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton kernels run on CPU tensors: interpreted if TRITON_INTERPRET is 1, compiled with ``--gpu``; else it skips.
+
+    Both are stricter than a GPU: see interpreter.py and tools/emulator.
+    """
+    gpu, interpreted = request.config.getoption("--gpu"), os.environ.get("TRITON_INTERPRET") == "1"
+    if not gpu and not interpreted:
+        pytest.skip("neither TRITON_INTERPRET=1 nor --gpu is given")
+    if gpu and interpreted:
+        pytest.fail("TRITON_INTERPRET=1 and --gpu exclude each other")
+    pytest.importorskip("triton")
     monkeypatch.setattr(_triton, "INTERPRETED_DTYPES", _triton.DTYPES)
-    with strict():
+    if interpreted:
+        from interpreter import strict
+
+        with strict():
+            yield
+    else:
+        from emulator import triton_driver
+
+        for asked in ("_interpreted", "_interpreter_is_on"):  # which decide whether Triton takes CPU tensors
+            monkeypatch.setattr(_triton, asked, lambda: True)
+        triton_driver.use(gpu)
         yield

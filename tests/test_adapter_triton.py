@@ -16,7 +16,7 @@ from torch import Tensor
 from mova_kernels import MoVAdapterConfig, backends, device_routing, use_backend
 from mova_kernels.dense_reference import dense_adapter
 
-pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 
 CONFIG = replace(tiny.CONFIG, topk=1, in_channels=64, expert_channels=(8, 16), resolution=4)
 ROUTINGS = {

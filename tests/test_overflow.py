@@ -36,7 +36,7 @@ def test_cpp(name, isa) -> None:
     check(name, "cpu")
 
 
-@pytest.mark.usefixtures("interpreter", "poisoned_memory")
+@pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 @each_op
 def test_triton(name) -> None:
     check(name, "triton")

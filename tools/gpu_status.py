@@ -1,11 +1,17 @@
-"""Writes the table of docs/gpu-status.md from what tools/gpu_check.sh has left in benchmarks/results/.
+"""Writes the table of docs/gpu-status.md from what has run, on GPUs and on the emulator: benchmarks/results/.
 
-python tools/gpu_status.py
+    python tools/gpu_status.py
+
+The results of a GPU are left there by tools/gpu_check.sh. Those of the emulator (tools/emulator), one file for each
+architecture and version of Triton, come from
+
+    pytest tests -k "triton or emulated_cuda" --gpu sm_90 --gpu-report benchmarks/results/emulator/sm_90-triton-3.9.json
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,8 +53,46 @@ def rate(kernel: str, report: dict) -> str:
     return ", ".join(f"{b['direction']} {b['rate']}" for b in found)
 
 
+def write_emulated(path: str, gpu: str, outcomes: dict[str, str]) -> None:
+    """Count the outcomes of tests per file of kernels; the names of those that failed are kept."""
+    import triton
+
+    found: dict[str, dict] = {}
+    for name, outcome in outcomes.items():
+        test = name.split("::")[0].rsplit("/", 1)[-1].removesuffix(".py")  # test_<op>_triton
+        kernel = kernel_of(test.replace("_triton", "_in_triton_"))
+        if test.startswith("test_emulated_cuda"):
+            kernel = "feature_resample/feature_resample.cu"
+        if kernel is not None:
+            result = found.setdefault(kernel, {"passed": 0, "failed": []})
+            if outcome == "passed":
+                result["passed"] += 1
+            else:
+                result["failed"].append(name)
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    triton_version = ".".join(triton.__version__.split(".")[:2])
+    report = {"gpu": gpu, "triton": triton_version, "commit": commit, "kernels": dict(sorted(found.items()))}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def emulated(kernel: str) -> str:
+    """ "sm_90 (Triton 3.9, `1234567`): 40 tests" for each architecture."""
+    found = []
+    for file in sorted(ROOT.glob("benchmarks/results/emulator/*.json"), key=lambda f: int(f.stem.split("-")[0][3:])):
+        report = json.loads(file.read_text())
+        result = report["kernels"].get(kernel)
+        if result is not None:
+            compiler = f"Triton {report['triton']}, " if kernel.endswith(".py") else ""
+            failed = f", **{len(result['failed'])} failed**" if result["failed"] else ""
+            found.append(f"{report['gpu']} ({compiler}`{report['commit']}`): {result['passed']} tests{failed}")
+    return "; ".join(found) or "**no**"
+
+
 def table(reports: Iterable[dict]) -> str:
-    lines = ["| kernels, forward and backward | compiled for | passed on a GPU | rate |", "|---|---|---|---|"]
+    heads = ("kernels, forward and backward", "compiled for", "passed on the emulator", "passed on a GPU", "rate")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     reports = list(reports)
     for kernel in kernels():
         passed, rates = [], []
@@ -59,8 +103,9 @@ def table(reports: Iterable[dict]) -> str:
             now = verdict(kernel, report)
             if now not in ("passed", None):
                 passed.append(f"**{now}**: `{report['commit']}`, {report['device']}, {report['date']}")
+        ran = "; ".join(passed) or "**never run**"
         compiled = COMPILED["triton_impl.py" if kernel.endswith(".py") else "cuda"]
-        lines.append(f"| `{kernel}` | {compiled} | {'; '.join(passed) or '**never run**'} | {'; '.join(rates)} |")
+        lines.append(f"| `{kernel}` | {compiled} | {emulated(kernel)} | {ran} | {'; '.join(rates)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ from mova_kernels import BackendError, backends
 from mova_kernels.ops import expert_gate
 
 pytestmark = [
-    pytest.mark.usefixtures("interpreter", "poisoned_memory"),
+    pytest.mark.usefixtures("triton_kernels", "poisoned_memory"),
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # numpy's, about values that are not selected
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mova_kernels.ops import feature_norm
 triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
 triton_impl = pytest.importorskip("mova_kernels.ops.feature_norm.triton_impl")
 
-pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 RAW = torch.ops.mova_kernels
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -237,8 +238,9 @@ def test_auto_does_not_take_the_interpreter() -> None:
     assert backends.choose("feature_norm", None, torch.device("cpu"), torch.float32) != "triton"
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="it is about the interpreter")
 def test_bfloat16_is_refused_where_the_interpreter_is_wrong_about_it(monkeypatch) -> None:
-    monkeypatch.undo()  # of the fixture interpreter
+    monkeypatch.undo()  # of the fixture triton_kernels
     with pytest.raises(BackendError, match="interpreter"):
         kernels()(*(x.bfloat16() for x in features()))
 

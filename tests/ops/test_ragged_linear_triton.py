@@ -13,7 +13,7 @@ from torch import Tensor
 from mova_kernels import BackendError, RaggedPairs, use_backend
 from mova_kernels.ops import ragged_linear
 
-pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory", "on_triton")
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory", "on_triton")
 RAW = torch.ops.mova_kernels
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mova_kernels import BackendError, backends
 from mova_kernels.ops import rope2d, rope2d_table
 
-pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 
 
 def op(cos: Tensor, sin: Tensor):

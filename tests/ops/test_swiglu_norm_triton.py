@@ -12,7 +12,7 @@ from torch import Tensor
 from mova_kernels import BackendError, backends
 from mova_kernels.ops import swiglu_norm
 
-pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 
 
 def op(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

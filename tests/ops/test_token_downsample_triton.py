@@ -12,7 +12,7 @@ from torch import Tensor
 from mova_kernels import BackendError, backends, use_backend
 from mova_kernels.ops import token_downsample
 
-pytestmark = pytest.mark.usefixtures("interpreter", "poisoned_memory")
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 
 
 def small(side: int = 2, width: int = 8, num_samples: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -33,11 +33,12 @@ import torch
 from mova_kernels import _native
 from mova_kernels._plain import address
 
-from ._prototype import Fault, Kernel
-from ._prototype import reason as _prototype_reason
+from .machine import BUILD, Fault, Kernel, Memory
+from .memory import memory_of
+from .ptx import entries
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / "build" / "emulator"
+NATIVE = Path(__file__).with_name("native")
 RUNTIME = Path(__file__).with_name("cuda_runtime.cpp")
 STREAM = 0x57EA00  # work on any other stream is an error of the launcher
 CPU = -1  # the ordinal that CPU tensors have
@@ -79,7 +80,7 @@ class Launch(NamedTuple):
 def reason() -> str | None:
     """Why there is no emulated library; None if there is."""
     missing = [name for name, path in (("nvcc", _nvcc()), ("g++", shutil.which("g++"))) if path is None]
-    return f"{' and '.join(missing)} not found" if missing else _prototype_reason()
+    return f"{' and '.join(missing)} not found" if missing else None
 
 
 def sources() -> list[Path]:
@@ -103,15 +104,15 @@ def build(sources: Sequence[Path], architecture: str, headers: Path = ROOT / "cs
     assert nvcc is not None, reason()
     content = hashlib.sha256()
     versions = [subprocess.run([c, "--version"], capture_output=True, check=True).stdout for c in (nvcc, "g++")]
-    files = [*sources, RUNTIME, *sorted(p for p in headers.rglob("*") if p.is_file())]
+    files = [*sources, RUNTIME, NATIVE / "tensor_map.h", *sorted(p for p in headers.rglob("*") if p.is_file())]
     names = " ".join([architecture, *(p.name for p in files)])
     for part in (names.encode(), *versions, Path(__file__).read_bytes(), *(p.read_bytes() for p in files)):
         content.update(hashlib.sha256(part).digest())
-    folder = CACHE / f"cuda-{architecture}-{content.hexdigest()[:20]}"
+    folder = BUILD / f"cuda-{architecture}-{content.hexdigest()[:20]}"
     if folder.exists():
         return folder
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
         made = Path(scratch, "made")
         made.mkdir()
         objects = [_compile(nvcc, source, architecture, headers, made, Path(scratch)) for source in (*sources, RUNTIME)]
@@ -197,12 +198,12 @@ class Library:
         self.launches: list[Launch] = []
         self.loaded = ctypes.CDLL(str(folder / "library.so"))
         self.device = device
-        self._memory: list[tuple[int, int]] = []
+        self._memory: list[Memory] = []
         self._error: BaseException | None = None
         self._images: dict[str, str] = {}
         for path in sorted(folder.glob("*.ptx")):
             text = path.read_text()
-            for name in re.findall(r"\.entry\s+([\w$]+)", text):
+            for name in entries(text):
                 if name in self._images:
                     raise ValueError(f"two sources have a kernel {name}")
                 self._images[name] = text
@@ -227,7 +228,7 @@ class Library:
             ValueError, RuntimeError: the function's own errors.
         """
         function = getattr(self.loaded, name)
-        self._memory = _merged([_extent(x) for x in tensors if x.numel()])
+        self._memory = memory_of(tensors)
         self._error = None
         self.loaded.mk_emulator_unread_error()
         try:
@@ -261,7 +262,7 @@ class Library:
         if not self._has_image(name.decode()):
             return NO_KERNEL_IMAGE
         kernel = self._kernel(name.decode())
-        parameters = bytearray(kernel.parameter_bytes)
+        parameters = bytearray(kernel.ptx.parameter_bytes)
         for i, (offset, size) in enumerate(kernel.parameters.values()):
             parameters[offset : offset + size] = ctypes.string_at(arguments[i], size)
         launch = Launch(name.decode(), tuple(grid[:3]), tuple(block[:3]), shared_bytes)
@@ -287,12 +288,12 @@ class Library:
     def _static_shared(self, name: bytes, found) -> int:
         if not self._has_image(name.decode()):
             return NO_KERNEL_IMAGE
-        found[0] = self._kernel(name.decode()).static_shared
+        found[0] = self._kernel(name.decode()).ptx.shared_bytes
         return 0
 
     def _check_range(self, begin: int | None, size: int) -> int:
         begin = begin or 0
-        if size == 0 or any(low <= begin and begin + size <= high for low, high in self._memory):
+        if size == 0 or any(m.low <= begin and begin + size <= m.high for m in self._memory):
             return 0
         raise Fault(f"the {size} bytes from {begin:#x} on are outside of all tensors")
 
@@ -360,19 +361,3 @@ def _twin(original: Callable[..., None], emulated: Library) -> Callable[..., Non
         emulated.call(name, block, [x for x in tensors if x is not None])
 
     return call
-
-
-def _extent(x: torch.Tensor) -> tuple[int, int]:
-    """The first byte of a tensor, and the one behind its last."""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
-
-
-def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same memory in ranges that do not overlap, in order."""
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted(ranges):
-        if merged and low < merged[-1][1]:
-            low, high = merged[-1][0], max(high, merged.pop()[1])
-        merged.append((low, high))
-    return merged

@@ -14,6 +14,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "native/tensor_map.h"
+
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 // The device, as Python describes it. The callbacks return a cudaError_t, which the caller of the runtime gets.
@@ -30,7 +32,7 @@ struct mk_emulator {
 
 namespace {
 
-mk_emulator emulator;
+mk_emulator device;
 thread_local cudaError_t last_error = cudaSuccess;
 
 constexpr int64_t default_shared = 48 * 1024, reserved_shared = 1024;  // per block; more must be asked for
@@ -46,7 +48,7 @@ __attribute__((format(printf, 1, 2))) cudaError_t refuse(const char* format, ...
   va_start(arguments, format);
   vsnprintf(why, sizeof why, format, arguments);
   va_end(arguments);
-  emulator.refuse(why);
+  device.refuse(why);
   return result(cudaErrorNotSupported);
 }
 
@@ -76,9 +78,9 @@ struct Configuration {
 thread_local std::vector<Configuration> configurations;
 
 cudaError_t check_stream(const char* function, cudaStream_t stream) {
-  if ((uint64_t)stream == emulator.stream) return cudaSuccess;
+  if ((uint64_t)stream == device.stream) return cudaSuccess;
   return refuse("%s on stream 0x%llx, but the caller's stream is 0x%llx", function, (unsigned long long)stream,
-                (unsigned long long)emulator.stream);
+                (unsigned long long)device.stream);
 }
 
 cudaError_t launch(Kernel* kernel, const Configuration& c, void* const* arguments) {
@@ -89,19 +91,19 @@ cudaError_t launch(Kernel* kernel, const Configuration& c, void* const* argument
     return result(cudaErrorInvalidConfiguration);
   }
   int64_t fixed = 0;
-  if (int error = emulator.static_shared(kernel->name, &fixed)) return result((cudaError_t)error);
+  if (int error = device.static_shared(kernel->name, &fixed)) return result((cudaError_t)error);
   const int64_t allowed = kernel->dynamic_shared < 0 ? default_shared - fixed : kernel->dynamic_shared;
   if ((int64_t)c.shared > allowed) return result(cudaErrorInvalidValue);
   if (cudaError_t error = check_stream(kernel->name, c.stream)) return error;
   const uint32_t grid[3] = {c.grid.x, c.grid.y, c.grid.z}, block[3] = {c.block.x, c.block.y, c.block.z};
-  return result((cudaError_t)emulator.launch(kernel->name, grid, block, c.shared, arguments));
+  return result((cudaError_t)device.launch(kernel->name, grid, block, c.shared, arguments));
 }
 
-bool on_device(const void* p, size_t bytes) { return emulator.check_range(p, bytes) == cudaSuccess; }
+bool on_device(const void* p, size_t bytes) { return device.check_range(p, bytes) == cudaSuccess; }
 
 }  // namespace
 
-EXPORTED void mk_emulator_connect(const mk_emulator* device) { emulator = *device; }
+EXPORTED void mk_emulator_connect(const mk_emulator* connected) { device = *connected; }
 EXPORTED const char* mk_emulator_unread_error(void) { return cudaGetErrorName(cudaGetLastError()); }  // and forgets it
 
 // ---- What nvcc generates calls of; no header for host code declares it ----
@@ -167,8 +169,8 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
     return refuse("cudaFuncSetAttribute: attribute %d is not emulated", (int)attribute);
   }
   int64_t fixed = 0;
-  if (int error = emulator.static_shared(kernel->name, &fixed)) return result((cudaError_t)error);
-  if (value < 0 || value + fixed > emulator.shared_per_block) return result(cudaErrorInvalidValue);
+  if (int error = device.static_shared(kernel->name, &fixed)) return result((cudaError_t)error);
+  if (value < 0 || value + fixed > device.shared_per_block) return result(cudaErrorInvalidValue);
   kernel->dynamic_shared = value;
   return cudaSuccess;
 }
@@ -180,9 +182,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
   if (kernel == nullptr) return result(cudaErrorInvalidDeviceFunction);
   if (threads <= 0 || threads > 1024) return result(cudaErrorInvalidValue);
   int64_t fixed = 0;
-  if (int error = emulator.static_shared(kernel->name, &fixed)) return result((cudaError_t)error);
+  if (int error = device.static_shared(kernel->name, &fixed)) return result((cudaError_t)error);
   const int64_t by_threads = 2048 / ((threads + 31) / 32 * 32);
-  const int64_t by_shared = emulator.shared_per_multiprocessor / (fixed + (int64_t)shared + reserved_shared);
+  const int64_t by_shared = device.shared_per_multiprocessor / (fixed + (int64_t)shared + reserved_shared);
   *blocks = (int)(by_threads < by_shared ? by_threads : by_shared);
   return cudaSuccess;
 }
@@ -227,12 +229,12 @@ cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
 }
-cudaError_t cudaGetDevice(int* device) {
-  *device = (int)emulator.device;
+cudaError_t cudaGetDevice(int* ordinal) {
+  *ordinal = (int)device.device;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) {
-  return result(device == emulator.device ? cudaSuccess : cudaErrorInvalidDevice);
+cudaError_t cudaSetDevice(int ordinal) {
+  return result(ordinal == device.device ? cudaSuccess : cudaErrorInvalidDevice);
 }
 
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -241,26 +243,26 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != emulator.device) return result(cudaErrorInvalidDevice);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ordinal) {
+  if (ordinal != device.device) return result(cudaErrorInvalidDevice);
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
-      *value = (int)emulator.major;
+      *value = (int)device.major;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = (int)emulator.minor;
+      *value = (int)device.minor;
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = (int)emulator.multiprocessors;
+      *value = (int)device.multiprocessors;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlock:
       *value = (int)default_shared;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = (int)emulator.shared_per_block;
+      *value = (int)device.shared_per_block;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = (int)emulator.shared_per_multiprocessor;
+      *value = (int)device.shared_per_multiprocessor;
       return cudaSuccess;
     case cudaDevAttrMaxThreadsPerBlock:
       *value = 1024;
@@ -297,14 +299,6 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 
 namespace {
 
-// What the emulator takes for a CUtensorMap.
-struct TensorMap {
-  uint64_t magic = 0x70616D41544D, base;
-  uint64_t dims[3] = {1, 1, 1}, strides[2] = {0, 0};  // strides in bytes
-  uint32_t box[3] = {1, 1, 1}, swizzle, element_bytes, unused = 0;
-};
-static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
-
 uint32_t bytes_of(CUtensorMapDataType type) {
   switch (type) {
     case CU_TENSOR_MAP_DATA_TYPE_UINT8:
@@ -336,18 +330,18 @@ CUresult encode_tiled(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank
                       const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* element_strides,
                       CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
                       CUtensorMapFloatOOBfill fill) {
-  if (emulator.major < 9) return not_emulated("a device without tensor maps");
-  if (rank > 3) return not_emulated("a tensor of more than three dimensions");
+  if (device.major < 9) return not_emulated("a device without tensor maps");
+  if (rank > 5) return CUDA_ERROR_INVALID_VALUE;
   if (bytes_of(type) == 0) return not_emulated("this data type");
   if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) return not_emulated("interleaving");
   if (swizzle > CU_TENSOR_MAP_SWIZZLE_128B) return not_emulated("this swizzle");
   if (fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) return not_emulated("filling with NaN");
 
-  TensorMap map;
-  map.base = (uint64_t)base;
+  emulator::TensorMap map;
+  map.base = (uint64_t)base, map.rank = rank;
   map.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0 : 16u << swizzle;  // 32, 64 or 128 bytes
-  map.element_bytes = bytes_of(type);
-  const uint64_t inner = (uint64_t)box[0] * map.element_bytes;
+  map.element = bytes_of(type);
+  const uint64_t inner = (uint64_t)box[0] * map.element;
   if (rank == 0 || (uint64_t)to % 64 || map.base % 16 || inner % 16) return CUDA_ERROR_INVALID_VALUE;
   if (map.swizzle && inner > map.swizzle) return CUDA_ERROR_INVALID_VALUE;
   for (cuuint32_t i = 0; i < rank; ++i) {
@@ -355,12 +349,12 @@ CUresult encode_tiled(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank
     if (element_strides[i] == 0 || element_strides[i] > 8) return CUDA_ERROR_INVALID_VALUE;
     if (i > 0 && element_strides[i] != 1)
       return not_emulated("a stride of elements");  // that of dimension 0 is ignored
-    map.dims[i] = dims[i], map.box[i] = box[i];
+    map.size[i] = dims[i], map.box[i] = box[i];
   }
   for (cuuint32_t i = 0; i + 1 < rank; ++i) {
-    const uint64_t least = i == 0 ? dims[0] * map.element_bytes : dims[i];
+    const uint64_t least = i == 0 ? dims[0] * map.element : dims[i];
     if (strides[i] % 16 || strides[i] >= 1ull << 40 || strides[i] < least) return CUDA_ERROR_INVALID_VALUE;
-    map.strides[i] = strides[i];
+    map.stride[i] = strides[i];
   }
   memset(to, 0, sizeof *to);
   memcpy(to, &map, sizeof map);

@@ -22,7 +22,15 @@ from .opcodes import Decoder, Instruction
 from .ptx import Unsupported
 
 NATIVE = Path(__file__).with_name("native")
-FLAGS = ["-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+]
 FUSED = {"matrices.cpp", "tensor_memory.cpp"}  # whose products may be fused with sums
 CHECKS, COUNTERS = 1, 2  # Flags of machine.h
 BUILD = Path(__file__).resolve().parents[2] / "build" / "emulator"
@@ -81,13 +89,13 @@ class Kernel:
     def __init__(self, text: str, name: str | None = None) -> None:
         if name is None:
             (name,) = ptx.entries(text)
+        self.text = text
         self.ptx = ptx.parse(text, name)
         decoder = Decoder(self.ptx)
         self.instructions = decoder.instructions
         library = _library()
         self._module = library.emulator_module(len(self.instructions), decoder.end)
-        used = {register for i in self.instructions for register in i.uses}
-        number = {register: n for n, register in enumerate(sorted(used))}
+        number = {register: n for n, register in enumerate(sorted(_watched(self.instructions)))}
         library.emulator_watch(self._module, len(number))
         for i in self.instructions:
             if library.emulator_add(self._module, *_packed(i, number)):
@@ -160,19 +168,34 @@ class Kernel:
         """Of the last launch, per instruction."""
         found = (ctypes.c_uint64 * (6 * len(self.instructions)))()
         _library().emulator_counters(self._module, found)
-        return [
-            Counter(i.line, i.opcode, *found[6 * n : 6 * n + 6]) for n, i in enumerate(self.instructions)
-        ]
+        return [Counter(i.line, i.opcode, *found[6 * n : 6 * n + 6]) for n, i in enumerate(self.instructions)]
 
     def _with_sources(self, text: str) -> str:
         return re.sub(r"\[line (\d+)\]", lambda m: f"[PTX line {m[1]}, {self.ptx.source(int(m[1]))}]", text)
+
+
+def _watched(instructions: Sequence[Instruction]) -> set[int]:
+    """The registers that a wgmma uses, and those that are copied into one of them."""
+    found = {register for i in instructions for register in i.uses}
+    copies = [(i.reads, i.writes) for i in instructions if i.name == "mov.32"]
+    before = -1
+    while before != len(found):
+        before = len(found)
+        for sources, targets in copies:
+            if not found.isdisjoint(targets):
+                found |= sources
+    return found
 
 
 def _packed(i: Instruction, number: dict[int, int]) -> tuple:
     """The arguments of emulator_add."""
     at, imm = [*i.at, *[-1] * 8][:8], [*i.imm, *[0] * 8][:8]
     lists: list[int] = []
-    for values in (i.list, [number[r] for r in i.uses], *([number[r] for r in s if r in number] for s in (i.reads, i.writes))):
+    for values in (
+        i.list,
+        [number[r] for r in i.uses],
+        *([number[r] for r in s if r in number] for s in (i.reads, i.writes)),
+    ):
         lists += [len(values), *values]
     arrays = (ctypes.c_int * 8)(*at), (ctypes.c_int64 * 8)(*imm), (ctypes.c_int * len(lists))(*lists)
     return i.name.encode(), i.kind, i.guard, int(i.negated), i.line, *arrays
@@ -211,6 +234,7 @@ def _built() -> Path:
         return library
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
+
         def build(source: Path) -> str:
             target = Path(scratch, source.stem + ".o")
             contract = "-ffp-contract=" + ("fast" if source.name in FUSED else "off")

@@ -448,7 +448,10 @@ TABLE = [
     # comparisons and predicates
     (rf"setp\.(eq|ne)\.b{_SIZE}", "setp.{0}.u{1}", "=p {1} {1}"),
     (rf"setp\.(eq|ne|lt|le|gt|ge)\.([su]){_SIZE}", "setp.{0}.{1}{2}", "=p {2} {2}"),
-    *[(rf"setp\.{u}\.u{_SIZE}", f"setp.{s}.u{{0}}", "=p {0} {0}") for u, s in zip(("lo", "ls", "hi", "hs"), ("lt", "le", "gt", "ge"), strict=True)],
+    *[
+        (rf"setp\.{u}\.u{_SIZE}", f"setp.{s}.u{{0}}", "=p {0} {0}")
+        for u, s in zip(("lo", "ls", "hi", "hs"), ("lt", "le", "gt", "ge"), strict=True)
+    ],
     (r"setp\.(\w+)(?:\.ftz)?\.f32", "setp.{0}.f32", "=p 32 32"),
     (r"setp\.(\w+)\.f64", "setp.{0}.f64", "=p 64 64"),
     (r"setp\.(\w+)\.(bf16|f16)", "setp.{0}.{1}", "=p 16 16"),
@@ -472,14 +475,22 @@ TABLE = [
     (r"cvt\.f64\.f32", "cvt.f64.f32", "=64 32"),
     (r"cvt\.rn\.f32\.f64", "cvt.f32.f64", "=32 64"),
     # memory
-    (rf"(?P<op>ld|st){_HINTS}\.{_SPACE}{_HINTS}(?:\.v[248])?\.(?P<kind>[bsuf])(?P<bits>8|16|32|64)", _load_or_store, ""),
+    (
+        rf"(?P<op>ld|st){_HINTS}\.{_SPACE}{_HINTS}(?:\.v[248])?\.(?P<kind>[bsuf])(?P<bits>8|16|32|64)",
+        _load_or_store,
+        "",
+    ),
     (
         rf"(?P<op>atom|red){_HINTS}\.(?P<space>global|shared)(?:::cta)?{_HINTS}\.(?P<what>add|and|or|xor|exch|cas|min|max)"
         r"\.(?P<kind>[bsuf])(?P<bits>32|64)",
         _atomic,
         "",
     ),
-    (r"(?:fence(?!\.(?:proxy|mbarrier))|membar|prefetch|createpolicy|griddepcontrol|setmaxnreg|discard|applypriority)\b.*", "nop", "_? _? _? _?"),
+    (
+        r"(?:fence(?!\.(?:proxy|mbarrier))|membar|prefetch|createpolicy|griddepcontrol|setmaxnreg|discard|applypriority)\b.*",
+        "nop",
+        "_? _? _? _?",
+    ),
     (r"fence\.mbarrier_init\.release\.cluster", "fence.mbarrier_init", ""),
     (r"fence\.proxy\.tensormap.*", "nop", "_? _? _?"),
     (rf"fence\.proxy\.async(?:\.shared{_CTA}|\.global)?", "fence.proxy.async", ""),
@@ -508,21 +519,35 @@ TABLE = [
     (rf"mbarrier\.inval(?:\.shared{_CTA})?\.b64", "mbarrier.inval", "[32]"),
     (rf"mbarrier\.arrive(\.expect_tx)?(?:\.release)?(?:\.cta)?(?:\.shared{_CTA})?\.b64", _mbarrier_arrive, ""),
     (rf"mbarrier\.expect_tx(?:\.relaxed)?(?:\.cta)?(?:\.shared{_CTA})?\.b64", "mbarrier.expect", "[32] 32"),
-    (rf"mbarrier\.(?:try|test)_wait\.parity(?:\.acquire)?(?:\.cta)?(?:\.shared{_CTA})?\.b64", "", "=p [32] 32 _?", WAIT),
+    (
+        rf"mbarrier\.(?:try|test)_wait\.parity(?:\.acquire)?(?:\.cta)?(?:\.shared{_CTA})?\.b64",
+        "",
+        "=p [32] 32 _?",
+        WAIT,
+    ),
     (
         rf"cp\.async\.bulk(?P<tensor>\.tensor\.[1-5]d)?\.shared{_CTA}\.(?P<from>global)(?:\.tile)?"
         r"\.mbarrier::complete_tx::bytes",
         _bulk,
         "",
     ),
-    (rf"cp\.async\.bulk(?P<tensor>\.tensor\.[1-5]d)?\.global\.(?P<from>shared){_CTA}(?:\.tile)?\.bulk_group", _bulk, ""),
+    (
+        rf"cp\.async\.bulk(?P<tensor>\.tensor\.[1-5]d)?\.global\.(?P<from>shared){_CTA}(?:\.tile)?\.bulk_group",
+        _bulk,
+        "",
+    ),
     (r"cp\.async\.bulk\.commit_group", "bulk.commit", ""),
     (r"cp\.async\.bulk\.wait_group(?:\.read)?", "bulk.wait", "#"),
     # matrices
     (r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(?:::cta)?\.b16", _matrix, "", COLLECTIVE),
     (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.(?:bf16|f16)\.f32", _mma, "", COLLECTIVE),
     (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32()", _mma, "", COLLECTIVE),
-    (r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(?:8|16)\.f32\.(bf16|f16|tf32)\.(?:bf16|f16|tf32)", _wgmma, "", COLLECTIVE),
+    (
+        r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(?:8|16)\.f32\.(bf16|f16|tf32)\.(?:bf16|f16|tf32)",
+        _wgmma,
+        "",
+        COLLECTIVE,
+    ),
     (r"wgmma\.fence\.sync\.aligned", "wgmma.fence", "", COLLECTIVE),
     (r"wgmma\.commit_group\.sync\.aligned", "wgmma.commit", "", COLLECTIVE),
     (r"wgmma\.wait_group\.sync\.aligned", "wgmma.wait", "#", COLLECTIVE),
@@ -537,7 +562,9 @@ TABLE = [
 ]
 
 
-_ROWS = [Row(re.compile(pattern), function, operands, *(kind or [NORMAL])) for pattern, function, operands, *kind in TABLE]
+_ROWS = [
+    Row(re.compile(pattern), function, operands, *(kind or [NORMAL])) for pattern, function, operands, *kind in TABLE
+]
 
 
 @functools.cache

@@ -47,7 +47,7 @@ class Kernel:
     lines: dict[int, str] = field(default_factory=dict)
 
     def bits(self, register: str) -> str:
-        """"16", "32", "64" or "pred"."""
+        """ "16", "32", "64" or "pred"."""
         family = register if register in self.registers else register.rstrip("0123456789")
         kind = self.registers.get(family)
         if kind is None:
@@ -55,7 +55,7 @@ class Kernel:
         return kind
 
     def source(self, line: int) -> str:
-        """"file:line" of what a PTX line was compiled from, or "?"."""
+        """ "file:line" of what a PTX line was compiled from, or "?"."""
         before = [at for at in self.lines if at <= line]
         return self.lines[max(before)] if before else "?"
 
@@ -76,7 +76,8 @@ def parse(text: str, name: str) -> Kernel:
     opening = next(n for n in range(start, len(lines)) if lines[n].split("//")[0].strip() == "{")
     head = " ".join(line.split("//")[0] for line in lines[start:opening])
     files = {m[1]: m[2].rsplit("/", 1)[-1] for m in re.finditer(r'\.file\s+(\d+)\s+"([^"]*)"', text)}
-    kernel = Kernel(name, *_parameters(head), *_shared(text))
+    end = _end(lines, opening)
+    kernel = Kernel(name, *_parameters(head), *_shared(_outside(lines) + lines[opening:end]))
     _body(kernel, lines, opening + 1, files)
     return kernel
 
@@ -112,9 +113,34 @@ def _parameters(head: str) -> tuple[dict[str, tuple[int, int]], int]:
     return found, end
 
 
-def _shared(text: str) -> tuple[dict[str, int], int]:
+def _end(lines: list[str], opening: int) -> int:
+    """The line with the brace that closes the one in line ``opening``."""
+    depth = 0
+    for number in range(opening, len(lines)):
+        code = lines[number].split("//")[0]
+        depth += code.count("{") - code.count("}")
+        if depth == 0:
+            return number
+    raise Unsupported("a kernel without an end")
+
+
+def _outside(lines: list[str]) -> list[str]:
+    """What belongs to no kernel."""
+    depth, found = 0, []
+    for line in lines:
+        code = line.split("//")[0]
+        if depth == 0:
+            found.append(line)
+        depth += code.count("{") - code.count("}")
+    return found
+
+
+def _shared(lines: list[str]) -> tuple[dict[str, int], int]:
+    text = "\n".join(lines)
     found, end, dynamic = {}, 0, []
-    for align, kind, name, count in re.findall(r"\.shared\s+\.align\s+(\d+)\s+\.[bfsu](\d+)\s+([\w$]+)(?:\[(\d*)\])?", text):
+    for align, kind, name, count in re.findall(
+        r"\.shared\s+\.align\s+(\d+)\s+\.[bfsu](\d+)\s+([\w$]+)(?:\[(\d*)\])?", text
+    ):
         end = -(-end // int(align)) * int(align)
         found[name] = end
         if count == "" and f"{name}[" in text:

@@ -13,15 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
-from numpy.lib.stride_tricks import as_strided
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.cache import get_cache_manager
 
-from .machine import BUILD, Kernel, Memory, Totals
+from .machine import BUILD, Kernel, Totals
+from .memory import memory_of
 
 _FORMATS = {
     "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
@@ -59,35 +58,6 @@ def use(architecture: str) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(BUILD / "triton"))
     CUDABackend.make_cubin = lambda self, *arguments, **options: b"none"
     triton.runtime.driver.set_active(_Driver(int(architecture.removeprefix("sm_"))))
-
-
-def memory_of(tensors: Iterable[torch.Tensor]) -> list[Memory]:
-    """What a kernel that gets these tensors may access: their elements, nothing between the rows of a view."""
-    spans = sorted((_span(t), t) for t in tensors if t.numel())  # type: ignore[type-var]
-    groups: list[list] = []  # [low, high, tensors], of which none overlap
-    for (low, high), tensor in spans:
-        if groups and low < groups[-1][1]:
-            groups[-1][1] = max(groups[-1][1], high)
-            groups[-1][2].append(tensor)
-        else:
-            groups.append([low, high, [tensor]])
-    return [Memory(low, high, _valid(low, high, found)) for low, high, found in groups]
-
-
-def _span(t: torch.Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
-
-
-def _valid(low: int, high: int, tensors: list[torch.Tensor]) -> np.ndarray | None:
-    if any(high - low == t.numel() * t.element_size() for t in tensors):  # one without gaps covers it all
-        return None
-    valid = np.zeros(high - low, dtype=np.uint8)
-    for t in tensors:
-        size = t.element_size()
-        view = valid[t.data_ptr() - low :]
-        as_strided(view, (*t.shape, size), (*(stride * size for stride in t.stride()), 1))[...] = 1
-    return valid
 
 
 class _Launcher:

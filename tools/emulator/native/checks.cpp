@@ -123,30 +123,61 @@ void check_global(Warp& w, u64 address, int bytes, bool write, bool atomic, cons
   const u32 self = block.serial, line = w.instruction->line;
   const bool same = value && !memcmp(value, (const void*)address, bytes);
   const char* what = atomic ? "atomic on" : write ? "write to" : "read of";
-  auto ordered = [&](const Access& other) {
-    if (!other.block) return true;
-    if (other.block != self) return false;
-    return (int)other.warp == w.id || other.clock <= w.clock.at[other.warp];
-  };
-  for (u64 index = (address - (region.low & ~3ull)) / 4; index <= (address + bytes - 1 - (region.low & ~3ull)) / 4; ++index) {
+  const u64 first = address - (region.low & ~3ull), last = first + bytes - 1;
+  for (u64 index = first / 4; index <= last / 4; ++index) {
+    const u8 from = std::max(first, 4 * index) - 4 * index, to = std::min(last, 4 * index + 3) - 4 * index;
+    const u8 mask = (2u << to) - (1u << from);
+    auto ordered = [&](const Access& other) {
+      if (!other.block || !(other.bytes & mask)) return true;
+      if (other.block != self) return false;
+      return (int)other.warp == w.id || other.clock <= w.clock.at[other.warp];
+    };
     GlobalWord& word = region.words[index];
     bool twice = same && word.write.block == self;  // the same number by two warps of a block is no race
     if (!ordered(word.write) && !(atomic && word.atomic) && !twice) {
       race(w, "%s global memory, not ordered after a write by %s [line %u]", what,
            word.write.block == self ? "another warp" : "another block", word.write.line);
     }
+    const Access now{self, (u32)w.id, w.clock.at[w.id], line, mask};
+    auto record = [&](Access& before) {  // of accesses to different bytes, the last warp's
+      const u8 own = before.block == now.block && before.warp == now.warp ? before.bytes : 0;
+      before = now;
+      before.bytes |= own;
+    };
     if (!write) {
-      bool several = word.read.block && word.read.block != self;
-      word.read = {several ? SEVERAL : self, (u32)w.id, w.clock.at[w.id], line};
+      bool several = word.read.block && word.read.block != self && (word.read.bytes & mask);
+      record(word.read);
+      if (several) word.read.block = SEVERAL;
       continue;
     }
     if (!ordered(word.read) && !twice) {
       race(w, "%s global memory, not ordered after a read by %s [line %u]", what,
            word.read.block == self ? "another warp" : "another block", word.read.line);
     }
-    word.write = {self, (u32)w.id, w.clock.at[w.id], line};
+    record(word.write);
     word.atomic = atomic;
   }
+}
+
+// Of the 16 lanes from ``lane`` on.
+void check_tensor_memory(Warp& w, u32 lane, u32 column, bool write, int agent, u32 clock) {
+  TensorColumn& c = w.block->columns[lane / 16 * 512 + column];
+  const char* what = write ? "write to" : "read of";
+  if (c.writer >= 0 && (c.pending || (c.writer != agent && c.write_clock > w.clock.at[c.writer]))) {
+    race(w, "%s tensor memory, %s the write of %s [line %u]", what,
+         c.pending ? "without a tcgen05.wait::st since" : "not ordered after", name_of(c.writer).c_str(), c.write_line);
+  }
+  if (!write) {
+    if (c.writer < 0) race(w, "read of tensor memory that nobody has written");
+    c.reads[agent] = clock, c.read_line = w.instruction->line;
+    return;
+  }
+  for (int other = 0; other < 2 * MAX_WARPS; ++other) {
+    if (other == agent || c.reads[other] <= w.clock.at[other]) continue;
+    race(w, "write to tensor memory, not ordered after a read of %s [line %u]", name_of(other).c_str(), c.read_line);
+  }
+  c.writer = agent, c.write_clock = clock, c.write_line = w.instruction->line;
+  c.pending = agent < MAX_WARPS;
 }
 
 void check_registers(Warp& w, const Instruction& i) {
@@ -155,7 +186,9 @@ void check_registers(Warp& w, const Instruction& i) {
   }
   for (int k : i.writes) {
     if (w.flying[k]) race(w, "write to a register while a wgmma that uses it is in flight");
-    w.unfenced[k] = 1;
+    // A copy is as its source, and a constant is free: Triton's compiler leaves both behind the fence, and ptxas moves
+    // them or does without.
+    w.unfenced[k] = !i.copies || (!i.reads.empty() && w.unfenced[i.reads[0]]);
   }
 }
 

@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "tensor_map.h"
+
 namespace emulator {
 
 using u8 = uint8_t;
@@ -39,6 +41,7 @@ struct Instruction {
   i64 imm[8];             // offsets of addresses and other constants, in the order of the operands
   std::vector<int> list;  // the registers of vector operands; the targets of an indexed branch
   int line = 0;           // in the PTX
+  bool copies = false;    // a register or a constant to a register
   // Of the registers that some wgmma of the program uses, which are numbered: those that a wgmma uses, in the order of
   // ``list``; those that another instruction reads and writes.
   std::vector<int> uses, reads, writes;
@@ -78,6 +81,7 @@ struct Module {
 constexpr u32 SEVERAL = ~0u;
 struct Access {
   u32 block = 0, warp = 0, clock = 0, line = 0;
+  u8 bytes = 0;  // a bit for each of the four
 };
 struct GlobalWord {
   Access write, read;
@@ -102,12 +106,13 @@ struct SharedWord {
   u64 write_time = 0;    // to compare with fences
 };
 
-// What stands in for a CUtensorMap, of at most 128 bytes. machine.py and cuda_runtime.cpp write them.
-struct TensorMap {
-  u64 magic, base, size[5], stride[4];  // stride in bytes, of dimensions 1 to 4
-  u16 box[5], swizzle, element, rank;   // swizzle and element in bytes
+// A column of 16 lanes of tensor memory: who wrote it last, and until which step who read it.
+struct TensorColumn {
+  int writer = -1;
+  u32 write_clock = 0, write_line = 0;
+  bool pending = false;  // by a tcgen05.st that has not been waited for
+  u32 reads[2 * MAX_WARPS] = {}, read_line = 0;  // by warps and by products
 };
-constexpr u64 TENSOR_MAP = 0x70616d2d726f7374ull;
 
 // A bulk copy: of a box of a tensor (map != 0), or of ``bytes`` from or to ``global``.
 struct Bulk {
@@ -163,6 +168,7 @@ struct Block {
   std::vector<u64> reads;  // per word and reading agent: clock << 32 | line
   std::vector<u32> tensor;  // tensor memory: 128 lanes of 512 columns
   u32 tensor_columns = 0;
+  std::vector<TensorColumn> columns;  // eight times 512
   std::vector<TensorMma> products;  // of tcgen05, in order
   size_t products_done = 0;
   std::map<u64, Mbarrier> mbarriers;
@@ -195,6 +201,7 @@ struct Warp {
   std::vector<Bulk> open_stores;
   std::vector<std::vector<Bulk>> stores;
   std::vector<std::pair<u32*, u32>> tensor_stores;  // by tcgen05.st: where, and what, when the program waits
+  std::vector<TensorColumn*> stored_columns;
   u32 product_groups, store_groups;     // committed so far
   std::vector<u8> flying, unfenced;     // per watched register: accumulator 1, operand 2; written since wgmma.fence
 };
@@ -271,6 +278,7 @@ void check_shared(Warp& w, const SharedAccess& access, const Clock& known);
 // By the warp itself, in the generic proxy.
 void check_shared(Warp& w, u64 address, int bytes, bool write, const void* value = nullptr);
 void check_global(Warp& w, u64 address, int bytes, bool write, bool atomic = false, const void* value = nullptr);
+void check_tensor_memory(Warp& w, u32 lane, u32 column, bool write, int agent, u32 clock);
 void check_registers(Warp& w, const Instruction& i);
 [[gnu::format(printf, 2, 3)]] void race(Warp& w, const char* format, ...);
 void release(Warp& w, Clock& to);

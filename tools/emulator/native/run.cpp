@@ -224,6 +224,7 @@ void start_block(Block& block, std::vector<u8>& registers) {
   std::fill(block.shared.begin(), block.shared.end(), 0xff);
   std::fill(block.tensor.begin(), block.tensor.end(), ALL);
   block.tensor_columns = 0;
+  std::fill(block.columns.begin(), block.columns.end(), TensorColumn());
   block.products.clear();
   block.products_done = 0;
   block.mbarriers.clear();
@@ -313,7 +314,7 @@ void run_grid(Launch& launch) {
     block.reads.resize(block.words.size() * 3 * warps);
   }
   for (const Instruction& i : launch.module->code) {
-    if (i.run && i.run == instructions().at("tcgen05.alloc")) block.tensor.resize(128 * 512);
+    if (i.run && i.run == instructions().at("tcgen05.alloc")) block.tensor.resize(128 * 512), block.columns.resize(8 * 512);
   }
   for (int z = 0; z < launch.grid[2]; ++z) {
     for (int y = 0; y < launch.grid[1]; ++y) {
@@ -407,6 +408,7 @@ int emulator_add(Module* m, const char* name, int kind, int guard, int negated, 
     auto found = instructions().find(name);
     if (found == instructions().end()) return 1;
     i.run = found->second;
+    i.copies = found->first == "mov.32";
   }
   m->code.push_back(i);
   return 0;

@@ -112,6 +112,18 @@ void mma(Warp& w, const Instruction& i, u32 lanes) {
     tensor_word(w, (p.d >> 16) + lane_of(s, row), (p.d & 0xffff) + s.columns - 1);
     std::fill_n(&tensor_word(w, (p.d >> 16) + lane_of(s, row), p.d & 0xffff), s.columns, ALL);
   }
+  if (block.launch->checks()) {
+    auto check_columns = [&](u32 address, int columns, bool write) {
+      for (u32 lane = address >> 16; lane < TENSOR_LANES; lane += s.rows == 128 ? 16 : 32) {
+        for (int k = 0; k < columns; ++k) {
+          check_tensor_memory(w, lane, (address & 0xffff) + k, write, MMA + w.id, w.product_groups + 1);
+        }
+      }
+    };
+    if (!p.a_in_shared) check_columns((u32)p.a, depth * bytes / 4, false);
+    if (p.add) check_columns(p.d, s.columns, false);
+    check_columns(p.d, s.columns, true);
+  }
   block.products.push_back(p);
 }
 
@@ -133,13 +145,14 @@ void move(Warp& w, const Instruction& i, u32 lanes) {
   const bool store = i.imm[1];
   const i64 split = i.imm[2];
   if (first / 32 != (u32)w.id % 4) fault(w, "this warp may not access the lanes of tensor memory from %u on", first);
-  for (size_t p = block.products_done; p < block.products.size() && block.launch->checks(); ++p) {
-    const TensorMma& product = block.products[p];
-    u32 begin = product.d & 0xffff, end = begin + (product.description >> 17 & 63) * 8;
-    if (column < end && begin < column + i.list.size()) race(w, "access to the accumulator of a tcgen05.mma in flight");
-  }
   for (size_t r = 0; r < i.list.size(); ++r) {
     u32* registers = at_offset<u32>(w, i.list[r]);
+    for (int half = 0; half < 2 && block.launch->checks(); ++half) {  // 16 lanes each
+      const u32 at = column + r + (half && split >= 0 ? split : 0), lane = first + (half && split < 0 ? 16 : 0);
+      if (at >= block.tensor_columns) fault(w, "tensor memory at column %u of %u", at, block.tensor_columns);
+      check_tensor_memory(w, lane, at, store, w.id, w.clock.at[w.id]);
+      if (store) w.stored_columns.push_back(&block.columns[lane / 16 * COLUMNS + at]);
+    }
     for (u32 lane = 0; lane < LANES; ++lane) {
       u32& word = tensor_word(w, first + (split < 0 ? lane : lane % 16), column + r + (split >= 0 && lane >= 16 ? split : 0));
       if (store) {
@@ -156,6 +169,8 @@ void move(Warp& w, const Instruction& i, u32 lanes) {
 void wait_for_stores(Warp& w, const Instruction&, u32) {
   for (auto [word, value] : w.tensor_stores) *word = value;
   w.tensor_stores.clear();
+  for (TensorColumn* column : w.stored_columns) column->pending = false;
+  w.stored_columns.clear();
 }
 
 }  // namespace

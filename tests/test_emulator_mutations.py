@@ -1,0 +1,85 @@
+"""Does the emulator notice a missing synchronisation? Each is taken out of kernels that are right, one by one."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from emulator import Fault, Kernel, Memory
+
+triton_driver = pytest.importorskip("emulator.triton_driver")
+
+SYNCHRONISATION = re.compile(
+    r"\s*(?:@!?%\w+ )?(bar\.sync|cp\.async(?:\.bulk)?\.wait_group|wgmma\.(?:fence|wait_group)|fence\.proxy\.async"
+    r"|tcgen05\.wait::st|mbarrier\.try_wait)\b"
+)
+
+
+def without(text: str, line: int) -> str:
+    """The PTX without the synchronisation in this line. A wait for copies is weakened: one group more may be on its way."""
+    lines = text.split("\n")
+    if "wait_group" in lines[line] and "wgmma" not in lines[line]:
+        lines[line] = re.sub(r"(\d+);", lambda m: f"{int(m[1]) + 1};", lines[line])
+    else:
+        lines[line] = ""
+    return "\n".join(lines)
+
+
+def contents(memory: Sequence[Memory]) -> list[bytes]:
+    return [ctypes.string_at(m.low, m.high - m.low) for m in memory]
+
+
+def restore(memory: Sequence[Memory], values: Sequence[bytes]) -> None:
+    for m, value in zip(memory, values, strict=True):
+        ctypes.memmove(m.low, value, len(value))
+
+
+def mutants_of(kernel: Kernel) -> Iterator[tuple[str, int, Kernel]]:
+    """What is missing, its line, and the kernel without it."""
+    for number, line in enumerate(kernel.text.split("\n")):
+        found = SYNCHRONISATION.match(line)
+        if found:
+            yield found[1], number + 1, Kernel(without(kernel.text, number), kernel.ptx.name)
+
+
+def unnoticed(call: Callable[[], object], names: set[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Per kernel of these names that ``call`` launches: the synchronisations whose absence does not show."""
+    found: dict[str, list[str]] = {}
+    launch = Kernel.launch
+
+    def launch_mutants_too(kernel, *arguments, **options):
+        memory = arguments[-1]
+        before = contents(memory)
+        totals = launch(kernel, *arguments, **options)
+        name = kernel.ptx.name
+        if name in names and name not in found:
+            after = contents(memory)
+            found[name] = []
+            for what, line, mutant in mutants_of(kernel):
+                restore(memory, before)
+                try:
+                    launch(mutant, *arguments)
+                except Fault:
+                    continue
+                if contents(memory) == after:
+                    found[name].append(f"{what} in line {line}, {kernel.ptx.source(line)}")
+            restore(memory, after)
+        return totals
+
+    monkeypatch.setattr(Kernel, "launch", launch_mutants_too)
+    call()
+    return found
+
+
+def attention() -> object:
+    from mova_kernels.ops.expert_attention import triton_impl
+
+    length, width = 192, 64
+    q, k, v, grad = (torch.randn(1, length, width).bfloat16() for _ in range(4))
+    angles = torch.rand(length, width // 2).repeat_interleave(2, -1)
+    tables = angles.cos(), angles.sin()
+    found = triton_impl.forward(q, k, v, *tables, 1, None)
+    return triton_impl.backward(grad, q, k, v, *found, *tables, 1, None)
