@@ -80,7 +80,10 @@ def test_matrix_instructions_are_recognised(gate, ttir, ptx, expected):
     assert tuple(gate.matrix(ttir, ptx).values()) == expected
 
 
-GOOD = {"op": "o", "case": "c", "kernel": "k", "sm": 90, "registers": 99, "local": 0, "shared": 1 << 10, "loop": 7}
+GOOD = {
+    "op": "o", "case": "c", "kernel": "k", "sm": 90,
+    "registers": 99, "local": 0, "shared": 1 << 10, "loop": 7, "fused": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,10 @@ GOOD = {"op": "o", "case": "c", "kernel": "k", "sm": 90, "registers": 99, "local
         ({"matrix": "fma", "asked": "fma"}, None),
         ({"matrix": "tcgen05", "asked": "fma", "sm": 100}, "not fp32"),
         ({"matrix": "-", "asked": "-"}, None),
+        ({"op": "swiglu_norm"}, "fuses products"),
+        ({"op": "swiglu_norm", "fused": False}, None),
+        ({"op": "expert_attention", "kernel": "wide_grad_q"}, "fuses products"),
+        ({"op": "expert_attention", "kernel": "grad_q"}, None),
     ],
 )
 def test_complaints(gate, changed, expected):
