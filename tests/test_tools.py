@@ -82,7 +82,7 @@ def test_matrix_instructions_are_recognised(gate, ttir, ptx, expected):
 
 GOOD = {
     "op": "o", "case": "c", "kernel": "k", "sm": 90,
-    "registers": 99, "local": 0, "shared": 1 << 10, "loop": 7, "fused": True,
+    "registers": 99, "local": 0, "shared": 1 << 10, "loop": 7, "fused": True, "fenced": True,
 }  # fmt: skip
 
 
@@ -101,6 +101,7 @@ GOOD = {
         ({"matrix": "fma", "asked": "fma"}, None),
         ({"matrix": "tcgen05", "asked": "fma", "sm": 100}, "not fp32"),
         ({"matrix": "-", "asked": "-"}, None),
+        ({"fenced": False}, "no fence"),
         ({"op": "swiglu_norm"}, "fuses products"),
         ({"op": "swiglu_norm", "fused": False}, None),
         ({"op": "expert_attention", "kernel": "wide_grad_q"}, "fuses products"),
@@ -109,6 +110,27 @@ GOOD = {
 )
 def test_complaints(gate, changed, expected):
     assert gate.complaint({**GOOD, "matrix": "wgmma", "asked": "matrix", **changed}) == expected
+
+
+COPY, FENCE = "cp.async.cg.shared.global [%r1], [%rd1], 16;", "fence.proxy.async.shared::cta;"
+WGMMA, TCGEN05 = "wgmma.mma_async.sync.aligned", "tcgen05.mma.cta_group::1"
+
+
+@pytest.mark.parametrize(
+    ("version", "ptx", "expected"),
+    [
+        ("3.9", WGMMA, False),
+        ("3.9", FENCE + WGMMA, True),
+        ("3.9", COPY + FENCE + WGMMA, True),
+        ("3.6", FENCE + WGMMA, True),
+        ("3.6", COPY + FENCE + WGMMA, False),
+        ("3.6", COPY + FENCE + TCGEN05, False),
+        ("3.6", COPY + "mma.sync.aligned", True),
+    ],
+)
+def test_fences_are_recognised(gate, monkeypatch, version, ptx, expected):
+    monkeypatch.setattr(gate, "VERSION", version)
+    assert gate.fenced(ptx) is expected
 
 
 def test_an_allowed_complaint_is_none(gate, monkeypatch):
