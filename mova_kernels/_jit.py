@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 REGISTERS = 255  # per thread: without a limit ptxas spills some to fit a second block into a multiprocessor
+VERSION = tuple(int(n) for n in triton.__version__.split(".")[:2])
 
 
 @triton.jit
@@ -57,6 +61,34 @@ def dot_precision() -> str:
 def num_multiprocessors(x: Tensor) -> int:
     """Of the device of ``x``; some number where there is no GPU (interpreter, compile gate)."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+
+
+def stages_with_fences(num_stages: int, kind: str) -> int:
+    """The pipeline stages of a loop with products in ``kind`` (:func:`arithmetic`): 1 for Triton 3.6 from sm_90 on.
+
+    wgmma and tcgen05 read shared memory through another proxy than threads write it, so a fence.proxy.async must lie
+    between. In pipelined loops Triton 3.6 has none (triton-lang/triton#9610, in 3.7); in those of one stage it has.
+    """
+    if num_stages == 1 or kind == "ieee" or VERSION >= (3, 7) or target() < 90:
+        return num_stages
+    _warn_of_one_stage()
+    return 1
+
+
+def target() -> int:
+    """The compute capability that kernels are compiled for, such as 90; 0 in Triton's interpreter."""
+    if not isinstance(rotate_pairs, triton.JITFunction):
+        return 0
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+@functools.cache  # once
+def _warn_of_one_stage() -> None:
+    warnings.warn(
+        f"Triton {triton.__version__} omits memory fences from pipelined loops from compute capability 9.0 on, so "
+        "that mova_kernels launches matrix products without pipelining, which is slower; Triton 3.7 has the fences",
+        stacklevel=2,
+    )
 
 
 def arithmetic(x: Tensor) -> str:

@@ -11,6 +11,7 @@ import torch
 from .backends import Backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (3, 6)
 # Triton 3.6's interpreter truncates where a GPU rounds to bfloat16, and multiplies its bits as integers.
 INTERPRETED_DTYPES = (torch.float32, torch.float16)
 
@@ -24,6 +25,8 @@ def declines(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if could else f"it runs on cuda tensors, not on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if (version := _version()) and version < OLDEST:
+        return f"it needs triton {'.'.join(map(str, OLDEST))}, not {'.'.join(map(str, version))}"
     if device.type == "cpu" and _interpreted():
         return None if dtype in INTERPRETED_DTYPES else f"triton's interpreter computes {dtype} wrongly"
     if device.type != "cuda":
@@ -32,6 +35,14 @@ def declines(device: torch.device, dtype: torch.dtype) -> str | None:
         return "torch sees no GPU"
     capability = _capability(device)
     return f"it needs compute capability 8.0, {device} has {capability}" if capability < (8, 0) else None
+
+
+@functools.cache
+def _version() -> tuple[int, ...]:
+    """Major and minor version of triton."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @functools.cache  # asking torch takes longer than everything else together

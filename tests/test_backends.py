@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mova_kernels import BackendError, _native, backends, ops, use_backend
+from mova_kernels import BackendError, _native, _triton, backends, ops, use_backend
 from mova_kernels.backends import ENVIRONMENT_VARIABLE, Backend, choose, explain
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -217,3 +217,29 @@ def test_explanation_of_a_request_that_cannot_be_met_has_nothing_that_runs() -> 
     with use_backend("toy=triton"):
         assert "runs" not in explain()["toy"].values()
         assert explain()["toy"]["triton"] == "it needs a GPU"
+
+
+def test_old_triton_is_refused_with_a_reason(monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_triton, "_version", lambda: (3, 5))
+    assert _triton.declines(CUDA, F32) == "it needs triton 3.6, not 3.5"
+
+
+@pytest.mark.parametrize(
+    ("version", "arch", "kind", "expected"),
+    [
+        ((3, 6), 80, "16-bit", 3),
+        ((3, 6), 90, "16-bit", 1),
+        ((3, 6), 100, "tf32", 1),
+        ((3, 6), 90, "ieee", 3),
+        ((3, 7), 90, "16-bit", 3),
+    ],
+)
+def test_loops_are_not_pipelined_where_triton_forgets_fences(monkeypatch, version, arch, kind, expected) -> None:
+    pytest.importorskip("triton")
+    from mova_kernels import _jit
+
+    monkeypatch.setattr(_jit, "VERSION", version)
+    monkeypatch.setattr(_jit, "target", lambda: arch)
+    monkeypatch.setattr(_jit, "_warn_of_one_stage", lambda: None)
+    assert _jit.stages_with_fences(3, kind) == expected

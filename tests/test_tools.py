@@ -80,7 +80,10 @@ def test_matrix_instructions_are_recognised(gate, ttir, ptx, expected):
     assert tuple(gate.matrix(ttir, ptx).values()) == expected
 
 
-GOOD = {"op": "o", "case": "c", "kernel": "k", "sm": 90, "registers": 99, "local": 0, "shared": 1 << 10, "loop": 7}
+GOOD = {
+    "op": "o", "case": "c", "kernel": "k", "sm": 90,
+    "registers": 99, "local": 0, "shared": 1 << 10, "loop": 7, "fused": True, "fenced": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -98,10 +101,36 @@ GOOD = {"op": "o", "case": "c", "kernel": "k", "sm": 90, "registers": 99, "local
         ({"matrix": "fma", "asked": "fma"}, None),
         ({"matrix": "tcgen05", "asked": "fma", "sm": 100}, "not fp32"),
         ({"matrix": "-", "asked": "-"}, None),
+        ({"fenced": False}, "no fence"),
+        ({"op": "swiglu_norm"}, "fuses products"),
+        ({"op": "swiglu_norm", "fused": False}, None),
+        ({"op": "expert_attention", "kernel": "wide_grad_q"}, "fuses products"),
+        ({"op": "expert_attention", "kernel": "grad_q"}, None),
     ],
 )
 def test_complaints(gate, changed, expected):
     assert gate.complaint({**GOOD, "matrix": "wgmma", "asked": "matrix", **changed}) == expected
+
+
+COPY, FENCE = "cp.async.cg.shared.global [%r1], [%rd1], 16;", "fence.proxy.async.shared::cta;"
+WGMMA, TCGEN05 = "wgmma.mma_async.sync.aligned", "tcgen05.mma.cta_group::1"
+
+
+@pytest.mark.parametrize(
+    ("version", "ptx", "expected"),
+    [
+        ("3.9", WGMMA, False),
+        ("3.9", FENCE + WGMMA, True),
+        ("3.9", COPY + FENCE + WGMMA, True),
+        ("3.6", FENCE + WGMMA, True),
+        ("3.6", COPY + FENCE + WGMMA, False),
+        ("3.6", COPY + FENCE + TCGEN05, False),
+        ("3.6", COPY + "mma.sync.aligned", True),
+    ],
+)
+def test_fences_are_recognised(gate, monkeypatch, version, ptx, expected):
+    monkeypatch.setattr(gate, "VERSION", version)
+    assert gate.fenced(ptx) is expected
 
 
 def test_an_allowed_complaint_is_none(gate, monkeypatch):

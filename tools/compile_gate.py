@@ -7,7 +7,8 @@ on meta tensors. The launches are intercepted, so that types, constants, divisib
 launcher's own. What compiles may still be wrong: this is no test of results.
 
 It fails if a kernel does not compile, needs more shared memory than a block may have, spills to local memory, has no
-matrix instruction for its tl.dot (on sm_90: no wgmma), or has one where tl.dot was asked for fp32 proper ("ieee").
+matrix instruction for its tl.dot (on sm_90: no wgmma), has one where tl.dot was asked for fp32 proper ("ieee"), has no
+fence between what threads and wgmma or tcgen05 do to shared memory, or may fuse products where ROUNDED forbids it.
 
 tools/compile_gate.json holds what the kernels needed before, by Triton's major and minor version. All differences are
 printed. Where it has the version that runs, a kernel that got worse fails: more than 8 registers more, more than 5 %
@@ -47,6 +48,8 @@ LOCAL_LIMIT = {80: 0, 90: 0, 100: 64}  # bytes of a thread; on sm_100 some Trito
 DEVICES = {80: "NVIDIA-A100-SXM4-80GB", 90: "NVIDIA-H200", 100: "NVIDIA-B200"}  # whose shipped configurations count
 MATRIX = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}
 MORE_REGISTERS, MORE_OF_OTHERS = 8, 0.05  # than in the baseline: what is not worse yet
+# "op case kernel" of kernels which subtract values that must be equal to the bit, so that products have to be rounded.
+ROUNDED = r"^swiglu_norm |^expert_attention .* wide_"
 KEY, FIGURES = ("triton", "op", "case", "kernel", "sm"), ("registers", "local", "shared", "matrix", "loop")
 
 # (regular expression for "op case kernel sm_90", complaint) -> why it is all right
@@ -98,6 +101,8 @@ def compile_case(module: str, case: str, capability: int) -> tuple[list[dict], f
                 "shared": kernel.metadata.shared,
                 "loop": inner_loop(kernel.asm["ttir"], kernel.asm["cubin"]),
                 **matrix(kernel.asm["ttir"], kernel.asm["ptx"]),
+                "fused": kernel.metadata.enable_fp_fusion,
+                "fenced": fenced(kernel.asm["ptx"]),
                 "warps": kernel.metadata.num_warps,
                 "stages": kernel.metadata.num_stages,
             }
@@ -145,6 +150,14 @@ def matrix(ttir: str, ptx: str) -> dict:
     return {"matrix": found or ("fma" if dots else "-"), "asked": "-" if not dots else "fma" if all(fp32) else "matrix"}
 
 
+def fenced(ptx: str) -> bool:
+    """Whether wgmma and tcgen05 see what threads wrote; Triton 3.6 has no fence behind asynchronous copies."""
+    if not re.search(f"{MATRIX['wgmma']}|{MATRIX['tcgen05']}", ptx):
+        return True
+    unfenced_copies = VERSION == "3.6" and re.search(r"\bcp\.async\.c[ag]\.", ptx)
+    return "fence.proxy.async" in ptx and not unfenced_copies
+
+
 def complaint(row: dict) -> str | None:
     if row["shared"] > SHARED_LIMIT[row["sm"]]:
         found = "too much shared memory"
@@ -156,6 +169,10 @@ def complaint(row: dict) -> str | None:
         found = "no matrix instruction"
     elif row["asked"] == "fma" and row["matrix"] != "fma":
         found = "not fp32"
+    elif not row["fenced"]:
+        found = "no fence"
+    elif row["fused"] and re.search(ROUNDED, label(row)):
+        found = "fuses products"
     else:
         return None
     return None if any(re.search(p, label(row)) and found == c for p, c in ALLOWED) else found
@@ -166,7 +183,7 @@ def label(row: dict) -> str:
 
 
 def table(rows: list[dict]) -> list[str]:
-    columns = [c for c in (rows or [{}])[0] if c not in ("triton", "asked")]
+    columns = [c for c in (rows or [{}])[0] if c not in ("triton", "asked", "fused", "fenced")]
     lines = [columns, *([str(row[c]) for c in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     verdicts = ["", *(complaint(row) or "" for row in rows)]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision
+from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision, stages_with_fences
 from ..._tune import bucket, tuned
 from . import triton_wide
 from .triton_tiles import load_rows, load_tile, place, rotated, scorable, store_tile, tile_of
@@ -322,7 +322,7 @@ def _launch(kernel, name: str, tensors, strided: tuple[Tensor, ...], num_heads: 
             *tensors, *strides, num_heads, num_tiles, *scales,
             L=length, D=channels // num_heads, TILE=tile, STEP=step,
             PRECISION=dot_precision(),
-            num_warps=num_warps, num_stages=num_stages, maxnreg=REGISTERS,
+            num_warps=num_warps, num_stages=stages_with_fences(num_stages, kind[0]), maxnreg=REGISTERS,
         )  # fmt: skip
 
     key, default, candidates = (*kind, bucket(length)), CONFIGS[kind][name], CANDIDATES[kind][name]

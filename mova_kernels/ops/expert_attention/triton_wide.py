@@ -190,7 +190,9 @@ def _launch(kernel, tensors, strided: tuple[Tensor, ...], num_heads: int) -> Non
     width, num_tiles = channels // num_heads, triton.cdiv(length, ROWS)
     strides = [s for t in strided for s in t.stride()[:2]]
     tokens = 1024 // width  # at a time: what fits into the registers
+    # Fused multiply-adds would be free to round a score differently in the two kernels of the backward pass, or in the
+    # two loops of one. These subtract the largest score from it, and are right only if both have the same bits.
     kernel[(num_tiles * num_heads * num_pairs,)](
         *tensors, *strides, num_heads, num_tiles, width**-0.5,
-        L=length, D=width, TILE=ROWS, TOKENS=tokens, maxnreg=REGISTERS,
+        L=length, D=width, TILE=ROWS, TOKENS=tokens, maxnreg=REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip

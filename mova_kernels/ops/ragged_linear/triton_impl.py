@@ -14,7 +14,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision, num_multiprocessors
+from ..._jit import (
+    REGISTERS,
+    adjacent_channels,
+    arithmetic,
+    dot_precision,
+    num_multiprocessors,
+    stages_with_fences,
+)
 from ..._tune import Config, bucket, tuned
 from ...ragged import PairTables
 from .triton_kernels import collect_kernel, fold_kernel, grad_weight_kernel, project_kernel, sum_kernel
@@ -275,7 +282,8 @@ def _configured(
     def run(config: Config) -> Any:
         tile_m, tile_n, tile_k, num_warps, num_stages, programs = config
         constants = {"TILE_M": tile_m, "TILE_N": tile_n, "TILE_K": tile_k, "PRECISION": dot_precision()}
-        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": REGISTERS}
+        stages = stages_with_fences(num_stages, kind)
+        options = {"num_warps": num_warps, "num_stages": stages, "maxnreg": REGISTERS}
         return launch({**constants, **options}, num_multiprocessors(x) * programs)
 
     sizes = map(bucket, (count * length, max(widths), sum(outputs)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -67,7 +68,7 @@ def _forward_kernel(
     centred = tl.where(counted, product - mu, 0.0)
     variance = tl.div_rn(tl.sum(centred * centred), F * 1.0)
     r = nan_if_infinite(tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), variance)
-    y = centred * r * _load(weight + channels, inside, counted) + _load(bias + channels, inside, counted)
+    y = tl.fma(centred * r, _load(weight + channels, inside, counted), _load(bias + channels, inside, counted))
     _store(out + row.to(tl.int64) * WIDTH + channels, y, inside)
     tl.store(mean + row, mu)
     tl.store(rstd + row, r)
@@ -92,16 +93,16 @@ def _backward_kernel(
         sigmoid = tl.sigmoid(g)
         silu = g * sigmoid
         normed = (silu * u - tl.load(mean + row)) * r
-        acc_weight += d * normed
+        acc_weight = tl.fma(d, normed, acc_weight)
         acc_bias += d
         # d and w are zero where channels do not count, hence so are all summands.
         scaled = d * w
         mean_scaled = tl.div_rn(tl.sum(scaled), F * 1.0)
         mean_product = tl.div_rn(tl.sum(scaled * normed), F * 1.0)
-        grad_product = r * (scaled - mean_scaled - normed * mean_product)
+        grad_product = r * tl.fma(normed, -mean_product, scaled - mean_scaled)
         start = tl.cast(row, tl.int64) * WIDTH
         _store(grad_up + start + channels, grad_product * silu, inside)
-        _store(grad_gate + start + channels, grad_product * u * (sigmoid + silu * (1.0 - sigmoid)), inside)
+        _store(grad_gate + start + channels, grad_product * u * tl.fma(silu, 1.0 - sigmoid, sigmoid), inside)
     start = group.to(tl.int64) * WIDTH
     tl.store(sum_weight + start + channels, acc_weight, mask=inside)
     tl.store(sum_bias + start + channels, acc_bias, mask=inside)
@@ -163,7 +164,7 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [s for t in tensors for s in t.stride()[:2]]
 
 
-def _options(channels: int, *tensors: Tensor) -> dict[str, int]:
+def _options(channels: int, *tensors: Tensor) -> dict[str, Any]:
     width = tensors[0].shape[2]
     block = triton.next_power_of_2(width)
     return {
@@ -172,4 +173,7 @@ def _options(channels: int, *tensors: Tensor) -> dict[str, int]:
         "BLOCK": block,
         "VECTOR": math.gcd(16, width, *_strides(*tensors)),
         "num_warps": max(1, block // (32 * CHANNELS_PER_THREAD)),
+        # The compiler would subtract the mean of rounded products from unrounded ones, so that a single channel would
+        # not be all mean. Where a fused multiply-add does no harm, the kernels ask for it.
+        "enable_fp_fusion": False,
     }

@@ -23,6 +23,9 @@ from ..._jit import REGISTERS, adjacent_channels, nan_if_infinite
 from .reference import StageWeights
 
 PROGRAMS = 1024  # about how many programs share the tiles of a sum: 3 waves on an H100. Not measured.
+# The gradient of the taps has nine sums per program: with 1024 programs they would be 21 MB for an official sample, and
+# the kernel reads 9 MB. 160 programs, a few more than an H100 has multiprocessors, store 5 MB.
+TAPS_PROGRAMS = 160
 
 
 @triton.jit
@@ -438,6 +441,14 @@ def _window(resolution: int, pool: bool) -> int:
     return 2 + resolution % 2 if pool else 1
 
 
+def _split(kernel, num_samples: int, num_tokens: int) -> tuple[int, int]:
+    """How many tiles a program of a sum takes, and how many programs a sample has."""
+    tiles = triton.cdiv(num_tokens, TILES[kernel])
+    programs = TAPS_PROGRAMS if kernel is _taps_grad_kernel else PROGRAMS
+    steps = triton.cdiv(tiles, max(1, programs // max(1, num_samples)))
+    return steps, triton.cdiv(tiles, steps)
+
+
 def _launch(
     kernel, *tensors: Tensor | None, resolution: int, eps: float, strides: tuple[int, ...] = (), sums: int = 0,
     **constants: int,
@@ -446,9 +457,7 @@ def _launch(
     result = tensors[-1]
     assert result is not None
     num_samples, num_tokens, channels = result.shape
-    tiles = triton.cdiv(num_tokens, TILES[kernel])
-    steps = triton.cdiv(tiles, max(1, PROGRAMS // max(1, num_samples))) if sums else 1
-    groups = triton.cdiv(tiles, steps)
+    steps, groups = _split(kernel, num_samples, num_tokens) if sums else (1, triton.cdiv(num_tokens, TILES[kernel]))
     partial = result.new_empty((num_samples, groups, sums, channels), dtype=torch.float32)
     if result.numel():
         block = triton.next_power_of_2(channels)
