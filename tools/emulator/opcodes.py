@@ -10,7 +10,8 @@ in their order:
 ``[32]``      an address in shared memory: a register or a name, and a constant that is added to it; ``[64]``: global
 ``{32}``      a vector of registers, or one; ``={32}``: they are written
 ``#``         a constant
-``_``         nothing that matters here, such as the mask of lanes that take part
+``mask``      of the lanes that take part
+``_``         nothing that matters here
 ``32?``       may be missing
 
 A row may have a Python function instead, for what this cannot say.
@@ -32,6 +33,9 @@ SPECIAL = {
         [f"%{kind}.{axis}" for kind in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
     )
 }
+
+
+_ALL_LANES = ("-1", "0xffffffff")
 
 
 class Instruction:
@@ -78,6 +82,8 @@ class Decoder:
                         i.name = row.function.format(*groups)
                         for token, text in zip(row.operands.format(*groups).split(), s.operands, strict=False):
                             self.add(i, token, text)
+                            if token == "mask":  # of the lanes that take part: usually all
+                                i.kind = COLLECTIVE if text in _ALL_LANES else NORMAL
                     return i
             raise Unsupported("unknown form")
         except (Unsupported, ValueError, KeyError, IndexError) as error:
@@ -89,7 +95,7 @@ class Decoder:
         token = token.rstrip("?")
         written = token.startswith("=")
         token = token.lstrip("=")
-        if token == "_":
+        if token in ("_", "mask"):
             return
         if token == "#":
             i.imm.append(int(text, 0))
@@ -268,7 +274,7 @@ def _shuffle(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     for token, text in zip(("=32|p", "32", "32", "32"), s.operands, strict=False):
         d.add(i, token, text)
     i.imm = [["up", "down", "bfly", "idx"].index(m[1])]
-    i.kind = COLLECTIVE if s.operands[4] in ("-1", "0xffffffff") else NORMAL
+    i.kind = COLLECTIVE if s.operands[4] in _ALL_LANES else NORMAL
 
 
 def _matrix(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
@@ -430,10 +436,10 @@ TABLE = [
     (r"(neg|abs)(\.ftz)?\.f32", "{0}{1}.f32", "=32 32"),
     (r"(neg|abs)\.f64", "{0}.f64", "=64 64"),
     (r"(ex2|lg2)\.approx(\.ftz)?\.f32", "{0}{1}.f32", "=32 32"),
-    (r"(sin|cos|tanh)\.approx(?:\.ftz)?\.f32", "{0}.f32", "=32 32"),
-    (r"(min|max)(?:\.ftz)?\.NaN\.f32", "{0}.NaN.f32", "=32 32 32"),
-    (r"(min|max)(?:\.ftz)?\.f32", "{0}.f32", "=32 32 32"),
-    (r"(min|max)(?:\.ftz)?\.f32", "{0}3.f32", "=32 32 32 32"),
+    (r"(sin|cos)\.approx(\.ftz)?\.f32", "{0}{1}.f32", "=32 32"),
+    (r"tanh\.approx\.f32", "tanh.f32", "=32 32"),
+    (r"(min|max)(\.ftz)?(\.NaN)?\.f32", "{0}{1}{2}.f32", "=32 32 32"),
+    (r"(min|max)(\.ftz)?\.f32", "{0}3{1}.f32", "=32 32 32 32"),
     (r"(min|max)\.f64", "{0}.f64", "=64 64 64"),
     (r"(add|sub|mul|min|max)(?:\.rn)?\.(bf16|f16)", "{0}.{1}", "=16 16 16"),
     (r"(add|sub|mul|min|max)(?:\.rn)?\.(bf16|f16)x2", "{0}.{1}x2", "=32 32 32"),
@@ -452,7 +458,7 @@ TABLE = [
         (rf"setp\.{u}\.u{_SIZE}", f"setp.{s}.u{{0}}", "=p {0} {0}")
         for u, s in zip(("lo", "ls", "hi", "hs"), ("lt", "le", "gt", "ge"), strict=True)
     ],
-    (r"setp\.(\w+)(?:\.ftz)?\.f32", "setp.{0}.f32", "=p 32 32"),
+    (r"setp\.(\w+)(\.ftz)?\.f32", "setp.{0}{1}.f32", "=p 32 32"),
     (r"setp\.(\w+)\.f64", "setp.{0}.f64", "=p 64 64"),
     (r"setp\.(\w+)\.(bf16|f16)", "setp.{0}.{1}", "=p 16 16"),
     (r"setp\.num\.(bf16|f16)x2", "setp.num.{0}x2", "=p|p 32 32"),
@@ -464,10 +470,10 @@ TABLE = [
     (r"cvta(?:\.to)?\.(?:global|shared|param)\.u64", "mov.64", "=64 64"),
     (rf"cvt\.({_INTEGER})\.({_INTEGER})", _convert_integer, ""),
     (rf"cvt\.rn\.f(32|64)\.({_INTEGER})", _integer_to_float, ""),
-    (rf"cvt\.(rzi|rmi|rpi|rni)(?:\.ftz)?(?:\.sat)?\.([su])(32|64)\.f32", "cvt.{0}.{1}{2}.f32", "={2} 32"),
-    (rf"cvt\.(rzi|rmi|rpi|rni)(?:\.sat)?\.([su])(32|64)\.f64", "cvt.{0}.{1}{2}.f64", "={2} 64"),
-    (r"cvt\.(rzi|rmi|rpi|rni)(?:\.ftz)?\.f32\.f32", "cvt.{0}.f32.f32", "=32 32"),
-    (r"cvt\.sat(?:\.ftz)?\.f32\.f32", "cvt.sat.f32.f32", "=32 32"),
+    (r"cvt\.(rzi|rmi|rpi|rni)(\.ftz)?(?:\.sat)?\.([su])(32|64)\.f32", "cvt.{0}{1}.{2}{3}.f32", "={3} 32"),
+    (r"cvt\.(rzi|rmi|rpi|rni)(?:\.sat)?\.([su])(32|64)\.f64", "cvt.{0}.{1}{2}.f64", "={2} 64"),
+    (r"cvt\.(rzi|rmi|rpi|rni)(\.ftz)?\.f32\.f32", "cvt.{0}{1}.f32.f32", "=32 32"),
+    (r"cvt\.sat(\.ftz)?\.f32\.f32", "cvt.sat{0}.f32.f32", "=32 32"),
     (r"cvt\.rn\.(bf16|f16)\.f32", "cvt.{0}.f32", "=16 32"),
     (r"cvt\.rn\.(bf16|f16)x2\.f32", "cvt.{0}x2.f32", "=32 32 32"),
     (r"cvt\.f(32|64)\.(bf16|f16)", "cvt.f{0}.{1}", "={0} 16"),
@@ -493,7 +499,8 @@ TABLE = [
     ),
     (r"fence\.mbarrier_init\.release\.cluster", "fence.mbarrier_init", ""),
     (r"fence\.proxy\.tensormap.*", "nop", "_? _? _?"),
-    (rf"fence\.proxy\.async(?:\.shared{_CTA}|\.global)?", "fence.proxy.async", ""),
+    (rf"fence\.proxy\.async(?:\.shared{_CTA})?", "fence.proxy.async", ""),
+    (r"fence\.proxy\.async\.global", "nop", ""),
     # control
     (r"bra(?:\.uni)?", _branch, "", BRANCH),
     (r"brx\.idx(?:\.uni)?", _branch_indexed, "", BRANCH_INDEXED),
@@ -503,12 +510,12 @@ TABLE = [
     (r"bar\.warp\.sync", "nop", "_", COLLECTIVE),
     # lanes together
     (r"shfl\.sync\.(up|down|bfly|idx)\.b32", _shuffle, ""),
-    (r"redux\.sync\.(min|max)\.([su])32", "redux.{0}.{1}32", "=32 32 _"),
-    (r"redux\.sync\.add\.[su]32", "redux.add", "=32 32 _"),
-    (r"redux\.sync\.(and|or|xor)\.b32", "redux.{0}", "=32 32 _"),
-    (r"redux\.sync\.(min|max)\.f32", "redux.{0}.f32", "=32 32 _"),
-    (r"vote\.sync\.ballot\.b32", "vote.ballot", "=32 p _"),
-    (r"vote\.sync\.(any|all)\.pred", "vote.{0}", "=p p _", COLLECTIVE),
+    (r"redux\.sync\.(min|max)\.([su])32", "redux.{0}.{1}32", "=32 32 mask"),
+    (r"redux\.sync\.add\.[su]32", "redux.add", "=32 32 mask"),
+    (r"redux\.sync\.(and|or|xor)\.b32", "redux.{0}", "=32 32 mask"),
+    (r"redux\.sync\.(min|max)\.f32", "redux.{0}.f32", "=32 32 mask"),
+    (r"vote\.sync\.ballot\.b32", "vote.ballot", "=32 p mask"),
+    (r"vote\.sync\.(any|all)\.pred", "vote.{0}", "=p p mask"),
     (r"elect\.sync", "elect", "=32|p _", COLLECTIVE),
     # asynchronous copies
     (rf"cp\.async\.c[ag]\.shared{_CTA}\.global(?:\.L2::\w+)*", "cp.async", "[32] [64] # 32?"),

@@ -98,6 +98,9 @@ template <class T>
 struct Same {
   static T widen(T x) { return x; }
 };
+struct Flushed {
+  static float widen(float x) { return flushed(x); }
+};
 // With NaN, the first six are false and those with a "u" true. Format::widen makes a number of what a register holds.
 template <class A, class Format>
 void float_comparisons(Table& t, const std::string& type) {
@@ -240,9 +243,31 @@ void floats(Table& t, const std::string& type, Flush) {
   one("rcp", [](T a) { return T(1) / a; });
   one("neg", [](T a) { return -a; });
   one("abs", [](T a) { return std::fabs(a); });
+  one("sin", [](T a) { return T(std::sin((double)a)); });
+  one("cos", [](T a) { return T(std::cos((double)a)); });
+  two("min", [](T a, T b) { return least(a, b); });
+  two("max", [](T a, T b) { return greatest(a, b); });
+  auto three = [&]<class F>(const char* name, F) {
+    ternary<T, T, T, T>(t, name + type,
+                        [](T a, T b, T c) { return F()(F()(Flush()(a), Flush()(b)), Flush()(c)); });
+  };
+  three("min3", [](T a, T b) { return least(a, b); });
+  three("max3", [](T a, T b) { return greatest(a, b); });
+}
+
+template <class Flush>
+void extremes_with_nan(Table& t, const std::string& ftz, Flush) {  // NaN wins
+  binary<float, float, float>(t, "min" + ftz + ".NaN.f32", [](float a, float b) {
+    return is_nan(a) || is_nan(b) ? as_float(NAN_BITS) : least(Flush()(a), Flush()(b));
+  });
+  binary<float, float, float>(t, "max" + ftz + ".NaN.f32", [](float a, float b) {
+    return is_nan(a) || is_nan(b) ? as_float(NAN_BITS) : greatest(Flush()(a), Flush()(b));
+  });
 }
 
 void singles(Table& t) {
+  extremes_with_nan(t, "", [](float x) { return x; });
+  extremes_with_nan(t, ".ftz", [](float x) { return flushed(x); });
   floats<float>(t, ".f32", [](float x) { return x; });
   floats<float>(t, ".ftz.f32", [](float x) { return flushed(x); });
   floats<double>(t, ".f64", [](double x) { return x; });
@@ -250,25 +275,9 @@ void singles(Table& t) {
   unary<float, float>(t, "ex2.ftz.f32", [](float a) { return flushed(exp2_of(flushed(a))); });
   unary<float, float>(t, "lg2.f32", [](float a) { return (float)std::log2((double)a); });
   unary<float, float>(t, "lg2.ftz.f32", [](float a) { return flushed((float)std::log2((double)flushed(a))); });
-  unary<float, float>(t, "sin.f32", [](float a) { return (float)std::sin((double)a); });
-  unary<float, float>(t, "cos.f32", [](float a) { return (float)std::cos((double)a); });
   unary<float, float>(t, "tanh.f32", [](float a) { return (float)std::tanh((double)a); });
-  for (const char* ftz : {"", ".ftz"}) {  // both give what they are given, and nothing here is denormal on purpose
-    binary<float, float, float>(t, std::string("min") + ftz + ".f32", [](float a, float b) { return least(a, b); });
-    binary<float, float, float>(t, std::string("max") + ftz + ".f32", [](float a, float b) { return greatest(a, b); });
-  }
-  binary<float, float, float>(t, "min.NaN.f32", [](float a, float b) {
-    return is_nan(a) || is_nan(b) ? as_float(NAN_BITS) : least(a, b);
-  });
-  binary<float, float, float>(t, "max.NaN.f32", [](float a, float b) {
-    return is_nan(a) || is_nan(b) ? as_float(NAN_BITS) : greatest(a, b);
-  });
-  ternary<float, float, float, float>(t, "min3.f32", [](float a, float b, float c) { return least(least(a, b), c); });
-  ternary<float, float, float, float>(t, "max3.f32",
-                                      [](float a, float b, float c) { return greatest(greatest(a, b), c); });
-  binary<double, double, double>(t, "min.f64", [](double a, double b) { return std::fmin(a, b); });
-  binary<double, double, double>(t, "max.f64", [](double a, double b) { return std::fmax(a, b); });
   float_comparisons<float, Same<float>>(t, "f32");
+  float_comparisons<float, Flushed>(t, "ftz.f32");
   float_comparisons<double, Same<double>>(t, "f64");
   // Pairs of singles in one register of 64 bits.
   auto pairs = [&]<class F>(const char* name, F) {
@@ -303,8 +312,8 @@ void halves(Table& t, const std::string& type) {
   two("mul.", [](float a, float b) { return a * b; });
   two("min.", [](float a, float b) { return least(a, b); });
   two("max.", [](float a, float b) { return greatest(a, b); });
-  auto fma = [](u32 a, u32 b, u32 c) {  // the sum is exact in double but for c of another magnitude, whose rest is tiny
-    return Format::narrow((float)((double)Format::widen(a) * Format::widen(b) + Format::widen(c)));
+  auto fma = [](u32 a, u32 b, u32 c) {
+    return Format::narrow(sum_to_odd((double)Format::widen(a) * Format::widen(b), Format::widen(c)));
   };
   using Fma = decltype(fma);
   ternary<u16, u16, u16, u16>(t, "fma." + type, [](u16 a, u16 b, u16 c) { return Fma()(a, b, c); });
@@ -376,21 +385,23 @@ void integer_conversions(Table& t, const std::string& type) {
   conversions_from<From, u64>(t, type);
 }
 
+// The nearest that there is. NaN gives 0, or the highest bit alone where something has 64 bits.
 template <class To, class From>
-To saturated(From a) {  // towards zero, the nearest there is; NaN gives 0
+To saturated(From a) {
   constexpr double low = (double)std::numeric_limits<To>::min(), high = (double)std::numeric_limits<To>::max();
-  double d = a;
-  return d != d ? To(0) : d <= low ? std::numeric_limits<To>::min() : d >= high ? std::numeric_limits<To>::max() : To(d);
+  const double d = a;
+  if (d != d) return sizeof(To) == 8 || sizeof(From) == 8 ? To(1ull << (8 * sizeof(To) - 1)) : To(0);
+  return d <= low ? std::numeric_limits<To>::min() : d >= high ? std::numeric_limits<To>::max() : To(d);
 }
-template <class From>
-void to_integers(Table& t, const std::string& from) {
+template <class From, class Flush>
+void to_integers(Table& t, const std::string& ftz, const std::string& from, Flush) {
   auto add = [&]<class R>(const char* rounding, R) {
-    std::string start = std::string("cvt.") + rounding;
-    unary<i32, From>(t, start + ".s32." + from, [](From a) { return saturated<i32>(R()(a)); });
-    unary<u32, From>(t, start + ".u32." + from, [](From a) { return saturated<u32>(R()(a)); });
-    unary<i64, From>(t, start + ".s64." + from, [](From a) { return saturated<i64>(R()(a)); });
-    unary<u64, From>(t, start + ".u64." + from, [](From a) { return saturated<u64>(R()(a)); });
-    unary<From, From>(t, start + "." + from + "." + from, [](From a) { return (From)R()(a); });
+    const std::string start = std::string("cvt.") + rounding + ftz;
+    unary<i32, From>(t, start + ".s32." + from, [](From a) { return saturated<i32>(R()(Flush()(a))); });
+    unary<u32, From>(t, start + ".u32." + from, [](From a) { return saturated<u32>(R()(Flush()(a))); });
+    unary<i64, From>(t, start + ".s64." + from, [](From a) { return saturated<i64>(R()(Flush()(a))); });
+    unary<u64, From>(t, start + ".u64." + from, [](From a) { return saturated<u64>(R()(Flush()(a))); });
+    unary<From, From>(t, start + "." + from + "." + from, [](From a) { return (From)R()(Flush()(a)); });
   };
   add("rzi", [](From a) { return std::trunc(a); });
   add("rmi", [](From a) { return std::floor(a); });
@@ -407,11 +418,15 @@ void conversions(Table& t) {
   integer_conversions<u32>(t, "u32");
   integer_conversions<i64>(t, "s64");
   integer_conversions<u64>(t, "u64");
-  to_integers<float>(t, "f32");
-  to_integers<double>(t, "f64");
+  to_integers<float>(t, "", "f32", [](float a) { return a; });
+  to_integers<float>(t, ".ftz", "f32", [](float a) { return flushed(a); });
+  to_integers<double>(t, "", "f64", [](double a) { return a; });
   unary<double, float>(t, "cvt.f64.f32", [](float a) { return (double)a; });
   unary<float, double>(t, "cvt.f32.f64", [](double a) { return (float)a; });
-  unary<float, float>(t, "cvt.sat.f32.f32", [](float a) { return is_nan(a) ? 0.f : std::min(1.f, std::max(0.f, a)); });
+  auto saturate = [](float a) { return is_nan(a) ? 0.f : std::min(1.f, std::max(0.f, a)); };
+  using Saturate = decltype(saturate);
+  unary<float, float>(t, "cvt.sat.f32.f32", saturate);
+  unary<float, float>(t, "cvt.sat.ftz.f32.f32", [](float a) { return Saturate()(flushed(a)); });
   unary<u32, float>(t, "cvt.tf32.f32", [](float a) {
     u32 x = as_bits(a);
     return (x & 0x7f800000) == 0x7f800000 ? x : (x + 0x1000) & 0xffffe000u;

@@ -76,7 +76,8 @@ void check_shared(Warp& w, const SharedAccess& a, const Clock& known) {
     SharedWord& word = word_at(block, index);
     u64* reads = &block.reads[index * readers];
     if (word.copies) race(w, "%s shared memory that a cp.async is still writing", what);
-    if (word.writer >= 0 && word.writer != a.agent && word.write_clock > known.at[word.writer] && !same) {
+    if (word.writer >= 0 && word.writer != a.agent && word.write_clock > known.at[word.writer] && !same &&
+        !(a.atomic && word.atomic)) {
       race(w, "%s shared memory, not ordered after the write of %s [line %u]", what, name_of(word.writer).c_str(),
            word.write_line);
     }
@@ -98,7 +99,7 @@ void check_shared(Warp& w, const SharedAccess& a, const Clock& known) {
       }
       if (!same || word.writer < 0) {
         word.writer = a.agent, word.write_clock = a.clock, word.write_line = w.instruction->line;
-        word.write_time = block.time;
+        word.write_time = block.time, word.atomic = a.atomic;
       }
       continue;
     }

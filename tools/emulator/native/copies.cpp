@@ -138,11 +138,12 @@ TensorMap map_at(Warp& w, u64 address) {
   return map;
 }
 
-// f(shared address, global address or 0 where there is none, bytes) for each 16 bytes.
+// f(shared address, global address or 0 where there is none, bytes, skipped) for each 16 bytes. Of those at the shared
+// address, ``skipped`` lie before the tensor.
 template <class F>
 void pieces(Warp& w, const Bulk& bulk, F f) {
   if (!bulk.map) {
-    for (u32 offset = 0; offset < bulk.bytes; offset += 16) f(bulk.shared + offset, bulk.global + offset, 16);
+    for (u32 offset = 0; offset < bulk.bytes; offset += 16) f(bulk.shared + offset, bulk.global + offset, 16, 0);
     return;
   }
   const TensorMap map = map_at(w, bulk.map);
@@ -159,17 +160,21 @@ void pieces(Warp& w, const Bulk& bulk, F f) {
       global += at * map.stride[d - 1];
     }
     for (int offset = 0; offset < row; offset += 16) {
-      i64 x = bulk.corner[0] + offset / map.element;
-      bool there = inside && x >= 0 && x < (i64)map.size[0];
-      int bytes = there ? std::min<i64>(16, (map.size[0] - x) * map.element) : 16;
-      f(swizzled(bulk.shared + r * row + offset, map.swizzle), there ? global + x * map.element : 0, bytes);
+      const i64 x = bulk.corner[0] + offset / map.element;
+      const i64 first = std::max<i64>(0, -x), last = std::min<i64>(16 / map.element, (i64)map.size[0] - x);
+      const u64 shared = swizzled(bulk.shared + r * row + offset, map.swizzle);
+      if (inside && first < last) {
+        f(shared, global + (x + first) * map.element, (int)(last - first) * map.element, (int)first * map.element);
+      } else {
+        f(shared, 0, 16, 0);
+      }
     }
   }
 }
 
 i64 bytes_of(Warp& w, const Bulk& bulk) {
   i64 bytes = 0;
-  pieces(w, bulk, [&](u64, u64, int) { bytes += 16; });
+  pieces(w, bulk, [&](u64, u64, int, int) { bytes += 16; });
   return bytes;
 }
 
@@ -193,7 +198,7 @@ Bulk bulk_of(Warp& w, const Instruction& i, int lane) {
 }
 
 void count_bulk(Warp& w, const Bulk& bulk, bool write) {
-  pieces(w, bulk, [&](u64, u64 global, int bytes) {
+  pieces(w, bulk, [&](u64, u64 global, int bytes, int) {
     if (global) count_global(w, *bulk.instruction, &global, 1, bytes, write);
   });
 }
@@ -209,7 +214,7 @@ void bulk_load(Warp& w, const Instruction& i, u32 lanes) {
       race(w, "bulk load with an mbarrier that has not been fenced since its mbarrier.init");
     }
     if (block.launch->counts()) count_bulk(w, bulk, false);
-    pieces(w, bulk, [&](u64 shared, u64 global, int bytes) {
+    pieces(w, bulk, [&](u64 shared, u64 global, int bytes, int) {
       u8* place = shared_memory(w, shared, 16, true);
       if (global) global_memory(w, global, bytes, false);
       if (checks) {
@@ -226,10 +231,10 @@ void bulk_load(Warp& w, const Instruction& i, u32 lanes) {
 void land(Warp& w, Mbarrier& b) {
   if (b.pending != b.commits.size() || (b.loads.empty() && b.commits.empty())) return;
   for (const Bulk& bulk : b.loads) {
-    pieces(w, bulk, [&](u64 shared, u64 global, int bytes) {
+    pieces(w, bulk, [&](u64 shared, u64 global, int bytes, int skipped) {
       u8* place = w.block->shared.data() + shared;
       memset(place, 0, 16);
-      if (global) memcpy(place, (const void*)global, bytes);
+      if (global) memcpy(place + skipped, (const void*)global, bytes);
     });
     b.bytes -= bytes_of(w, bulk);
   }
@@ -249,7 +254,7 @@ void bulk_store(Warp& w, const Instruction& i, u32 lanes) {
   for (int lane : each(lanes)) {
     Bulk bulk = bulk_of(w, i, lane);
     if (block.launch->counts()) count_bulk(w, bulk, true);
-    pieces(w, bulk, [&](u64 shared, u64 global, int bytes) {
+    pieces(w, bulk, [&](u64 shared, u64 global, int bytes, int) {
       shared_memory(w, shared, 16, false);
       if (global) global_memory(w, global, bytes, true);
       if (!block.launch->checks()) return;
@@ -271,8 +276,8 @@ void wait_for_stores(Warp& w, const Instruction& i, u32) {
   if (w.stores.size() <= left) return;
   while (w.stores.size() > left) {
     for (const Bulk& bulk : w.stores.front()) {
-      pieces(w, bulk, [&](u64 shared, u64 global, int bytes) {
-        if (global) memcpy((void*)global, w.block->shared.data() + shared, bytes);
+      pieces(w, bulk, [&](u64 shared, u64 global, int bytes, int skipped) {
+        if (global) memcpy((void*)global, w.block->shared.data() + shared + skipped, bytes);
       });
     }
     w.stores.erase(w.stores.begin());

@@ -104,6 +104,7 @@ struct SharedWord {
   u32 write_clock = 0, write_line = 0;
   u32 copies = 0;        // cp.async on their way
   u64 write_time = 0;    // to compare with fences
+  bool atomic = false;   // the write was
 };
 
 // A column of 16 lanes of tensor memory: who wrote it last, and until which step who read it.
@@ -273,6 +274,7 @@ struct SharedAccess {
   u32 clock;
   bool async = false;           // through the async proxy
   const void* value = nullptr;  // what is written: the same bytes written twice are no race
+  bool atomic = false;
 };
 void check_shared(Warp& w, const SharedAccess& access, const Clock& known);
 // By the warp itself, in the generic proxy.

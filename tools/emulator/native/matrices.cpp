@@ -171,7 +171,12 @@ void wgmma(Warp& w, const Instruction& i, u32) {
   Launch& launch = *w.block->launch;
   if (launch.checks() || launch.counts()) check_operands<Format>(w, product);
   if (launch.checks()) {
-    for (int k : i.uses) {
+    for (size_t r = 0; r < i.uses.size(); ++r) {
+      const int k = i.uses[r];
+      const bool accumulates = (int)r < i.imm[0] / 2;
+      if (w.flying[k] == (accumulates ? 2 : 1)) {
+        race(w, "wgmma with a register that a wgmma in flight uses %s", accumulates ? "as A" : "to accumulate");
+      }
       if (w.unfenced[k]) race(w, "wgmma with a register that was written after the last wgmma.fence");
       w.unfenced[k] = 0;
     }

@@ -135,6 +135,8 @@ void atomic(Warp& w, const Instruction& i, u32 lanes) {
       if (launch.checks()) check_global(w, address[lane], sizeof(T), true, true);
     } else {
       place = shared_memory(w, address[lane], sizeof(T), true);
+      const SharedAccess access{address[lane], sizeof(T), true, w.id, w.clock.at[w.id], false, nullptr, true};
+      if (launch.checks()) check_shared(w, access, w.clock);
     }
     T old, value = operand<T>(w, i, 1)[lane], second = i.at[2] < 0 ? T() : operand<T>(w, i, 2)[lane];
     memcpy(&old, place, sizeof old);

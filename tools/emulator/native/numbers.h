@@ -50,17 +50,34 @@ struct TF32 {
 inline float flushed(float f) { return as_bits(f) & 0x7f800000 ? f : as_float(as_bits(f) & 0x80000000u); }
 
 // A number beats NaN, and -0 is below +0.
-inline float least(float a, float b) {
-  if (is_nan(a)) return is_nan(b) ? as_float(NAN_BITS) : b;
-  if (is_nan(b)) return a;
-  if (a == b) return as_float(as_bits(a) | as_bits(b));
+template <class T>
+T least(T a, T b) {
+  if (a != a) return b != b ? T(as_float(NAN_BITS)) : b;
+  if (b != b) return a;
+  if (a == b) return std::signbit(a) ? a : b;
   return a < b ? a : b;
 }
-inline float greatest(float a, float b) {
-  if (is_nan(a)) return is_nan(b) ? as_float(NAN_BITS) : b;
-  if (is_nan(b)) return a;
-  if (a == b) return as_float(as_bits(a) & as_bits(b));
+template <class T>
+T greatest(T a, T b) {
+  if (a != a) return b != b ? T(as_float(NAN_BITS)) : b;
+  if (b != b) return a;
+  if (a == b) return std::signbit(a) ? b : a;
   return a > b ? a : b;
+}
+
+// The sum rounded to odd: what is inexact gets an odd last bit, so that rounding it once more, to a format with two bits
+// less or fewer, is as rounding the exact sum.
+inline float sum_to_odd(double a, double b) {
+  double sum = a + b;
+  if (!(std::fabs(sum) < INFINITY)) return (float)sum;
+  const double part = sum - a, error = (a - (sum - part)) + (b - part);
+  auto step = [](auto x, bool up) { return up ? std::nextafter(x, decltype(x)(INFINITY)) : std::nextafter(x, -decltype(x)(INFINITY)); };
+  uint64_t bits;
+  memcpy(&bits, &sum, 8);
+  if (error != 0 && !(bits & 1)) sum = step(sum, error > 0);
+  float narrow = (float)sum;
+  if ((double)narrow != sum && !(as_bits(narrow) & 1)) narrow = step(narrow, sum > (double)narrow);
+  return narrow;
 }
 
 // 2^x to about 1e-12 before it is rounded: a GPU's ex2.approx is off by up to 2^-22.

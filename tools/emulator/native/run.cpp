@@ -292,6 +292,7 @@ void run_block(Block& block, std::mt19937& random) {
       if (!w.done && !w.at_barrier) run(w);
       living += !w.done;
     }
+    if (!living && block.tensor_columns) fault(block.warps[0], "the block ends without having given back tensor memory");
     if (!living) return;
     const bool opened = open_barriers(block, living);
     idle = opened || block.progress ? 0 : idle + 1;
