@@ -6,6 +6,7 @@ import functools
 import math
 import random
 import re
+import struct
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -100,6 +101,22 @@ def swizzled(rows: np.ndarray, swizzle: int) -> np.ndarray:
         for c in range(pieces.shape[1]):
             placed[r, c ^ {0: 0, 32: r // 4 % 2, 64: r // 2 % 4, 128: r % 8}[swizzle]] = pieces[r, c]
     return placed.reshape(rows.shape)
+
+
+def tensor_map(tensor: np.ndarray, box: tuple[int, ...], swizzle: int) -> np.ndarray:
+    """TensorMap of native/tensor_map.h. Sizes, strides and boxes begin with the innermost dimension."""
+    rest = 5 - tensor.ndim
+    sizes, strides = tensor.shape[::-1] + (1,) * rest, tensor.strides[-2::-1] + (0,) * rest
+    packed = struct.pack(
+        "<2Q5Q4Q5H3H",
+        *(0x70616D2D726F7374, tensor.ctypes.data),
+        *(*sizes, *strides[:4]),
+        *(*box, *[1] * rest),
+        *(swizzle, tensor.itemsize, tensor.ndim),
+    )
+    array = aligned(128, np.uint8)
+    array[: len(packed)] = np.frombuffer(packed, np.uint8)
+    return array
 
 
 def copy(to: str, source: str, count: int, threads: int, label: str) -> str:
