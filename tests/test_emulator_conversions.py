@@ -98,7 +98,7 @@ def test_saturating_float_to_integer(case) -> None:
     [
         Case(f"cvt.{r}.ftz.{to}.f32", f"{to} f32", lambda x, r=r, to=to: to_integer(r, to, "f32")(flushed(x)))
         for r in ROUNDINGS
-        for to in ("s32", "u32")
+        for to in ("s32", "u32", "s64", "u64")
     ]
 )
 def test_float_to_integer_flushes_denormal_numbers(case) -> None:
@@ -120,10 +120,12 @@ def clamped(x: float) -> float:
 
 @each([
     *[Case(f"cvt.{r}.f32.f32", "f32 f32", rounded(r)) for r in ROUNDINGS],
+    *[Case(f"cvt.{r}.ftz.f32.f32", "f32 f32", lambda x, r=r: rounded(r)(flushed(x))) for r in ROUNDINGS],
     *[Case(f"cvt.rn.{t}.f32", f"{t} f32", lambda x: x) for t in HALVES],
     *[Case(f"cvt.{to}.{t}", f"{to} {t}", lambda x: x) for t in HALVES for to in ("f32", "f64")],
     Case("cvt.f64.f32", "f64 f32", lambda x: x),
     Case("cvt.rn.f32.f64", "f32 f64", lambda x: x),
+    Case("cvt.sat.ftz.f32.f32", "f32 f32", lambda x: None if flushed(x) == 0 else clamped(x)),
     Case("cvt.sat.f32.f32", "f32 f32", lambda x: None if x == 0 else clamped(x)),  # which zero -0 gives is open
 ])  # fmt: skip
 def test_float_to_float(case) -> None:

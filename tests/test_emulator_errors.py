@@ -213,6 +213,13 @@ GLOBAL_RACES = [
         @%q1 atom.global.or.b32 %r2, [%p0], 0; //+
         @%q1 ld.global.b32 %r2, [%p0]; //- !""",
         "read of global memory, not ordered after a write by another block", blocks=2),
+    Program("a plain write and an atomic", f"""{ONE_PER_BLOCK}
+        setp.eq.u32 %q2, %i, 0;
+        @%q2 st.global.b32 [%p0 + 4], 5; //+
+        @%q2 st.global.b32 [%p0], 5; //- !
+        setp.eq.u32 %q1, %i, 64;
+        @%q1 red.global.add.u32 [%p0], 1; //!""",
+        "atomic on global memory, not ordered after a write by another block", blocks=2),
     Program("the same byte of a word", """
         setp.eq.u32 %q1, %l, 0; cvt.u64.u32 %d1, %w; add.s64 %d1, %d1, %p0;
         @%q1 st.global.b8 [%d1], %t; //+
