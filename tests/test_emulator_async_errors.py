@@ -74,6 +74,12 @@ COPIES = [
         setp.eq.u32 %q80, %t, 0; @%q80 mbarrier.init.shared.b64 [%s], 64; bar.sync 0; //+
         mbarrier.arrive.shared.b64 _, [%s + 8]; //- !
         mbarrier.arrive.shared.b64 _, [%s]; //+""", "there is no mbarrier at 8"),
+    Program("mbarrier of the block before", """
+        mov.u32 %r1, %ctaid.x; setp.eq.u32 %q80, %t, 0;
+        setp.eq.u32 %q1, %r1, 0; @!%q1 setp.eq.u32 %q80, %t, 99; //-
+        @%q80 mbarrier.init.shared.b64 [%s], 64;
+        bar.sync 0;
+        mbarrier.arrive.shared.b64 _, [%s]; //!""", "there is no mbarrier at 0", blocks=2),
     Program("bulk load with an mbarrier that is not fenced", f"""
         setp.eq.u32 %q80, %t, 0; add.u32 %r80, %s, 1024; @%q80 mbarrier.init.shared.b64 [%r80], 1;
         fence.mbarrier_init.release.cluster; //+
@@ -295,6 +301,9 @@ TENSOR_MEMORY = [
         mov.u32 %r71, %r70; //-
         {STORE_A} //!
         tcgen05.wait::st.sync.aligned;""", "this warp may not access the lanes of tensor memory"),
+    Program("tensor memory that nobody has written", f"""
+        {STORE_A} tcgen05.wait::st.sync.aligned; //+
+        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; //!""", "read of tensor memory that nobody has written"),
     Program("load before the store is done", f"""
         {STORE_A} //!
         tcgen05.wait::st.sync.aligned; //+

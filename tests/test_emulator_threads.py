@@ -155,7 +155,7 @@ def test_producers_arrive_and_consumers_wait(prefix, schedule) -> None:
         consume: {prefix}.sync 3, 128;
         add.u32 %r2, %t, -64; mad.lo.u32 %r2, %r2, 4, %s; ld.shared.b32 %r3, [%r2];
         {prefix}.sync 4, 64; st.global.b32 [%e0], %r3;
-        done: mov.u32 %r1, 0;"""
+        done: bar.sync 0; @!%q1 {prefix}.arrive 3, 128; @%q1 {prefix}.sync 3, 128;"""
     run(body, found, threads=128, shared=256, schedule=schedule)
     assert found.tolist() == [0] * 64 + list(range(64))
 
