@@ -35,9 +35,11 @@ each_size = pytest.mark.parametrize(("in_size", "out_size"), SIZES.values(), ids
 each_width = pytest.mark.parametrize("channels", [VECTORS, ODD], ids=["vectors", "single elements"])
 
 
-@pytest.fixture(params=cuda.DEVICES)
+@pytest.fixture
 def library(request: pytest.FixtureRequest) -> Iterator[cuda.Library]:
-    with cuda.library(request.param) as library:
+    """On the GPU of ``--gpu``, by default on Hopper."""
+    gpu = request.config.getoption("--gpu") or "sm_90"
+    with cuda.library({"sm_90": "90a"}.get(gpu, gpu.removeprefix("sm_"))) as library:
         yield library
 
 

@@ -19,7 +19,7 @@ SYNCHRONISATION = re.compile(
 
 
 def without(text: str, line: int) -> str:
-    """The PTX without the synchronisation in this line. A wait for copies is weakened: one group more may be on its way."""
+    """The PTX without the synchronisation in this line. A wait for copies lets one group more be on its way instead."""
     lines = text.split("\n")
     if "wait_group" in lines[line] and "wgmma" not in lines[line]:
         lines[line] = re.sub(r"(\d+);", lambda m: f"{int(m[1]) + 1};", lines[line])

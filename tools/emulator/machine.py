@@ -63,7 +63,7 @@ class Totals(NamedTuple):
 
 
 class Counter(NamedTuple):
-    """Of one instruction: how often warps and lanes executed it; what memory did for it, and at best would have done."""
+    """Of one instruction: how often warps and lanes executed it, and what memory did for it, and at best could do."""
 
     line: int
     opcode: str

@@ -229,7 +229,7 @@ def _integer_to_float(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> 
 
 
 def _load_or_store(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    """at[0]: address, or -1 for a parameter; imm: what is added to it, the bytes of its register. list: the registers."""
+    """at[0]: address, or -1 for a parameter; imm: what is added to it, bytes of its register; list: the registers."""
     store, space, kind, bits = m["op"] == "st", m["space"], m["kind"], m["bits"]
     address, data = s.operands if store else (s.operands[1], s.operands[0])  # a cache policy may follow
     inner = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]", address)
@@ -292,7 +292,7 @@ def _mma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
 
 
 def _wgmma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    """at: A's descriptor or -1, B's, predicate; imm: N, whether A and B are transposed; list: D, then A if in registers."""
+    """at: A's descriptor or -1, B's, predicate; imm: N, whether A and B are transposed; list: D, and A's registers."""
     columns, kind = int(m[1]), m[2]
     d.add(i, "={32}", s.operands[0])
     in_registers = s.operands[1].startswith("{")
@@ -360,7 +360,7 @@ def _tensor_move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
 
 
 def _tensor_mma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    """at: D, A in tensor memory or -1, A's descriptor or -1, B's, instruction descriptor, predicate; imm: offsets, tf32."""
+    """at: D, A in tensor memory or -1, A's descriptor or -1, B's, its description, predicate; imm: offsets, tf32."""
     d.add(i, "[32]", s.operands[0])
     if s.operands[1].startswith("["):
         d.add(i, "[32]", s.operands[1])

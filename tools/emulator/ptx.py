@@ -1,4 +1,4 @@
-"""PTX text, taken apart: kernels with their parameters, registers, labels and statements. Nothing is known of opcodes."""
+"""PTX text, taken apart: kernels with their parameters, registers, labels and statements. Opcodes are not looked at."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _shared(lines: list[str]) -> tuple[dict[str, int], int]:
 
 
 def _body(kernel: Kernel, lines: list[str], start: int, files: dict[str, str]) -> None:
-    # Inline assembly comes in braces of its own, whose registers and labels are local: they get the number of the brace.
+    # Inline assembly comes in braces of its own, whose labels are local: they get the number of the brace.
     scopes, opened, pending, label = [0], 0, "", ""
     for number in range(start, len(lines)):
         line = lines[number].split("//")[0].strip()

@@ -37,6 +37,20 @@ SharedWord& word_at(Block& block, u64 index) {
   return word;
 }
 
+// Whether a write comes after all reads of a word.
+void check_readers(Warp& w, const SharedAccess& a, const Clock& known, const u64* reads, bool same) {
+  if (same) return;
+  const size_t warps = w.block->warps.size();
+  for (int kind = 0; kind < 3; ++kind) {
+    for (size_t warp = 0; warp < warps; ++warp) {
+      const int other = kind * MAX_WARPS + warp;
+      const u64 read = reads[kind * warps + warp];
+      if ((read >> 32) <= known.at[other] || other == a.agent) continue;
+      race(w, "write to shared memory, not ordered after the read of %s [line %u]", name_of(other).c_str(), (u32)read);
+    }
+  }
+}
+
 }  // namespace
 
 void fault(const Warp& w, const char* format, ...) {
@@ -69,34 +83,25 @@ void release(Warp& w, Clock& to) {
 void check_shared(Warp& w, const SharedAccess& a, const Clock& known) {
   Block& block = *w.block;
   ++block.time;
-  const size_t readers = 3 * block.warps.size();
+  const size_t readers = 3 * block.warps.size(), own = a.write ? 0 : reader(block, a.agent);
   const bool same = a.value && !memcmp(a.value, block.shared.data() + a.address, a.bytes);
-  const char* what = a.write ? "write to" : "read of";
   for (u64 index = a.address / 4; index < (a.address + a.bytes + 3) / 4; ++index) {
     SharedWord& word = word_at(block, index);
     u64* reads = &block.reads[index * readers];
-    if (word.copies) race(w, "%s shared memory that a cp.async is still writing", what);
-    if (word.writer >= 0 && word.writer != a.agent && word.write_clock > known.at[word.writer] && !same &&
-        !(a.atomic && word.atomic)) {
-      race(w, "%s shared memory, not ordered after the write of %s [line %u]", what, name_of(word.writer).c_str(),
-           word.write_line);
+    // What the agent has read in this very step was checked then, and a write since would be a race of the writer's.
+    if (!a.write && (reads[own] >> 32) == a.clock) continue;
+    const bool unordered = word.writer >= 0 && word.writer != a.agent && word.write_clock > known.at[word.writer];
+    if (word.copies || (unordered && !same && !(a.atomic && word.atomic))) {
+      const char* what = a.write ? "write to" : "read of";
+      if (word.copies) {
+        race(w, "%s shared memory that a cp.async is still writing", what);
+      } else {
+        race(w, "%s shared memory, not ordered after the write of %s [line %u]", what, name_of(word.writer).c_str(),
+             word.write_line);
+      }
     }
     if (a.write) {
-      bool unordered = false;
-      if (!same) {
-        for (size_t r = 0; r < readers; ++r) {
-          size_t kind = r / block.warps.size(), warp = r % block.warps.size();
-          unordered |= (reads[r] >> 32) > known.at[kind * MAX_WARPS + warp];
-        }
-      }
-      if (unordered) {
-        for (size_t r = 0; r < readers; ++r) {
-          int other = r / block.warps.size() * MAX_WARPS + r % block.warps.size();
-          if (other == a.agent || (reads[r] >> 32) <= known.at[other]) continue;
-          race(w, "write to shared memory, not ordered after the read of %s [line %u]", name_of(other).c_str(),
-               (u32)reads[r]);
-        }
-      }
+      check_readers(w, a, known, reads, same);
       if (!same || word.writer < 0) {
         word.writer = a.agent, word.write_clock = a.clock, word.write_line = w.instruction->line;
         word.write_time = block.time, word.atomic = a.atomic;
@@ -104,7 +109,7 @@ void check_shared(Warp& w, const SharedAccess& a, const Clock& known) {
       continue;
     }
     if (word.writer < 0) race(w, "read of shared memory that nobody has written");
-    reads[reader(block, a.agent)] = (u64)a.clock << 32 | (u32)w.instruction->line;
+    reads[own] = (u64)a.clock << 32 | (u32)w.instruction->line;
     if (a.async && word.writer >= 0 && word.writer < MAX_WARPS && w.fenced <= word.write_time &&
         block.warps[word.writer].fenced <= word.write_time) {
       race(w, "the async proxy reads what %s has written [line %u] without a fence.proxy.async since",
