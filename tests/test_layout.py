@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import sanitize
 
 import mova_kernels
 from mova_kernels import backends, ops
@@ -72,6 +73,13 @@ def test_op_has_its_files(op) -> None:
     elsewhere = (TESTS / "ops" / f"test_{op}.py", ROOT / "benchmarks" / "ops" / f"bench_{op}.py")
     for path in (folder / "op.py", folder / "reference.py", *elsewhere):
         assert path.is_file(), path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize("op", sanitize.OPS_IN_CPP)
+def test_sanitizers_run_the_cpp_tests(op) -> None:
+    """Such tests take the instruction set from the fixture ``isa``, or ask for the backend "cpu"."""
+    tests = [Path(p) for p in sanitize.TESTS if re.fullmatch(rf"test_{op}(_native)?\.py", Path(p).name)]
+    assert any(re.search(r'\bisa\b|"cpu"', p.read_text()) for p in tests)
 
 
 @each_op

@@ -1,8 +1,9 @@
 """Run the C++ tests on a library with AddressSanitizer and UBSan: ``python tools/sanitize.py [PYTEST OPTIONS]``.
 
-Builds the CMake preset ``asan`` in a scratch folder and runs the tests named test_*native.py in a Python that puts this
-library in the place of the installed one. The first error of either sanitizer ends the run with its report. Leaks are
-not looked for, since Python has some. Needs GCC, CMake and ninja.
+Builds the CMake preset ``asan`` in a scratch folder and runs the tests named test_*native.py, and test_<op>.py of an op
+in C++ without such a file, in a Python that puts this library in the place of the installed one. The first error of
+either sanitizer ends the run with its report. Leaks are not looked for, since Python has some. Needs GCC, CMake and
+ninja.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = sorted(map(str, (ROOT / "tests").glob("**/test_*native.py")))
+OPS_IN_CPP = sorted(p.parent.name for p in (ROOT / "mova_kernels" / "ops").glob("*/native_impl.py"))
+NATIVE = {p.name: p for p in (ROOT / "tests").glob("**/test_*native.py")}
+PLAIN = [ROOT / "tests" / "ops" / f"test_{op}.py" for op in OPS_IN_CPP if f"test_{op}_native.py" not in NATIVE]
+TESTS = sorted(map(str, (*NATIVE.values(), *PLAIN)))
 CHILD = "--library-folder="
 
 

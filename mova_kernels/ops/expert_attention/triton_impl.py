@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS, adjacent_channels, arithmetic, dot_precision, stages_with_fences
+from ..._jit import REGISTERS, VERSION, adjacent_channels, arithmetic, dot_precision, stages_with_fences, target
 from ..._tune import bucket, tuned
 from . import triton_wide
 from .triton_tiles import load_rows, load_tile, place, rotated, scorable, store_tile, tile_of
@@ -28,8 +28,8 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 # "grad_q" own queries and loop over keys, "grad_kv" the other way round. Not measured; tools/compile_gate.py holds them
 # to the shared memory and registers of sm_80, sm_90 and sm_100. What they keep to:
 # - wgmma (sm_90) needs tiles of 64 rows; grad_kv in TF32 at width 128 does without, it would spill;
-# - in fp32 forward has tiles of 32 rows: with more, Triton 3.6 computes the scores of its rotated queries in TF32 on
-#   sm_100, whatever precision was asked for;
+# - on sm_100 Triton 3.6 computes fp32 scores of rotated queries in TF32 from 64 rows on, whatever precision was asked
+#   for; _launch cuts these tiles to 32 rows before Triton 3.9, where the fault is gone (3.7 and 3.8 were not tried);
 # - at width 32 the backward kernels have no tiles of 64 and 128 with two stages: Triton 3.6 reads out of bounds there
 #   (triton-lang/triton#10573).
 CONFIGS = {
@@ -39,15 +39,15 @@ CONFIGS = {
     ("tf32", 32): {"forward": (128, 64, 8, 2), "grad_kv": (64, 32, 4, 2), "grad_q": (64, 32, 4, 2)},
     ("tf32", 64): {"forward": (128, 64, 8, 2), "grad_kv": (64, 32, 8, 1), "grad_q": (64, 32, 4, 2)},
     ("tf32", 128): {"forward": (64, 32, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (64, 16, 8, 2)},
-    ("ieee", 32): {"forward": (32, 64, 4, 2), "grad_kv": (32, 32, 4, 2), "grad_q": (64, 32, 4, 2)},
-    ("ieee", 64): {"forward": (32, 64, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 4, 1)},
-    ("ieee", 128): {"forward": (32, 16, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 8, 1)},
+    ("ieee", 32): {"forward": (64, 32, 4, 2), "grad_kv": (32, 32, 4, 2), "grad_q": (64, 32, 4, 2)},
+    ("ieee", 64): {"forward": (64, 32, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 4, 1)},
+    ("ieee", 128): {"forward": (64, 16, 8, 2), "grad_kv": (32, 32, 8, 1), "grad_q": (32, 32, 8, 1)},
 }
 
 
 def _candidates(kind: str, width: int, name: str) -> list[tuple[int, ...]]:
     """What a search tries (mova_kernels/_tune.py), within the rules above."""
-    tiles = {"16-bit": (64, 128), "tf32": (64, 128), "ieee": (16, 32) if name == "forward" else (32, 64)}[kind]
+    tiles = {"16-bit": (64, 128), "tf32": (64, 128), "ieee": (32, 64)}[kind]
     steps = {"16-bit": (32, 64, 128), "tf32": (16, 32, 64), "ieee": (16, 32, 64)}[kind]
     backward_at_32 = width == 32 and name != "forward"
     every = itertools.product(tiles, steps, (4, 8), (1, 2, 3))
@@ -315,6 +315,8 @@ def _launch(kernel, name: str, tensors, strided: tuple[Tensor, ...], num_heads: 
 
     def launch(config: tuple[int, ...]) -> None:
         tile, step, num_warps, num_stages = config
+        if name == "forward" and kind[0] == "ieee" and VERSION < (3, 9) and target() >= 100:
+            tile = min(tile, 32)
         if name == "grad_kv" and length % step:  # the masks of a pipelined loop do not fit into its registers
             num_stages = 1
         num_tiles = triton.cdiv(length, tile)
