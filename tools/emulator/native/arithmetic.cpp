@@ -83,7 +83,6 @@ void select(Table& table, const std::string& name) {
   };
 }
 
-
 template <class A>
 void integer_comparisons(Table& t, const std::string& type) {
   compare<A>(t, "setp.eq." + type, [](A a, A b) { return a == b; });
@@ -196,7 +195,8 @@ void bits(Table& t) {
     }
     return r;
   });
-  ternary<u32, u32, u32, u32>(t, "shf.l.wrap", [](u32 a, u32 b, u32 c) { return u32(((u64)b << 32 | a) << (c & 31) >> 32); });
+  ternary<u32, u32, u32, u32>(t, "shf.l.wrap",
+                              [](u32 a, u32 b, u32 c) { return u32(((u64)b << 32 | a) << (c & 31) >> 32); });
   ternary<u32, u32, u32, u32>(t, "shf.r.wrap", [](u32 a, u32 b, u32 c) { return u32(((u64)b << 32 | a) >> (c & 31)); });
   binary<u32, u32, u32>(t, "add.16x2", [](u32 a, u32 b) { return ((a + b) & 0xffff) | ((a >> 16) + (b >> 16)) << 16; });
   binary<u32, u32, u32>(t, "sub.16x2", [](u32 a, u32 b) { return ((a - b) & 0xffff) | ((a >> 16) - (b >> 16)) << 16; });
@@ -248,8 +248,7 @@ void floats(Table& t, const std::string& type, Flush) {
   two("min", [](T a, T b) { return least(a, b); });
   two("max", [](T a, T b) { return greatest(a, b); });
   auto three = [&]<class F>(const char* name, F) {
-    ternary<T, T, T, T>(t, name + type,
-                        [](T a, T b, T c) { return F()(F()(Flush()(a), Flush()(b)), Flush()(c)); });
+    ternary<T, T, T, T>(t, name + type, [](T a, T b, T c) { return F()(F()(Flush()(a), Flush()(b)), Flush()(c)); });
   };
   three("min3", [](T a, T b) { return least(a, b); });
   three("max3", [](T a, T b) { return greatest(a, b); });
@@ -468,7 +467,8 @@ void packing(Table& t, const std::string& type) {
     for (int k = 0; k < parts; ++k) {
       if (i.list[k] < 0) continue;
       Narrow result[LANES];
-      for (int lane = 0; lane < LANES; ++lane) memcpy(&result[lane], (u8*)&whole[lane] + k * sizeof(Narrow), sizeof(Narrow));
+      for (int lane = 0; lane < LANES; ++lane)
+        memcpy(&result[lane], (u8*)&whole[lane] + k * sizeof(Narrow), sizeof(Narrow));
       write(at_offset<Narrow>(w, i.list[k]), result, lanes);
     }
   };

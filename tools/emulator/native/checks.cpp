@@ -22,9 +22,7 @@ std::string name_of(int agent) {
 }
 
 // The index of an agent among those that read.
-size_t reader(const Block& block, int agent) {
-  return agent / MAX_WARPS * block.warps.size() + agent % MAX_WARPS;
-}
+size_t reader(const Block& block, int agent) { return agent / MAX_WARPS * block.warps.size() + agent % MAX_WARPS; }
 
 SharedWord& word_at(Block& block, u64 index) {
   SharedWord& word = block.words[index];
@@ -217,7 +215,8 @@ void count_global(Warp& w, const Instruction& i, const u64* address, u32 lanes, 
     for (Region& region : launch.regions) {
       if (sectors[k] * 32 + 31 < region.low || sectors[k] * 32 >= region.high) continue;
       size_t index = sectors[k] - region.low / 32, size = region.high / 32 - region.low / 32 + 1;
-      region.read.resize(size), region.written.resize(size), region.read_by.resize(size), region.written_by.resize(size);
+      region.read.resize(size), region.written.resize(size), region.read_by.resize(size),
+          region.written_by.resize(size);
       (write ? region.written : region.read)[index] = 1;
       u32& last = (write ? region.written_by : region.read_by)[index];
       if (last != w.block->serial) ++(write ? launch.block_writes : launch.block_reads);

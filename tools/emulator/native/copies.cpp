@@ -1,14 +1,12 @@
-// Asynchronous copies: cp.async, bulk copies by TMA, and the mbarriers that tell of them. Until a program has waited, what
-// is copied is poison.
+// Asynchronous copies: cp.async, bulk copies by TMA, and the mbarriers that tell of them. Until a program has waited,
+// what is copied is poison.
 #include <algorithm>
 
 #include "machine.h"
 
 namespace emulator {
 
-u32 swizzled(u32 address, int bytes) {
-  return bytes ? address ^ ((address >> 7 & (bytes / 16 - 1)) << 4) : address;
-}
+u32 swizzled(u32 address, int bytes) { return bytes ? address ^ ((address >> 7 & (bytes / 16 - 1)) << 4) : address; }
 
 Mbarrier& mbarrier(Warp& w, u64 address) {
   auto found = w.block->mbarriers.find(address);

@@ -26,9 +26,12 @@ struct Matrix {
 };
 
 inline Matrix matrix_of(u64 descriptor, int swizzle, bool along_k, int element) {
-  return {(u32)(descriptor & 0x3fff) << 4,       (u32)(descriptor >> 16 & 0x3fff) << 4,
-          (u32)(descriptor >> 32 & 0x3fff) << 4, swizzle,
-          along_k,                               element};
+  return {(u32)(descriptor & 0x3fff) << 4,
+          (u32)(descriptor >> 16 & 0x3fff) << 4,
+          (u32)(descriptor >> 32 & 0x3fff) << 4,
+          swizzle,
+          along_k,
+          element};
 }
 
 // 16 bytes of elements in one of the formats, as floats.

@@ -47,7 +47,8 @@ struct Instruction {
   std::vector<int> uses, reads, writes;
 };
 
-// Who has to be ordered with whom: warps, the matrix reads and the bulk stores of each, and the bulk loads of mbarriers.
+// Who has to be ordered with whom: warps, the matrix reads and the bulk stores of each, and the bulk loads of
+// mbarriers.
 constexpr int MMA = MAX_WARPS, STORE = 2 * MAX_WARPS, BULK = 3 * MAX_WARPS, MAX_MBARRIERS = 64;
 constexpr int AGENTS = BULK + MAX_MBARRIERS;
 
@@ -93,25 +94,25 @@ struct Region {
   u64 low, high;
   const u8* valid;
   std::vector<GlobalWord> words;
-  std::vector<u8> read, written;              // sectors of 32 bytes: ever
-  std::vector<u32> read_by, written_by;       // and by which block last
+  std::vector<u8> read, written;         // sectors of 32 bytes: ever
+  std::vector<u32> read_by, written_by;  // and by which block last
 };
 
 // Four bytes of shared memory. Reads are kept apart, see Block::reads.
 struct SharedWord {
-  u32 block = 0;         // of whom the rest tells
-  int writer = -1;       // agent
+  u32 block = 0;    // of whom the rest tells
+  int writer = -1;  // agent
   u32 write_clock = 0, write_line = 0;
-  u32 copies = 0;        // cp.async on their way
-  u64 write_time = 0;    // to compare with fences
-  bool atomic = false;   // the write was
+  u32 copies = 0;       // cp.async on their way
+  u64 write_time = 0;   // to compare with fences
+  bool atomic = false;  // the write was
 };
 
 // A column of 16 lanes of tensor memory: who wrote it last, and until which step who read it.
 struct TensorColumn {
   int writer = -1;
   u32 write_clock = 0, write_line = 0;
-  bool pending = false;  // by a tcgen05.st that has not been waited for
+  bool pending = false;                          // by a tcgen05.st that has not been waited for
   u32 reads[2 * MAX_WARPS] = {}, read_line = 0;  // by warps and by products
 };
 
@@ -151,10 +152,10 @@ struct Mbarrier {
   u64 phase = 0;
   i64 bytes = 0;  // of transactions that are expected
   int agent = 0;
-  u64 made = 0;        // when, and by which warp: the async proxy needs a fence since
+  u64 made = 0;  // when, and by which warp: the async proxy needs a fence since
   int maker = 0;
   Clock arriving, done;
-  std::vector<Bulk> loads;            // on their way
+  std::vector<Bulk> loads;  // on their way
   std::vector<Commit> commits;
 };
 
@@ -166,11 +167,11 @@ struct Block {
   int index[3];
   std::vector<u8> shared;
   std::vector<SharedWord> words;
-  std::vector<u64> reads;  // per word and reading agent: clock << 32 | line
+  std::vector<u64> reads;   // per word and reading agent: clock << 32 | line
   std::vector<u32> tensor;  // tensor memory: 128 lanes of 512 columns
   u32 tensor_columns = 0;
   std::vector<TensorColumn> columns;  // eight times 512
-  std::vector<TensorMma> products;  // of tcgen05, in order
+  std::vector<TensorMma> products;    // of tcgen05, in order
   size_t products_done = 0;
   std::map<u64, Mbarrier> mbarriers;
   std::map<int, std::pair<int, Clock>> arrived;  // at barriers by bar.arrive: warps, and what they had done
@@ -203,8 +204,8 @@ struct Warp {
   std::vector<std::vector<Bulk>> stores;
   std::vector<std::pair<u32*, u32>> tensor_stores;  // by tcgen05.st: where, and what, when the program waits
   std::vector<TensorColumn*> stored_columns;
-  u32 product_groups, store_groups;     // committed so far
-  std::vector<u8> flying, unfenced;     // per watched register: accumulator 1, operand 2; written since wgmma.fence
+  u32 product_groups, store_groups;  // committed so far
+  std::vector<u8> flying, unfenced;  // per watched register: accumulator 1, operand 2; written since wgmma.fence
 };
 
 enum Flags : u32 { CHECKS = 1, COUNTERS = 2 };
@@ -270,7 +271,7 @@ struct SharedAccess {
   u64 address;
   int bytes;
   bool write;
-  int agent;                    // who, at which step of its own
+  int agent;  // who, at which step of its own
   u32 clock;
   bool async = false;           // through the async proxy
   const void* value = nullptr;  // what is written: the same bytes written twice are no race

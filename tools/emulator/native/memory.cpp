@@ -15,14 +15,16 @@ u8* global_memory(Warp& w, u64 address, int bytes, bool write) {
       if (address >= r.low && address + bytes <= r.high) region = &r;
     }
     const char* what = write ? "write" : "read";
-    if (!region) fault(w, "global %s of %d bytes at %llx, which is in no tensor", what, bytes, (unsigned long long)address);
+    if (!region)
+      fault(w, "global %s of %d bytes at %llx, which is in no tensor", what, bytes, (unsigned long long)address);
     launch.last = region;
   }
   if (region->valid) {
     const u8* valid = region->valid + (address - region->low);
     for (int k = 0; k < bytes; ++k) {
-      if (!valid[k]) fault(w, "global %s of %d bytes at %llx, between the rows of a view", write ? "write" : "read", bytes,
-                           (unsigned long long)address);
+      if (!valid[k])
+        fault(w, "global %s of %d bytes at %llx, between the rows of a view", write ? "write" : "read", bytes,
+              (unsigned long long)address);
     }
   }
   return reinterpret_cast<u8*>(address);
@@ -70,7 +72,8 @@ void load(Warp& w, const Instruction& i, u32 lanes) {
       from = shared_memory(w, address[lane], bytes, false);
       if (launch.checks()) check_shared(w, address[lane], bytes, false);
     } else {
-      if (address[lane] + bytes > launch.parameter_bytes) fault(w, "parameter at %llu", (unsigned long long)address[lane]);
+      if (address[lane] + bytes > launch.parameter_bytes)
+        fault(w, "parameter at %llu", (unsigned long long)address[lane]);
       from = launch.parameters + address[lane];
     }
     M element[8];

@@ -65,13 +65,15 @@ T greatest(T a, T b) {
   return a > b ? a : b;
 }
 
-// The sum rounded to odd: what is inexact gets an odd last bit, so that rounding it once more, to a format with two bits
-// less or fewer, is as rounding the exact sum.
+// The sum rounded to odd: what is inexact gets an odd last bit, so that rounding it once more, to a format with two
+// bits less or fewer, is as rounding the exact sum.
 inline float sum_to_odd(double a, double b) {
   double sum = a + b;
   if (!(std::fabs(sum) < INFINITY)) return (float)sum;
   const double part = sum - a, error = (a - (sum - part)) + (b - part);
-  auto step = [](auto x, bool up) { return up ? std::nextafter(x, decltype(x)(INFINITY)) : std::nextafter(x, -decltype(x)(INFINITY)); };
+  auto step = [](auto x, bool up) {
+    return up ? std::nextafter(x, decltype(x)(INFINITY)) : std::nextafter(x, -decltype(x)(INFINITY));
+  };
   uint64_t bits;
   memcpy(&bits, &sum, 8);
   if (error != 0 && !(bits & 1)) sum = step(sum, error > 0);

@@ -18,7 +18,8 @@ void shuffle(Warp& w, const Instruction& i, u32 lanes) {
   const u32 *b = operand<u32>(w, i, 3), *c = operand<u32>(w, i, 4);
   u32* result = operand<u32>(w, i, 0);
   u32 distance[LANES], bounds[LANES];
-  memcpy(distance, b, sizeof distance), memcpy(bounds, c, sizeof bounds);  // any of them may be in the result's register
+  memcpy(distance, b, sizeof distance),
+      memcpy(bounds, c, sizeof bounds);  // any of them may be in the result's register
   for (int lane : each(lanes)) {
     const int by = distance[lane] & 31, clamp = bounds[lane] & 31, segment = bounds[lane] >> 8 & 31;
     const int low = lane & segment, high = low | (clamp & ~segment);
@@ -265,7 +266,8 @@ bool open_barriers(Block& block, int living) {
   std::string text = "deadlock:";
   for (const Warp& w : block.warps) {
     if (w.done) continue;
-    text += " warp " + std::to_string(w.id) + (w.at_barrier ? " waits at barrier " + std::to_string(w.barrier) : " waits");
+    text +=
+        " warp " + std::to_string(w.id) + (w.at_barrier ? " waits at barrier " + std::to_string(w.barrier) : " waits");
     text += " [line " + std::to_string(w.instruction->line) + "],";
   }
   for (const auto& [address, b] : block.mbarriers) {
@@ -292,7 +294,8 @@ void run_block(Block& block, std::mt19937& random) {
       if (!w.done && !w.at_barrier) run(w);
       living += !w.done;
     }
-    if (!living && block.tensor_columns) fault(block.warps[0], "the block ends without having given back tensor memory");
+    if (!living && block.tensor_columns)
+      fault(block.warps[0], "the block ends without having given back tensor memory");
     if (!living) return;
     const bool opened = open_barriers(block, living);
     idle = opened || block.progress ? 0 : idle + 1;
@@ -315,7 +318,8 @@ void run_grid(Launch& launch) {
     block.reads.resize(block.words.size() * 3 * warps);
   }
   for (const Instruction& i : launch.module->code) {
-    if (i.run && i.run == instructions().at("tcgen05.alloc")) block.tensor.resize(128 * 512), block.columns.resize(8 * 512);
+    if (i.run && i.run == instructions().at("tcgen05.alloc"))
+      block.tensor.resize(128 * 512), block.columns.resize(8 * 512);
   }
   for (int z = 0; z < launch.grid[2]; ++z) {
     for (int y = 0; y < launch.grid[1]; ++y) {
@@ -360,7 +364,8 @@ void add_collectives(Table& t) {
   };
   // bar.arrive. at[0]: which, or -1: imm[0]
   t["bar.arrive"] = [](Warp& w, const Instruction& i, u32 lanes) {
-    auto& [early, clock] = w.block->arrived[i.at[0] < 0 ? (int)i.imm[0] : (int)operand<u32>(w, i, 0)[first_lane(lanes)]];
+    auto& [early, clock] =
+        w.block->arrived[i.at[0] < 0 ? (int)i.imm[0] : (int)operand<u32>(w, i, 0)[first_lane(lanes)]];
     ++early;
     release(w, clock);
   };
@@ -395,7 +400,8 @@ Module* emulator_module(u64 instructions, u64 register_bytes) {
 
 void emulator_free(Module* m) { delete m; }
 
-// at and imm have 8 entries; lists has list, uses, reads and writes, each behind its length. 1: there is no such function.
+// at and imm have 8 entries; lists has list, uses, reads and writes, each behind its length. 1: there is no such
+// function.
 int emulator_add(Module* m, const char* name, int kind, int guard, int negated, int line, const int* at, const i64* imm,
                  const int* lists) {
   Instruction i;
@@ -419,8 +425,9 @@ void emulator_constant(Module* m, int at, int width, u64 value) { m->constants.p
 void emulator_special(Module* m, int which, int at) { m->special.push_back({which, at}); }
 void emulator_watch(Module* m, int count) { m->watched = count; }
 
-// Regions: low, high and the address of a map of valid bytes, or 0, of each. totals: executed warp instructions, products
-// of two numbers, sectors read and written by any block, and summed over the blocks. 1: a fault, 2: races; see text.
+// Regions: low, high and the address of a map of valid bytes, or 0, of each. totals: executed warp instructions,
+// products of two numbers, sectors read and written by any block, and summed over the blocks. 1: a fault, 2: races; see
+// text.
 int emulator_launch(Module* m, const int* grid, const int* threads, u64 shared_bytes, const u8* parameters,
                     u64 parameter_bytes, const u64* regions, int num_regions, u32 flags, u32 schedule, u64* totals,
                     char* text, u64 text_bytes) {

@@ -39,8 +39,8 @@ Shape shape_of(Warp& w, u32 description) {
   if ((description >> 4 & 3) != 1 || (description & 15) || (description >> 13 & 3)) {
     fault(w, "instruction descriptor %08x: only plain products with fp32 accumulators are known", description);
   }
-  Shape s{(int)(description >> 24 & 31) * 16, (int)(description >> 17 & 63) * 8,  (bool)(description >> 15 & 1),
-          (bool)(description >> 16 & 1),      (description >> 7 & 7) == 1, (description >> 10 & 7) == 1};
+  Shape s{(int)(description >> 24 & 31) * 16, (int)(description >> 17 & 63) * 8, (bool)(description >> 15 & 1),
+          (bool)(description >> 16 & 1),      (description >> 7 & 7) == 1,       (description >> 10 & 7) == 1};
   if (s.rows != 64 && s.rows != 128) fault(w, "tcgen05.mma with %d rows", s.rows);
   return s;
 }
@@ -154,12 +154,14 @@ void move(Warp& w, const Instruction& i, u32 lanes) {
       if (store) w.stored_columns.push_back(&block.columns[lane / 16 * COLUMNS + at]);
     }
     for (u32 lane = 0; lane < LANES; ++lane) {
-      u32& word = tensor_word(w, first + (split < 0 ? lane : lane % 16), column + r + (split >= 0 && lane >= 16 ? split : 0));
+      u32& word =
+          tensor_word(w, first + (split < 0 ? lane : lane % 16), column + r + (split >= 0 && lane >= 16 ? split : 0));
       if (store) {
         w.tensor_stores.push_back({&word, registers[lane]});
         word = ALL;
       } else {
-        // ISA asks for tcgen05.wait::ld before the register is read. Triton's code reads earlier, and is right on a GPU.
+        // ISA asks for tcgen05.wait::ld before the register is read. Triton's code reads earlier, and is right on a
+        // GPU.
         registers[lane] = word;
       }
     }
