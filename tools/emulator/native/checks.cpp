@@ -167,7 +167,9 @@ void check_global(Warp& w, u64 address, int bytes, bool write, bool atomic, cons
 void check_tensor_memory(Warp& w, u32 lane, u32 column, bool write, int agent, u32 clock) {
   TensorColumn& c = w.block->columns[lane / 16 * 512 + column];
   const char* what = write ? "write to" : "read of";
-  if (c.writer >= 0 && (c.pending || (c.writer != agent && c.write_clock > w.clock.at[c.writer]))) {
+  // Both halves of a warp may store to the same lanes, in one instruction.
+  const bool now = c.writer == agent && c.write_clock == clock && c.write_line == (u32)w.instruction->line;
+  if (c.writer >= 0 && !(write && now) && (c.pending || (c.writer != agent && c.write_clock > w.clock.at[c.writer]))) {
     race(w, "%s tensor memory, %s the write of %s [line %u]", what,
          c.pending ? "without a tcgen05.wait::st since" : "not ordered after", name_of(c.writer).c_str(), c.write_line);
   }
