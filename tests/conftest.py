@@ -92,3 +92,10 @@ def triton_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
             monkeypatch.setattr(_triton, asked, lambda: True)
         triton_driver.use(gpu)
         yield
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, triton_kernels: None) -> None:
+    """As ``triton_kernels``, but for tests at official sizes, which would take the interpreter an hour."""
+    if not request.config.getoption("--gpu"):
+        pytest.skip("--gpu is not given")

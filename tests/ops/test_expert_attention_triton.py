@@ -54,6 +54,13 @@ def test_error_budget(name, dtype) -> None:
     )
 
 
+@pytest.mark.usefixtures("compiled")
+def test_official_head() -> None:
+    tables = rope2d_table(48, 64)
+    draw = lambda: list(torch.randn(3, 1, 48 * 48, 64))  # noqa: E731
+    assert_within_budget(truth(tables, 1), op(tables, 1), plain(tables, 1), draw, torch.bfloat16, draws=1)
+
+
 def test_one_token_attends_to_itself() -> None:
     """The result is v; the gradients of q and k are differences of equals."""
     (q, k, v), tables = problem(3, 1, 2, 32)

@@ -48,6 +48,15 @@ def test_error_budget(size, dtype) -> None:
     assert_within_budget(truth(selected), op(pairs), plain(selected), draw, dtype, draws=3)
 
 
+@pytest.mark.usefixtures("compiled")
+def test_official_pair() -> None:
+    """The truth is plain torch in fp64: explicit sums would not fit into memory."""
+    selected = mask("x..")
+    function, by_torch = op(RaggedPairs.from_routing(selected)), plain(selected)
+    draw = lambda: problem(selected, torch.float64, 48 * 48, 1024, 1024)  # noqa: E731
+    assert_within_budget(by_torch, function, by_torch, draw, torch.bfloat16, draws=1)
+
+
 @forms
 def test_sample_without_pairs_keeps_its_bits(form) -> None:
     x, *others = problem(MIXED, torch.bfloat16)

@@ -64,6 +64,15 @@ def test_error_budget(size, shared, dtype) -> None:
     assert_within_budget(problem.truth(), problem.op(pairs), problem.plain(), problem.inputs, dtype, draws=3)
 
 
+@pytest.mark.usefixtures("compiled")
+def test_official_keys_and_values_of_one_expert() -> None:
+    """The truth is plain torch in fp64: explicit sums would not fit into memory."""
+    selected = mask("x..")
+    problem = Problem(selected, tokens=48 * 48, widths=(1536, 16, 16), outputs=(1024, 1024))
+    function, plain = problem.op(RaggedPairs.from_routing(selected)), problem.plain()
+    assert_within_budget(plain, function, plain, problem.inputs, torch.bfloat16, draws=1)
+
+
 @forms
 def test_nothing_unselected_is_read(form) -> None:
     """Rows, and all parameters of an expert that nobody selected."""
