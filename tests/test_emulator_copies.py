@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from emulated_ptx import TESTED, about, aligned, barrier_at, copy, run, swizzled, tensor_map, wait
+from emulator import Kernel
+from emulator.memory import memory_of
 
 
 def some_bytes(count: int, seed: int = 0) -> np.ndarray:
@@ -215,3 +218,36 @@ TESTED.update(
     (f"cp.async.bulk.tensor.{d}d.shared::cluster.global.mbarrier::complete_tx::bytes", None) for d in range(1, 6)
 )
 TESTED.update((f"cp.async.bulk.tensor.{d}d.global.shared::cta.tile.bulk_group", None) for d in range(1, 6))
+
+
+def test_tensor_map_that_is_the_first_parameter() -> None:
+    """As __grid_constant__ gives it; its address, the offset among the parameters, is 0."""
+    tensor, found = np.arange(16, dtype=np.int32).reshape(2, 8), aligned((2, 8), np.int32)
+    text = """
+        .version 8.7
+        .target sm_90a
+        .address_size 64
+        .visible .entry kernel(.param .align 64 .b8 map[128], .param .u64 to)
+        {
+            .reg .pred %p<2>;
+            .reg .b32 %r<2>;
+            .reg .b64 %rd<3>;
+            .shared .align 128 .b8 memory[128];
+            mov.b64 %rd1, map;
+            ld.param.u64 %rd2, [to];
+            mov.u32 %r1, memory;
+            mbarrier.init.shared::cta.b64 [%r1+64], 1;
+            fence.mbarrier_init.release.cluster;
+            mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1+64], 64;
+            cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {0, 0}], [%r1+64];
+            wait: mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r1+64], 0;
+            @!%p1 bra wait;
+            cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r1], 64;
+            cp.async.bulk.commit_group;
+            cp.async.bulk.wait_group 0;
+            ret;
+        }"""
+    parameters = tensor_map(tensor, (8, 2), 0).tobytes() + found.ctypes.data.to_bytes(8, "little")
+    memory = memory_of([torch.from_numpy(tensor), torch.from_numpy(found)])
+    Kernel(text).launch([1], [1], 0, parameters, memory)
+    np.testing.assert_array_equal(found, tensor)

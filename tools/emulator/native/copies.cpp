@@ -140,7 +140,7 @@ TensorMap map_at(Warp& w, u64 address) {
 // address, ``skipped`` lie before the tensor.
 template <class F>
 void pieces(Warp& w, const Bulk& bulk, F f) {
-  if (!bulk.map) {
+  if (!bulk.tensor) {
     for (u32 offset = 0; offset < bulk.bytes; offset += 16) f(bulk.shared + offset, bulk.global + offset, 16, 0);
     return;
   }
@@ -187,11 +187,11 @@ Bulk bulk_of(Warp& w, const Instruction& i, int lane) {
     bulk.global = other, bulk.bytes = operand<u32>(w, i, 3)[lane];
     if (bulk.bytes % 16 || other % 16) fault(w, "bulk copy of %u bytes, misaligned", bulk.bytes);
   } else {
-    bulk.map = other;
+    bulk.tensor = true, bulk.map = other;
     if (map_at(w, other).rank != (int)i.list.size()) fault(w, "the tensor map has another number of dimensions");
     for (size_t d = 0; d < i.list.size(); ++d) bulk.corner[d] = at_offset<i32>(w, i.list[d])[lane];
   }
-  if (bulk.shared % (bulk.map ? 128 : 16)) fault(w, "bulk copy at a misaligned shared address");
+  if (bulk.shared % (bulk.tensor ? 128 : 16)) fault(w, "bulk copy at a misaligned shared address");
   return bulk;
 }
 
