@@ -92,6 +92,7 @@ def triton_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
             monkeypatch.setattr(_triton, asked, lambda: True)
         triton_driver.use(gpu)
         yield
+        triton_driver.leave()
 
 
 @pytest.fixture

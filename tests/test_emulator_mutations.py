@@ -114,6 +114,9 @@ def test_missing_synchronisation_of_attention(gpu, monkeypatch) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("kernels are interpreted")
     triton_driver.use(gpu)
-    found = unnoticed(attention, set(REDUNDANT[gpu]), monkeypatch)
+    try:
+        found = unnoticed(attention, set(REDUNDANT[gpu]), monkeypatch)
+    finally:
+        triton_driver.leave()
     counts = {name: dict(Counter(text.split(" in line ")[0] for text in texts)) for name, texts in found.items()}
     assert counts == REDUNDANT[gpu], found

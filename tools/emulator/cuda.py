@@ -43,7 +43,13 @@ RUNTIME = Path(__file__).with_name("cuda_runtime.cpp")
 STREAM = 0x57EA00  # work on any other stream is an error of the launcher
 CPU = -1  # the ordinal that CPU tensors have
 
-COMPILE = ["-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]  # as CMakeLists.txt
+COMPILE = [
+    "-std=c++17",
+    "-O3",
+    "-DNDEBUG",
+    "-lineinfo",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+]  # as CMakeLists.txt
 LINK = ["-shared", "-cudart", "none", f"-Xlinker=--version-script={ROOT / 'csrc' / 'exports.map'},-z,now,-z,defs"]
 
 LAUNCH_FAILURE, NO_KERNEL_IMAGE = 719, 209  # cudaError_t

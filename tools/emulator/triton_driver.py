@@ -27,6 +27,7 @@ _FORMATS = {
     "fp32": "f", "f32": "f", "fp64": "d",
 }  # fmt: skip
 _kernels: dict[str, Kernel] = {}  # by the hash of what was compiled
+_before: dict[str, Any] = {}  # what use() replaced
 
 
 @dataclass
@@ -54,10 +55,27 @@ SETTINGS = Settings()
 
 
 def use(architecture: str) -> None:
-    """Make Triton compile for "sm_80", "sm_90" or "sm_100", and run the kernels here."""
-    os.environ.setdefault("TRITON_CACHE_DIR", str(BUILD / "triton"))
+    """Make Triton compile for "sm_80", "sm_90" or "sm_100", and run the kernels here, until :func:`leave`."""
+    leave()
+    _before.update(make_cubin=CUDABackend.make_cubin, cache=os.environ.get("TRITON_CACHE_DIR"))
+    _before.update(driver=getattr(triton.runtime.driver, "_active", None))  # None: none was asked for yet
+    # What is compiled without machine code must not come into the usual cache.
+    os.environ["TRITON_CACHE_DIR"] = str(BUILD / "triton")
     CUDABackend.make_cubin = lambda self, *arguments, **options: b"none"
     triton.runtime.driver.set_active(_Driver(int(architecture.removeprefix("sm_"))))
+
+
+def leave() -> None:
+    """Undo :func:`use`."""
+    if not _before:
+        return
+    CUDABackend.make_cubin = _before["make_cubin"]
+    if _before["cache"] is None:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+    else:
+        os.environ["TRITON_CACHE_DIR"] = _before["cache"]
+    triton.runtime.driver.set_active(_before["driver"])
+    _before.clear()
 
 
 class _Launcher:
