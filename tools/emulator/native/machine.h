@@ -116,7 +116,8 @@ struct TensorColumn {
   u32 reads[2 * MAX_WARPS] = {}, read_line = 0;  // by warps and by products
 };
 
-// A bulk copy: of a box of a tensor, whose map may lie at 0, the first parameter; or of ``bytes`` from or to ``global``.
+// A bulk copy: of a box of a tensor, whose map may lie at 0 as the first parameter; or of ``bytes`` to or from
+// ``global``.
 struct Bulk {
   bool tensor = false;
   u64 shared = 0, global = 0, map = 0;
