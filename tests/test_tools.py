@@ -286,6 +286,19 @@ def test_table_of_gpu_status(given, row):
     assert line.endswith(row)
 
 
+def test_table_of_gpu_status_says_what_passed_on_the_emulator(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    op, kernel = "tests/ops/test_rope2d_triton.py", "rope2d/triton_impl.py"
+    outcomes = {f"{op}::test_a": "passed", f"{op}::test_b": "failed", "tests/test_emulated_cuda.py::test_c": "passed"}
+    names = gpu_status.kernels()
+    monkeypatch.setattr(gpu_status, "kernels", lambda: names)
+    monkeypatch.setattr(gpu_status, "ROOT", tmp_path)
+    gpu_status.write_emulated(str(tmp_path / "benchmarks/results/emulator/sm_90-triton-3.9.json"), "sm_90", outcomes)
+    assert re.fullmatch(r"sm_90 \(Triton [\d.]+, `\w*`\): 1 tests, \*\*1 failed\*\*", gpu_status.emulated(kernel))
+    assert re.fullmatch(r"sm_90 \(`\w*`\): 1 tests", gpu_status.emulated("feature_resample/feature_resample.cu"))
+    assert gpu_status.emulated("swiglu_norm/triton_impl.py") == "**no**"
+
+
 def test_gpu_check_names_missing_packages_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "output_of", lambda *command: "NVIDIA H200")
     monkeypatch.setattr(gpu_check, "REQUIRED", ("torch", "no_such_package", "nor_this_one"))

@@ -175,6 +175,24 @@ def test_expert_attention_launches_what_was_shipped(monkeypatch, machine):
     assert launches(2048) == [default]
 
 
+@pytest.mark.parametrize(("version", "tile"), [((3, 6), 32), ((3, 9), 64)], ids=["Triton 3.6", "Triton 3.9"])
+def test_old_triton_gets_small_tiles_of_fp32_on_sm_100(version, tile, monkeypatch) -> None:
+    triton = pytest.importorskip("triton")
+    from mova_kernels.ops.expert_attention import triton_impl
+
+    if not isinstance(triton_impl._forward_kernel, triton.JITFunction):
+        pytest.skip("TRITON_INTERPRET=1: nothing is launched")
+    found = []
+    monkeypatch.setattr(
+        triton.JITFunction, "run", lambda self, *_, grid, warmup, **options: found.append((self.__name__, options))
+    )
+    monkeypatch.setattr(triton_impl, "VERSION", version)
+    monkeypatch.setattr(triton_impl, "target", lambda: 100)
+    q, table = torch.empty(2, 200, 128, device="meta"), torch.empty(200, 64, device="meta")
+    triton_impl.forward(q, q, q, table, table, 2, None)
+    assert [options["TILE"] for name, options in found if name == "_forward_kernel"] == [tile]
+
+
 def test_candidates_of_expert_attention_keep_to_the_rules():
     pytest.importorskip("triton")
     from mova_kernels.ops.expert_attention.triton_impl import CANDIDATES

@@ -33,7 +33,7 @@ import torch
 from mova_kernels import _native
 from mova_kernels._plain import address
 
-from .machine import BUILD, Fault, Kernel, Memory
+from .machine import BUILD, Fault, Kernel, Memory, run
 from .memory import memory_of
 from .ptx import entries
 
@@ -122,7 +122,7 @@ def build(sources: Sequence[Path], architecture: str, headers: Path = ROOT / "cs
         made = Path(scratch, "made")
         made.mkdir()
         objects = [_compile(nvcc, source, architecture, headers, made, Path(scratch)) for source in (*sources, RUNTIME)]
-        _run([nvcc, *LINK, "-o", str(made / "library.so"), *objects])
+        run(nvcc, *LINK, "-o", str(made / "library.so"), *objects)
         try:
             made.rename(folder)
         except OSError:  # another process was faster
@@ -147,16 +147,10 @@ def _compile(nvcc: str, source: Path, architecture: str, headers: Path, made: Pa
         "-keep-dir",
         str(kept),
     ]
-    _run([*command, "-c", "-o", str(output), str(source)])
+    run(*command, "-c", "-o", str(output), str(source))
     for ptx in kept.glob("*.ptx"):
         ptx.rename(made / f"{source.parent.name}-{ptx.name}")
     return str(output)
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
 
 
 def _nvcc() -> str | None:

@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -228,28 +227,27 @@ def _built() -> Path:
     content.update(Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].partition(b"flags")[2])
     for file in sorted(NATIVE.iterdir()):
         content.update(file.read_bytes())
-    cache = BUILD
-    library = cache / f"{content.hexdigest()[:16]}.so"
+    library = BUILD / f"{content.hexdigest()[:16]}.so"
     if library.exists():
         return library
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
 
         def build(source: Path) -> str:
             target = Path(scratch, source.stem + ".o")
             contract = "-ffp-contract=" + ("fast" if source.name in FUSED else "off")
-            _run(compiler, *FLAGS, contract, "-c", str(source), "-o", str(target))
+            run(compiler, *FLAGS, contract, "-c", str(source), "-o", str(target))
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(build, sources))
-        _run(compiler, "-shared", *objects, "-o", f"{scratch}/library.so")
+        run(compiler, "-shared", *objects, "-o", f"{scratch}/library.so")
         os.replace(f"{scratch}/library.so", library)
     return library
 
 
-def _run(*command: str) -> None:
-    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if ran.returncode:
-        sys.stderr.write(ran.stdout)
-        raise RuntimeError(f"{' '.join(command)} failed")
+def run(*command: str) -> None:
+    """Run a compiler; what it printed is in the error if it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")

@@ -160,17 +160,22 @@ class Decoder:
 
     def address(self, text: str, bits: int) -> tuple[int, int]:
         """``[register + constant]``: the register's place, and the constant."""
-        m = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
-        if not m:
-            raise Unsupported(f"address {text}")
-        offset = int(m[2] or "0", 0)
-        place = self.register(m[1], str(bits)) if self.is_register(m[1]) else self.constant(m[1], str(bits))
+        base, offset = _base_and_offset(text)
+        place = self.register(base, str(bits)) if self.is_register(base) else self.constant(base, str(bits))
         return place, offset
 
     def _room(self, size: int) -> int:
         start = self.end
         self.end += -(-size // 64) * 64
         return start
+
+
+def _base_and_offset(address: str) -> tuple[str, int]:
+    """The register or name of ``[base + constant]``, and the constant."""
+    m = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]", address)
+    if not m:
+        raise Unsupported(f"address {address}")
+    return m[1], int(m[2] or "0", 0)
 
 
 # ---- what needs more than a row of the table
@@ -232,10 +237,7 @@ def _load_or_store(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> Non
     """at[0]: address, or -1 for a parameter; imm: what is added to it, bytes of its register; list: the registers."""
     store, space, kind, bits = m["op"] == "st", m["space"], m["kind"], m["bits"]
     address, data = s.operands if store else (s.operands[1], s.operands[0])  # a cache policy may follow
-    inner = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]", address)
-    if not inner:
-        raise Unsupported(f"address {address}")
-    base, offset = inner[1], int(inner[2] or "0", 0)
+    base, offset = _base_and_offset(address)
     if d.is_register(base):
         width = d.kernel.bits(base)
         i.at = [d.operand(i, base, width)]
@@ -258,10 +260,10 @@ def _atomic(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: address, value, second value or -1; imm as in _load_or_store; list: the register of the old value."""
     operands = list(s.operands)
     result = operands.pop(0) if m["op"] == "atom" else "_"
-    base, offset = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]", operands[0]).groups()
+    base, offset = _base_and_offset(operands[0])
     width = d.kernel.bits(base) if d.is_register(base) else "32"
     i.at = [d.operand(i, base, width)]
-    i.imm = [int(offset or "0", 0), int(width) // 8]
+    i.imm = [offset, int(width) // 8]
     for value in operands[1:]:
         i.at.append(d.operand(i, value, m["bits"]))
     i.list = [d.operand(i, result, m["bits"], written=True)]
