@@ -6,8 +6,6 @@
 
 namespace emulator {
 
-u32 swizzled(u32 address, int bytes) { return bytes ? address ^ ((address >> 7 & (bytes / 16 - 1)) << 4) : address; }
-
 Mbarrier& mbarrier(Warp& w, u64 address) {
   auto found = w.block->mbarriers.find(address);
   if (found == w.block->mbarriers.end()) fault(w, "there is no mbarrier at %llu", (unsigned long long)address);

@@ -293,7 +293,9 @@ void count_shared(Warp& w, const Instruction& i, const u64* address, u32 lanes, 
 // ---- copies.cpp
 Mbarrier& mbarrier(Warp& w, u64 address);
 bool wait_mbarrier(Warp& w, const Instruction& i, u32 lanes);
-u32 swizzled(u32 address, int bytes);
+inline u32 swizzled(u32 address, int bytes) {
+  return bytes ? address ^ ((address >> 7 & (bytes / 16 - 1)) << 4) : address;
+}
 
 // ---- tensor_memory.cpp
 void finish_products(Warp& w, size_t until);

@@ -7,6 +7,7 @@ namespace emulator {
 namespace {
 
 typedef float Four __attribute__((vector_size(16)));
+typedef float Eight __attribute__((vector_size(32)));
 typedef float Sixteen __attribute__((vector_size(64)));
 
 Sixteen load16(const float* from) {
@@ -17,7 +18,8 @@ Sixteen load16(const float* from) {
 Sixteen four_times(const float* from) {
   Four x;
   memcpy(&x, from, sizeof x);
-  return __builtin_shufflevector(x, x, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  const Eight y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 0, 1, 2, 3);  // g++ takes one step through memory
+  return __builtin_shufflevector(y, y, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 
 // The operand A as multiply() takes it: a[k][half][lane] = A[lane / 4 + 8 * half][k].

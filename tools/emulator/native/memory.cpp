@@ -19,20 +19,16 @@ u8* global_memory(Warp& w, u64 address, int bytes, bool write) {
       fault(w, "global %s of %d bytes at %llx, which is in no tensor", what, bytes, (unsigned long long)address);
     launch.last = region;
   }
-  if (region->valid) {
-    const u8* valid = region->valid + (address - region->low);
-    for (int k = 0; k < bytes; ++k) {
-      if (!valid[k])
-        fault(w, "global %s of %d bytes at %llx, between the rows of a view", write ? "write" : "read", bytes,
-              (unsigned long long)address);
-    }
+  if (region->valid && memchr(region->valid + (address - region->low), 0, bytes)) {
+    fault(w, "global %s of %d bytes at %llx, between the rows of a view", write ? "write" : "read", bytes,
+          (unsigned long long)address);
   }
   return reinterpret_cast<u8*>(address);
 }
 
 u8* shared_memory(Warp& w, u64 address, int bytes, bool write) {
   Block& block = *w.block;
-  if (address + bytes > block.launch->shared_bytes || address % std::min(bytes, 16)) {
+  if (address + bytes > block.launch->shared_bytes || (address & (std::min(bytes, 16) - 1))) {
     fault(w, "shared %s of %d bytes at %llu of %llu, outside or misaligned", write ? "write" : "read", bytes,
           (unsigned long long)address, (unsigned long long)block.launch->shared_bytes);
   }
