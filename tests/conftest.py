@@ -79,20 +79,17 @@ def triton_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if gpu and interpreted:
         pytest.fail("TRITON_INTERPRET=1 and --gpu exclude each other")
     pytest.importorskip("triton")
-    monkeypatch.setattr(_triton, "INTERPRETED_DTYPES", _triton.DTYPES)
     if interpreted:
         from interpreter import strict
 
+        monkeypatch.setattr(_triton, "INTERPRETED_DTYPES", _triton.DTYPES)
         with strict():
             yield
     else:
-        from emulator import triton_driver
+        from emulated_gpu import compiled_on_cpu_tensors
 
-        for asked in ("_interpreted", "_interpreter_is_on"):  # which decide whether Triton takes CPU tensors
-            monkeypatch.setattr(_triton, asked, lambda: True)
-        triton_driver.use(gpu)
-        yield
-        triton_driver.leave()
+        with compiled_on_cpu_tensors(gpu):
+            yield
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def check_backward(grad: Tensor, in_size: tuple[int, int], out_size: tuple[int, 
 def assert_launched(library: cuda.Library, kernel: str, dtype: torch.dtype, vectors: bool) -> None:
     elements = 16 // dtype.itemsize if vectors else 1
     (launch,) = library.launches
-    assert re.search(rf"\d{kernel}I{DTYPES[dtype]}Li{elements}E", launch.kernel), launch
+    assert re.search(rf"\d{kernel}I{DTYPES[dtype]}Li{elements}E", launch.name), launch
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)

@@ -139,7 +139,8 @@ def launch(grid=(2, 1, 1), block=(32, 1), shared=0, allowed=-1):
 
 def test_arguments_of_every_width_arrive(probe, libraries) -> None:
     assert probe("launch", *launch()) == [7] * 64
-    assert libraries["90a"].launches[-1][1:] == ((2, 1, 1), (32, 1, 1), 0)
+    last = libraries["90a"].launches[-1]
+    assert (last.grid, last.block, last.shared) == ((2, 1, 1), (32, 1, 1), 0)
 
 
 REFUSED_LAUNCHES = {

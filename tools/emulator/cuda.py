@@ -33,7 +33,7 @@ import torch
 from mova_kernels import _native
 from mova_kernels._plain import address
 
-from .machine import BUILD, Fault, Kernel, Memory, run
+from .machine import BUILD, Fault, Kernel, Launch, Memory, run
 from .memory import memory_of
 from .ptx import entries
 
@@ -71,13 +71,6 @@ DEVICES = {
     "90a": Device(9, 0, 132, 227 * KIB, 228 * KIB),
     "100": Device(10, 0, 148, 227 * KIB, 228 * KIB),
 }
-
-
-class Launch(NamedTuple):
-    kernel: str  # its mangled name
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared_bytes: int
 
 
 # ---- Building ----
@@ -201,12 +194,13 @@ class Library:
         self._memory: list[Memory] = []
         self._error: BaseException | None = None
         self._images: dict[str, str] = {}
+        self._sources: dict[str, str] = {}
         for path in sorted(folder.glob("*.ptx")):
             text = path.read_text()
             for name in entries(text):
                 if name in self._images:
                     raise ValueError(f"two sources have a kernel {name}")
-                self._images[name] = text
+                self._images[name], self._sources[name] = text, f"{path.stem.replace('-', '/', 1)}.cu"
         self._kernel = functools.cache(self._decode)
         self._connection = _Connection(
             _LAUNCH(self._guarded(self._launch)),
@@ -265,12 +259,14 @@ class Library:
         parameters = bytearray(kernel.ptx.parameter_bytes)
         for i, (offset, size) in enumerate(kernel.parameters.values()):
             parameters[offset : offset + size] = ctypes.string_at(arguments[i], size)
-        launch = Launch(name.decode(), tuple(grid[:3]), tuple(block[:3]), shared_bytes)
-        bound, threads = self._launch_bound(launch.kernel), math.prod(launch.block)
+        launch = Launch(
+            name.decode(), self._sources[name.decode()], kernel, tuple(grid[:3]), tuple(block[:3]), shared_bytes
+        )
+        bound, threads = self._launch_bound(launch.name), math.prod(launch.block)
         if threads > bound:
-            raise Fault(f"{launch.kernel} has {threads} threads in a block, its launch bound is {bound}")
+            raise Fault(f"{launch.name} has {threads} threads in a block, its launch bound is {bound}")
         self.launches.append(launch)
-        kernel.launch(launch.grid, launch.block, shared_bytes, bytes(parameters), self._memory)
+        launch.run(bytes(parameters), self._memory)
         return 0
 
     def _launch_bound(self, name: str) -> int:

@@ -9,8 +9,10 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,6 +173,44 @@ class Kernel:
 
     def _with_sources(self, text: str) -> str:
         return re.sub(r"\[line (\d+)\]", lambda m: f"[PTX line {m[1]}, {self.ptx.source(int(m[1]))}]", text)
+
+
+@dataclass
+class Launch:
+    """A launch by a driver: what was launched, and what it did."""
+
+    name: str  # of the kernel, mangled if it is one of CUDA C++
+    source: str  # Python module or file of CUDA C++ in which it is defined
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int  # bytes of dynamic shared memory
+    totals: Totals | None = None  # None if it was not executed
+    seconds: float = 0.0
+
+    def run(self, parameters: bytes, memory: Sequence[Memory]) -> None:
+        """Execute it as SETTINGS say, and tell their observer."""
+        start = time.perf_counter()
+        if SETTINGS.execute:
+            options = {"checks": SETTINGS.checks, "counters": SETTINGS.counters, "schedule": SETTINGS.schedule}
+            self.totals = self.kernel.launch(self.grid, self.block, self.shared, parameters, memory, **options)
+        self.seconds = time.perf_counter() - start
+        if SETTINGS.observer is not None:
+            SETTINGS.observer(self)
+
+
+@dataclass
+class Settings:
+    """How the launches of drivers run, see :meth:`Kernel.launch`; whether at all; and who is told of each."""
+
+    checks: bool = True
+    counters: bool = False
+    schedule: int = 0
+    execute: bool = True
+    observer: Callable[[Launch], None] | None = None
+
+
+SETTINGS = Settings()
 
 
 def _watched(instructions: Sequence[Instruction]) -> set[int]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.cache import get_cache_manager
 
-from .machine import BUILD, Kernel, Totals
+from .machine import BUILD, Kernel, Launch
 from .memory import memory_of
 
 _FORMATS = {
@@ -28,30 +26,6 @@ _FORMATS = {
 }  # fmt: skip
 _kernels: dict[str, Kernel] = {}  # by the hash of what was compiled
 _before: dict[str, Any] = {}  # what use() replaced
-
-
-@dataclass
-class Settings:
-    """How launches run, see :meth:`emulator.Kernel.launch`; and who is told of each."""
-
-    checks: bool = True
-    counters: bool = False
-    schedule: int = 0
-    observer: Callable[[Launch], None] | None = None
-
-
-@dataclass
-class Launch:
-    name: str
-    kernel: Kernel
-    grid: tuple[int, int, int]
-    warps: int
-    shared: int
-    totals: Totals
-    seconds: float
-
-
-SETTINGS = Settings()
 
 
 def use(architecture: str) -> None:
@@ -84,6 +58,7 @@ class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         self.signature = list(source.signature.values())
         self.metadata = metadata
+        self.source = source.fn.__module__
         if metadata.hash not in _kernels:
             path = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
             with open(path) as file:
@@ -106,21 +81,9 @@ class _Launcher:
         values += [("Q", 0)] * (len(places) - len(values))  # Triton's scratch memory, which our kernels do not use
         for place, (code, value) in zip(places, values, strict=True):
             struct.pack_into("<" + code, parameters, place, value)
-        start = time.perf_counter()
-        totals = kernel.launch(
-            (x, y, z),
-            (32 * self.metadata.num_warps,),
-            self.metadata.shared,
-            bytes(parameters),
-            memory_of(tensors),
-            checks=SETTINGS.checks,
-            counters=SETTINGS.counters,
-            schedule=SETTINGS.schedule,
-        )
-        seconds = time.perf_counter() - start
-        if SETTINGS.observer is not None:
-            m = self.metadata
-            SETTINGS.observer(Launch(m.name, kernel, (x, y, z), m.num_warps, m.shared, totals, seconds))
+        m = self.metadata
+        launch = Launch(m.name, self.source, kernel, (x, y, z), (32 * m.num_warps, 1, 1), m.shared)
+        launch.run(bytes(parameters), memory_of(tensors))
 
 
 def _flat(signature: Iterable[Any], arguments: Iterable[Any]) -> Iterator[tuple[str, Any]]:

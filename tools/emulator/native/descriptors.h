@@ -95,4 +95,20 @@ void each_chunk(const Matrix& m, int first, int rows, int depth, F f) {
   }
 }
 
+// What a product will read has to be there when it is issued.
+inline void check_operand(Warp& w, const Instruction& i, const Matrix& m, int first, int rows, int depth,
+                          bool counted) {
+  Launch& launch = *w.block->launch;
+  u64 addresses[8];
+  int collected = 0;
+  each_chunk(m, first, rows, depth, [&](u32 address) {
+    shared_memory(w, address, 16, false);
+    if (launch.checks()) check_shared(w, {address, 16, false, MMA + w.id, w.product_groups + 1, true}, w.clock);
+    addresses[collected++] = address;
+    if (collected < 8) return;
+    if (launch.counts() && counted) count_shared(w, i, addresses, 0xff, 16);
+    collected = 0;
+  });
+}
+
 }  // namespace emulator

@@ -135,26 +135,14 @@ void compute(Warp& w, const WarpMma& product) {
   w.block->launch->macs += 16 * columns * E::depth;
 }
 
-// What the product will read: it has to be there when it is issued.
 template <class Format>
 void check_operands(Warp& w, const WarpMma& product) {
   using E = Elements<Format>;
-  Launch& launch = *w.block->launch;
   const Instruction& i = *product.instruction;
-  auto check = [&](const Matrix& m, int first, int rows, bool counted) {
-    u64 addresses[8];
-    int collected = 0;
-    each_chunk(m, first, rows, E::depth, [&](u32 address) {
-      shared_memory(w, address, 16, false);
-      if (launch.checks()) check_shared(w, {address, 16, false, MMA + w.id, w.product_groups + 1, true}, w.clock);
-      addresses[collected++] = address;
-      if (collected < 8) return;
-      if (launch.counts() && counted) count_shared(w, i, addresses, 0xff, 16);
-      collected = 0;
-    });
-  };
-  check(matrix(w, product.b, i.imm[2], E::bytes), 0, i.imm[0], w.id % 4 == 0);  // four warps read B together
-  if (i.at[0] >= 0) check(matrix(w, product.a, i.imm[1], E::bytes), 16 * (w.id % 4), 16, true);
+  // Four warps read B together.
+  check_operand(w, i, matrix(w, product.b, i.imm[2], E::bytes), 0, i.imm[0], E::depth, w.id % 4 == 0);
+  if (i.at[0] < 0) return;
+  check_operand(w, i, matrix(w, product.a, i.imm[1], E::bytes), 16 * (w.id % 4), 16, E::depth, true);
 }
 
 void mark(Warp& w, const WarpMma& product, bool flying) {

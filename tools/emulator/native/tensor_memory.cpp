@@ -98,16 +98,8 @@ void mma(Warp& w, const Instruction& i, u32 lanes) {
   p.add = *operand<u32>(w, i, 5) >> lane & 1;
   const Shape s = shape_of(w, p.description);
   const int bytes = p.tf32 ? 4 : 2, depth = p.tf32 ? 8 : 16;
-  auto check = [&](const Matrix& m, int rows) {
-    each_chunk(m, 0, rows, depth, [&](u32 address) {
-      shared_memory(w, address, 16, false);
-      if (block.launch->checks()) {
-        check_shared(w, {address, 16, false, MMA + w.id, w.product_groups + 1, true}, w.clock);
-      }
-    });
-  };
-  check(matrix(w, p.b, s.b_transposed, bytes), s.columns);
-  if (p.a_in_shared) check(matrix(w, p.a, s.a_transposed, bytes), s.rows);
+  check_operand(w, i, matrix(w, p.b, s.b_transposed, bytes), 0, s.columns, depth, true);
+  if (p.a_in_shared) check_operand(w, i, matrix(w, p.a, s.a_transposed, bytes), 0, s.rows, depth, true);
   for (int row = 0; row < s.rows && !p.add; ++row) {
     tensor_word(w, (p.d >> 16) + lane_of(s, row), (p.d & 0xffff) + s.columns - 1);
     std::fill_n(&tensor_word(w, (p.d >> 16) + lane_of(s, row), p.d & 0xffff), s.columns, ALL);

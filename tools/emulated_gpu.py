@@ -1,0 +1,41 @@
+"""mova_kernels on the emulator (tools/emulator): its Triton kernels run compiled, on CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+from emulator import triton_driver
+
+from mova_kernels import _triton, _tune, backends, use_backend
+from mova_kernels.ops.ragged_linear import triton_impl as persistent
+
+# Architecture -> the GPU whose shipped configurations count, and its multiprocessors.
+GPUS = {"sm_80": ("NVIDIA-A100-SXM4-80GB", 108), "sm_90": ("NVIDIA-H200", 132), "sm_100": ("NVIDIA-B200", 148)}
+
+
+@contextmanager
+def compiled_on_cpu_tensors(gpu: str) -> Iterator[None]:
+    """The Triton backend takes CPU tensors of all its dtypes, and its launches go to the emulator of ``gpu``."""
+    with ExitStack() as stack:
+        for asked in ("_interpreted", "_interpreter_is_on"):  # which decide whether Triton takes CPU tensors
+            stack.enter_context(mock.patch.object(_triton, asked, lambda: True))
+        stack.enter_context(mock.patch.object(_triton, "INTERPRETED_DTYPES", _triton.DTYPES))
+        triton_driver.use(gpu)
+        stack.callback(triton_driver.leave)
+        yield
+
+
+@contextmanager
+def emulated_gpu(gpu: str) -> Iterator[None]:
+    """Every op that has Triton kernels runs them as it does on ``gpu``, with its grids and configurations."""
+    name, multiprocessors = GPUS[gpu]
+    every = ",".join(f"{op}=triton" for op in backends.ops() if "triton" in backends._TABLE[op])
+    with (
+        compiled_on_cpu_tensors(gpu),
+        mock.patch.object(_tune, "device_name", lambda device: name),
+        mock.patch.object(persistent, "num_multiprocessors", lambda x: multiprocessors),
+        use_backend(every),
+    ):
+        yield
