@@ -17,9 +17,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import _allocation
 from triton.runtime.cache import get_cache_manager
 
-from .machine import BUILD, Kernel, Totals
+from .machine import BUILD, Kernel, Memory, Totals
 from .memory import memory_of
 
 _FORMATS = {
@@ -103,7 +104,14 @@ class _Launcher:
             else:
                 values.append(("Q", argument or 0))
         places = [offset for offset, _ in kernel.parameters.values()]
-        values += [("Q", 0)] * (len(places) - len(values))  # Triton's scratch memory, which our kernels do not use
+        memory = memory_of(tensors)
+        # The last two parameters are Triton's scratch memory: of all kernels, and of those that are profiled.
+        if size := self.metadata.global_scratch_size * x * y * z:
+            scratch = _allocation._allocator.get()(size, self.metadata.global_scratch_align, stream)  # set_allocator
+            low = scratch.data_ptr()
+            memory.append(Memory(low, low + size))
+            values.append(("Q", low))
+        values += [("Q", 0)] * (len(places) - len(values))
         for place, (code, value) in zip(places, values, strict=True):
             struct.pack_into("<" + code, parameters, place, value)
         start = time.perf_counter()
@@ -112,7 +120,7 @@ class _Launcher:
             (32 * self.metadata.num_warps,),
             self.metadata.shared,
             bytes(parameters),
-            memory_of(tensors),
+            memory,
             checks=SETTINGS.checks,
             counters=SETTINGS.counters,
             schedule=SETTINGS.schedule,
