@@ -1,8 +1,9 @@
 """In the dry run, Triton's kernels compute: ``import emulated; emulated.use()``, or ``pytest -p emulated``.
 
 They run on tools/emulator, with its checks, launched by Triton's own launcher. A kernel may access what is allocated:
-tensors and nothing else, as PyTorch's cache of memory is left out. All other kernels, PyTorch's own and those of graphs,
-still do nothing: inputs have to come from the host (``.cuda()`` copies them), and what is compared has to go back there.
+tensors and nothing else, as PyTorch's cache of memory is left out. All other kernels, PyTorch's own and those of
+graphs, still do nothing: inputs have to come from the host (``.cuda()`` copies them), and what is compared has to go
+back there.
 """
 
 from __future__ import annotations
