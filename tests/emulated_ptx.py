@@ -119,6 +119,33 @@ def tensor_map(tensor: np.ndarray, box: tuple[int, ...], swizzle: int) -> np.nda
     return array
 
 
+COPY_OF_MAP = "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned"
+
+
+def zeroed_map(warp: str) -> str:
+    """128 bytes at %s, which the warp of this predicate zeroes, for the fields of a map."""
+    return f"mul.lo.u32 %r60, %l, 4; add.u32 %r60, %r60, %s; @{warp} st.shared.b32 [%r60], 0; bar.warp.sync -1;"
+
+
+def fields_of_map(tensor: np.ndarray, box: tuple[int, ...], swizzle: int, at: str, base: str, thread: str) -> str:
+    """The thread of this predicate fills in a map of the tensor, which begins at ``base``; see :func:`tensor_map`."""
+
+    def replace(field: str, bits: int, *values: object) -> str:
+        return (
+            f"@{thread} tensormap.replace.tile.{field}.shared::cta.b1024.b{bits} [{at}], {', '.join(map(str, values))};"
+        )
+
+    types = {1: 0, 2: 1, 4: 2, 8: 4}  # of unsigned integers
+    lines = [replace("global_address", 64, base), replace("rank", 32, tensor.ndim - 1)]
+    for d, (size, length) in enumerate(zip(tensor.shape[::-1], box, strict=True)):
+        lines += [replace("global_dim", 32, d, size), replace("box_dim", 32, d, length)]
+        lines += [replace("element_stride", 32, d, 1)]
+    lines += [replace("global_stride", 64, d, stride) for d, stride in enumerate(tensor.strides[-2::-1])]
+    lines.append(replace("elemtype", 32, types[tensor.itemsize]))
+    lines.append(replace("swizzle_mode", 32, (0, 32, 64, 128).index(swizzle)))
+    return " ".join([*lines, replace("interleave_layout", 32, 0), replace("fill_mode", 32, 0)])
+
+
 def copy(to: str, source: str, count: int, threads: int, label: str) -> str:
     """All threads copy so many bytes between shared memory (addresses in %r and %s) and global memory."""
     loop = f"mul.lo.u32 %r60, %t, 4; {label}: setp.ge.u32 %q60, %r60, {count}; @%q60 bra {label}_end;"

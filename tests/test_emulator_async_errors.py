@@ -8,16 +8,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from emulated_ptx import (
+    COPY_OF_MAP,
     Program,
     aligned,
     barrier_at,
     check_program,
     each_program,
+    fields_of_map,
     run,
     tensor_map,
     wait,
     with_tensor_memory,
     wrong,
+    zeroed_map,
 )
 from emulator import Fault
 
@@ -37,6 +40,16 @@ def tensor_and_map() -> list[np.ndarray]:
     tensor = aligned((8, 8), np.uint32)
     return [tensor, tensor_map(tensor, (4, 4), 0)]
 
+
+def tensor_and_room() -> list[np.ndarray]:
+    return [aligned((8, 8), np.uint32), aligned(128, np.uint8)]
+
+
+# The first warp makes a map in shared memory and takes it to the second array.
+ZEROED_MAP = zeroed_map("%q3")
+FIELDS_OF_MAP = fields_of_map(tensor_and_room()[0], (4, 4), 0, "%s", "%p0", "%q80")
+MAKE_MAP = f"setp.eq.u32 %q80, %t, 0; setp.eq.u32 %q3, %w, 0; {ZEROED_MAP} {FIELDS_OF_MAP}"
+TAKE_MAP = f"bar.warp.sync -1; @%q3 {COPY_OF_MAP} [%p1], [%s], 128;"
 
 COPIES = [
     Program("cp.async without a wait", f"""{ASYNC}
@@ -86,7 +99,16 @@ COPIES = [
         {EXPECT}, 1024;
         @%q80 {LOAD} [%s], [%p0], 1024, [%r80]; //- !
         @%q80 {LOAD} [%s], [%p0], 1024, [%r80]; //+
-        bar.sync 0; {wait(0, "again")}""", "has not been fenced since its mbarrier.init"),
+        bar.sync 0; {wait(0, "again")}""", "not ordered after its mbarrier.init"),
+    Program("bulk load with an mbarrier that another warp makes", f"""
+        setp.eq.u32 %q80, %t, 0; add.u32 %r80, %s, 1024; setp.eq.u32 %q1, %t, 32;
+        @%q80 mbarrier.init.shared.b64 [%r80], 1;
+        fence.mbarrier_init.release.cluster; //-
+        bar.sync 0; //+
+        @%q1 mbarrier.arrive.expect_tx.shared.b64 _, [%r80], 1024;
+        @%q1 {LOAD} [%s], [%p0], 1024, [%r80]; //- !
+        @%q1 {LOAD} [%s], [%p0], 1024, [%r80]; //+
+        bar.sync 0; {wait(0, "again")}""", "not ordered after its mbarrier.init"),
     Program("too many arrivals", f"""
         {barrier_at(1024, 64)}
         mbarrier.arrive.shared.b64 _, [%r80]; //+
@@ -151,6 +173,31 @@ COPIES = [
         @%q80 {LOAD} [%s], [%p0], 16, [%r80];
         {wait(0, "again")} //+
         @%q80 mbarrier.inval.shared.b64 [%r80]; //!""", "mbarrier.inval while something is on its way"),
+    Program("tensor map in memory that nobody has written", f"""
+        setp.eq.u32 %q80, %t, 0; setp.eq.u32 %q3, %w, 0;
+        {ZEROED_MAP} //+
+        {FIELDS_OF_MAP} //!
+        {TAKE_MAP}""", "that nobody has written", arrays=tensor_and_room),
+    Program("stride of a tensor map", f"""{MAKE_MAP}
+        @%q80 tensormap.replace.tile.global_stride.shared::cta.b1024.b64 [%s], 0, 24; //-
+        {TAKE_MAP} //!""", "the GPU does not accept this tensor map", arrays=tensor_and_room),
+    Program("tensor map without a size", f"""{MAKE_MAP}
+        @%q80 tensormap.replace.tile.global_dim.shared::cta.b1024.b32 [%s], 1, 0; //-
+        {TAKE_MAP} //!""", "the GPU does not accept this tensor map", arrays=tensor_and_room),
+    Program("misaligned tensor map", f"""{MAKE_MAP} {TAKE_MAP}
+        @%q80 tensormap.replace.tile.rank.shared::cta.b1024.b32 [%s], 1; //+
+        @%q80 tensormap.replace.tile.rank.shared::cta.b1024.b32 [%s + 64], 1; //- !""",
+        "tensor map at 64, which is misaligned", arrays=tensor_and_room),
+    Program("tensor map with a type that is not emulated", f"""{MAKE_MAP}
+        @%q80 tensormap.replace.tile.elemtype.shared::cta.b1024.b32 [%s], 11; //- !
+        {TAKE_MAP}""", "of the type 11 are not emulated", arrays=tensor_and_room),
+    Program("tensor map that another warp has not waited for", f"""{MAKE_MAP} {TAKE_MAP} //!
+        bar.sync 0; //+
+        setp.eq.u32 %q80, %t, 32; add.u32 %r80, %s, 1024; @%q80 mbarrier.init.shared.b64 [%r80], 1;
+        @%q80 fence.mbarrier_init.release.cluster; {EXPECT}, 64;
+        @%q80 {LOAD_BOX} [%s + 128], [%p1, {{0, 0}}], [%r80]; //!
+        bar.sync 0; {wait(0, "again")}""", "not ordered after a write by another warp",
+        arrays=tensor_and_room),
     Program("bulk load of what another block writes", f"""
         {barrier_at(1024)} {EXPECT}, 16; mov.u32 %r1, %ctaid.x; mad.wide.u32 %d1, %r1, 16, %p0;
         @%q80 st.global.b32 [%d1], %r1; //!
@@ -221,7 +268,13 @@ MATRICES = [
     Program("accumulator read too early", f"""{READY}
         {PRODUCT} {COMMIT}
         {WAIT} //+
+        add.u32 %r30, %r12, 1; //!
+        {WAIT}""", "read of an accumulator while its wgmma is in flight"),
+    Program("accumulator copied too early", f"""{READY}
+        {PRODUCT} {COMMIT}
+        {WAIT} //+
         mov.u32 %r30, %r12; //!
+        add.u32 %r30, %r30, 1;
         {WAIT}""", "read of an accumulator while its wgmma is in flight"),
     Program("accumulator read after a wait for too few groups", f"""{READY}
         {PRODUCT} {COMMIT}
@@ -280,6 +333,15 @@ def test_copies_and_constants_behind_the_fence_are_allowed() -> None:
     run(f"{READY} mov.b32 %r20, %r21; mov.b32 %r10, 0; {PRODUCT} {COMMIT} {WAIT}", threads=128, shared=4096)
 
 
+def test_copies_of_accumulators_before_the_wait_are_made_behind_it() -> None:
+    """Triton 3.6 emits them, and ptxas puts a wait before them."""
+    found = np.zeros((128, 2), np.uint32)
+    rest = "st.global.v2.b32 [%e0], {%r10, %r31};"
+    run(f"{READY} {PRODUCT} {COMMIT} mov.b32 %r31, %r10; {WAIT} {rest}", found, threads=128, shared=4096)
+    assert (found[:, 0] != 0xFFFFFFFF).all()
+    np.testing.assert_array_equal(found[:, 0], found[:, 1])
+
+
 # A in the first columns of tensor memory, the accumulators from column 64 on, and B as above.
 MOVE = "{%r10, %r11, %r12, %r13, %r14, %r15, %r16, %r17}"
 STORE_A = f"tcgen05.st.sync.aligned.32x32b.x8.b32 [%r71], {MOVE};"
@@ -322,6 +384,12 @@ TENSOR_MEMORY = [
         {STORE_A} //!
         {wait(0, "end")} tcgen05.wait::st.sync.aligned;""",
         "write to tensor memory, not ordered after a read of a matrix product"),
+    Program("mbarrier.inval with products on their way", f"""{TENSOR_READY}
+        add.u32 %r90, %r80, 16; @%q80 mbarrier.init.shared.b64 [%r90], 1; bar.sync 0;
+        {TENSOR_PRODUCT} {TENSOR_COMMIT} {TENSOR_PRODUCT} {TENSOR_COMMIT.replace("%r80", "%r90")}
+        {wait(0, "done").replace("%r80", "%r90")} //+
+        @%q80 mbarrier.inval.shared.b64 [%r80]; //!
+        {wait(0, "end").replace("%r80", "%r90")}""", "mbarrier.inval while something is on its way"),
     Program("shared operand of a product in flight", f"""{TENSOR_READY}
         {TENSOR_PRODUCT} //!
         {TENSOR_COMMIT}
@@ -363,7 +431,7 @@ EARLY = [
     ("cp.async", f"{ASYNC} ld.shared.b32 %r10, [%r1]; cp.async.wait_all;"),
     ("bulk load", f"""{barrier_at(2048)} {EXPECT}, 1024;
         @%q80 {LOAD} [%s], [%p0], 1024, [%r80]; bar.sync 0; ld.shared.b32 %r10, [%s]; bar.sync 0; {wait(0, "end")}"""),
-    ("wgmma", f"{READY} setp.ne.u32 %q1, 0, 0; {PRODUCT} {COMMIT} mov.u32 %r30, %r10; {WAIT} mov.u32 %r10, %r30;"),
+    ("wgmma", f"{READY} setp.ne.u32 %q1, 0, 0; {PRODUCT} {COMMIT} add.u32 %r30, %r10, 0; {WAIT} mov.u32 %r10, %r30;"),
     ("tcgen05.st", with_tensor_memory(f"""
         mov.u32 %r10, 0; {STORE_A} tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71];
         tcgen05.wait::st.sync.aligned;""", 2048)),

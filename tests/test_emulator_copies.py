@@ -5,7 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from emulated_ptx import TESTED, about, aligned, barrier_at, copy, run, swizzled, tensor_map, wait
+from emulated_ptx import (
+    COPY_OF_MAP,
+    TESTED,
+    about,
+    aligned,
+    barrier_at,
+    copy,
+    fields_of_map,
+    run,
+    swizzled,
+    tensor_map,
+    wait,
+    zeroed_map,
+)
 from emulator import Kernel
 from emulator.memory import memory_of
 
@@ -218,6 +231,42 @@ TESTED.update(
     (f"cp.async.bulk.tensor.{d}d.shared::cluster.global.mbarrier::complete_tx::bytes", None) for d in range(1, 6)
 )
 TESTED.update((f"cp.async.bulk.tensor.{d}d.global.shared::cta.tile.bulk_group", None) for d in range(1, 6))
+
+
+FIELDS = (
+    "global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype",
+    "interleave_layout", "swizzle_mode", "fill_mode",
+)  # fmt: skip
+
+
+@about(COPY_OF_MAP)
+@pytest.mark.parametrize(("shape", "box", "corners", "dtype", "swizzle"), CASES)
+def test_tensor_map_that_the_program_makes(shape, box, corners, dtype, swizzle) -> None:
+    """It is used as one that the driver makes."""
+    tensor, map_made = padded(shape, dtype), aligned(128, np.uint8)
+    tensor[...] = np.arange(1, tensor.size + 1).reshape(shape)
+    count = int(np.prod(box)) * tensor.itemsize
+    corner, found, end = corners[-1], np.zeros(count, np.uint8), max(count, 128)
+    at = ", ".join(map(str, corner))
+    body = f"""
+        {barrier_at(end)} setp.eq.u32 %q3, %w, 0;
+        {zeroed_map("%q3")} {fields_of_map(tensor, box[::-1], swizzle, "%s", "%p0", "%q80")} bar.warp.sync -1;
+        @%q3 {COPY_OF_MAP} [%p1], [%s], 0x80;
+        @%q3 fence.proxy.tensormap::generic.acquire.gpu [%p1], 128; fence.proxy.async; bar.sync 0;
+        @%q80 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r80], {count};
+        @%q80 cp.async.bulk.tensor.{len(shape)}d.shared::cluster.global.mbarrier::complete_tx::bytes
+            [%s], [%p1, {{{at}}}], [%r80];
+        {wait(0, "wait")} {copy("%p2", "%s", count, 64, "out")}"""
+    run(body, tensor, map_made, found, threads=64, shared=end + 16)
+    wanted = np.zeros(box, dtype)
+    inside, of_box = overlap(tensor, corner, box[::-1])
+    wanted[of_box] = tensor[inside]
+    np.testing.assert_array_equal(found, in_shared_memory(wanted, swizzle))
+
+
+for field in FIELDS:
+    size = 64 if field in ("global_address", "global_stride") else 32
+    TESTED.add((f"tensormap.replace.tile.{field}.shared::cta.b1024.b{size}", None))
 
 
 def test_tensor_map_that_is_the_first_parameter() -> None:

@@ -39,6 +39,11 @@ def all_negative(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
     return [-1e20 * (1 + 0.1 * q.abs()), 1e20 * (1 + 0.1 * k.abs()), v, grad]
 
 
+def large_sums(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """Weights that are all alike: before it is divided by their sum, that of the values overflows."""
+    return q * 1e-3, k, v.abs() * 5e37, grad * 1e-30
+
+
 EXTREMES = {
     "weights that the log-sum-exp in fp32 would not tell apart": scaled(q=100, k=100),
     "differences of scores beyond the range of powers of 2": scaled(q=1e9),
@@ -49,6 +54,7 @@ EXTREMES = {
     "short queries and long keys": scaled(q=1e-37, k=5e37),
     "denormal queries": scaled(q=1e-41),
     "large values": scaled(v=5e37, grad=1e-30),
+    "values whose sum is beyond fp32": large_sums,
     "products of values and gradients beyond fp32": scaled(q=100, k=100, v=1e30, grad=1e30),
     "such products where scores are ordinary": scaled(k=1e-30, q=1e-30, v=1e20, grad=1e20),
     "one outlier channel": outlier_channel,

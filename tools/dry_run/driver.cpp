@@ -1,4 +1,5 @@
-// A CUDA runtime and driver for a GPU that computes nothing: its memory is the host's, its launches only count.
+// A CUDA runtime and driver for a GPU that computes nothing: its memory is the host's, its launches only count. Kernels
+// that come as PTX can be executed: dry_run_emulate.
 //
 // Preloaded, it stands between PyTorch and the libraries that need a GPU. Memory is handed out and copied, so that an
 // allocator's books are right; streams and events exist; while a graph is captured, what CUDA forbids then is refused.
@@ -17,6 +18,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -84,6 +86,30 @@ cudaError_t fill(void* at, int value, size_t size) {
   return cudaSuccess;
 }
 
+// Executes a kernel of a PTX text, and returns 0 if it went well. sizes: grid, block, bytes of dynamic shared memory;
+// memory: begin and end of each allocation.
+using Emulator = int (*)(const char* ptx, const char* name, const unsigned* sizes, void** arguments,
+                         const size_t* memory, size_t allocations);
+Emulator emulator;
+
+struct Function {
+  std::string ptx, name;  // no PTX: what was loaded is machine code
+};
+
+CUresult emulate(const Function& f, dim3 grid, dim3 block, unsigned shared, void** arguments) {
+  const unsigned sizes[] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, shared};
+  std::vector<size_t> memory;
+  {
+    Lock lock(mutex);
+    for (const auto& [address, size] : device_memory) {
+      memory.push_back(reinterpret_cast<size_t>(address));
+      memory.push_back(memory.back() + size);
+    }
+  }
+  const int status = emulator(f.ptx.c_str(), f.name.c_str(), sizes, arguments, memory.data(), memory.size() / 2);
+  return status ? CUDA_ERROR_LAUNCH_FAILED : CUDA_SUCCESS;
+}
+
 cudaError_t launch(const std::string& kernel, dim3 grid, dim3 block, size_t shared) {
   count("kernel " + kernel);
   bool fits = grid.x && grid.y && grid.z && grid.y <= kGridLimit && grid.z <= kGridLimit;
@@ -146,6 +172,9 @@ API void dry_run_report() {
   std::fflush(stdout);
   calls.clear();
 }
+
+// From now on, kernels that come as PTX are executed, but for those that are captured.
+API void dry_run_emulate(Emulator with) { emulator = with; }
 
 // The runtime: the device.
 API cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
@@ -351,10 +380,15 @@ API CUresult cuDeviceGet(CUdevice* device, int) { return *device = 0, CUDA_SUCCE
 API CUresult cuCtxGetCurrent(CUcontext* context) { return *context = reinterpret_cast<CUcontext>(16), CUDA_SUCCESS; }
 API CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) { return cuCtxGetCurrent(context); }
 API CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned*, int* active) { return *active = 1, CUDA_SUCCESS; }
-API CUresult cuModuleLoadData(CUmodule* module, const void*) { return *module = fresh<CUmodule>(), CUDA_SUCCESS; }
-API CUresult cuModuleLoad(CUmodule* module, const char*) { return *module = fresh<CUmodule>(), CUDA_SUCCESS; }
-API CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
-  return *function = reinterpret_cast<CUfunction>(strdup(name)), CUDA_SUCCESS;
+API CUresult cuModuleLoadData(CUmodule* module, const void* image) {
+  const auto* text = static_cast<const char*>(image);
+  const bool is_ptx = !std::strncmp(text, "//", 2) || !std::strncmp(text, ".version", 8);
+  return *module = reinterpret_cast<CUmodule>(new std::string(is_ptx ? text : "")), CUDA_SUCCESS;
+}
+API CUresult cuModuleLoad(CUmodule* module, const char*) { return cuModuleLoadData(module, ""); }
+API CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
+  auto* made = new Function{*reinterpret_cast<std::string*>(module), name};
+  return *function = reinterpret_cast<CUfunction>(made), CUDA_SUCCESS;
 }
 API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute which, CUfunction) {
   return *value = which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0, CUDA_SUCCESS;
@@ -365,16 +399,16 @@ API CUresult cuPointerGetAttribute(void* value, CUpointer_attribute, CUdeviceptr
   return *static_cast<CUdeviceptr*>(value) = address, CUDA_SUCCESS;
 }
 API CUresult cuGetErrorString(CUresult, const char** text) { return *text = "refused by the dry run", CUDA_SUCCESS; }
-API CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void**, void**) {
-  dim3 grid(c->gridDimX, c->gridDimY, c->gridDimZ), block(c->blockDimX, c->blockDimY, c->blockDimZ);
-  const auto* name = reinterpret_cast<const char*>(function);
-  return launch(name, grid, block, c->sharedMemBytes) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
-}
 API CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned block_x, unsigned block_y,
-                            unsigned block_z, unsigned shared, CUstream, void**, void**) {
-  const auto* name = reinterpret_cast<const char*>(function);
+                            unsigned block_z, unsigned shared, CUstream, void** arguments, void**) {
+  const auto& f = *reinterpret_cast<const Function*>(function);
   dim3 grid(x, y, z), block(block_x, block_y, block_z);
-  return launch(name, grid, block, shared) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+  if (launch(f.name, grid, block, shared)) return CUDA_ERROR_INVALID_VALUE;
+  return emulator && !f.ptx.empty() && !capturing ? emulate(f, grid, block, shared, arguments) : CUDA_SUCCESS;
+}
+API CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** arguments, void** extra) {
+  return cuLaunchKernel(function, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ,
+                        c->sharedMemBytes, c->hStream, arguments, extra);
 }
 API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, CUfunction, int, size_t) {
   return *n = 2, CUDA_SUCCESS;

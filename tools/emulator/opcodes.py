@@ -66,6 +66,33 @@ class Decoder:
         self.special: dict[int, int] = {}
         self.symbols = {name: offset for name, (offset, _) in kernel.parameters.items()} | kernel.shared
         self.instructions = [self._decode(statement) for statement in kernel.statements]
+        self._move_copies_behind_waits()
+
+    def _move_copies_behind_waits(self) -> None:
+        """Copies of accumulators between a product and its wait take place behind the wait.
+
+        Triton 3.6 emits them; ptxas adds a wait before them and says so (C7517).
+        """
+        used = {register for i in self.instructions for register in i.uses}
+        targets, start = set(self.kernel.labels.values()), 0
+        for end, i in enumerate(self.instructions):
+            if end in targets:
+                start = end
+            if i.name == "wgmma.wait":
+                before, late = [], []
+                read: set[int] = set()
+                written: set[int] = set()
+                for other in reversed(self.instructions[start:end]):
+                    copies = other.name == "mov.32" and other.guard < 0 and other.reads & used
+                    if copies and not other.writes & (read | written) and not other.reads & written:
+                        late.append(other)
+                    else:
+                        before.append(other)
+                        read |= other.reads
+                        written |= other.writes
+                self.instructions[start : end + 1] = [*before[::-1], i, *late[::-1]]
+            if i.name.startswith("wgmma.") or i.kind in (BRANCH, BRANCH_INDEXED, BARRIER):
+                start = end + 1
 
     def _decode(self, s: Statement) -> Instruction:
         try:
@@ -350,6 +377,34 @@ def _bulk(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     i.name = "bulk.load" if load else "bulk.store"
 
 
+_TENSOR_MAP_FIELDS = (
+    "global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype",
+    "interleave_layout", "swizzle_mode", "fill_mode",
+)  # fmt: skip
+
+
+def _tensor_map_field(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """at: address, value; imm: offset, bytes of both, which field, and of which dimension."""
+    base, offset = _base_and_offset(s.operands[0])
+    width = _register_bits(d, base, "32")
+    dimension = int(s.operands[1], 0) if len(s.operands) == 3 else 0
+    i.at = [d.operand(i, base, width), d.operand(i, s.operands[-1], m[2])]
+    i.imm = [offset, int(width) // 8, int(m[2]) // 8, _TENSOR_MAP_FIELDS.index(m[1]), dimension]
+    i.name = "tensormap.replace"
+
+
+def _tensor_map_copy(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """at: to, from; imm: their offsets, bytes of the latter's register."""
+    base, _ = _base_and_offset(s.operands[1])
+    width = _register_bits(d, base, "32")
+    d.add(i, "[64]", s.operands[0])
+    d.add(i, f"[{width}]", s.operands[1])
+    if int(s.operands[2], 0) != 128:
+        raise Unsupported("a tensor map has 128 bytes")
+    i.imm.append(int(width) // 8)
+    i.name = "tensormap.copy"
+
+
 def _tensor_move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     """at[0]: address; imm: offset, whether it stores, columns between the halves or -1; list: registers."""
     store = m[1] == "st"
@@ -544,6 +599,17 @@ TABLE = [
         rf"cp\.async\.bulk(?P<tensor>\.tensor\.[1-5]d)?\.global\.(?P<from>shared){_CTA}(?:\.tile)?\.bulk_group",
         _bulk,
         "",
+    ),
+    (
+        rf"tensormap\.replace\.tile\.({'|'.join(_TENSOR_MAP_FIELDS)})\.shared::cta\.b1024\.b(32|64)",
+        _tensor_map_field,
+        "",
+    ),
+    (
+        r"tensormap\.cp_fenceproxy\.global\.shared::cta\.tensormap::generic\.release\.gpu\.sync\.aligned",
+        _tensor_map_copy,
+        "",
+        COLLECTIVE,
     ),
     (r"cp\.async\.bulk\.commit_group", "bulk.commit", ""),
     (r"cp\.async\.bulk\.wait_group(?:\.read)?", "bulk.wait", "#"),

@@ -15,9 +15,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import _allocation
 from triton.runtime.cache import get_cache_manager
 
-from .machine import BUILD, Kernel, Launch
+from .machine import BUILD, Kernel, Launch, Memory
 from .memory import memory_of
 
 _FORMATS = {
@@ -78,12 +79,19 @@ class _Launcher:
             else:
                 values.append(("Q", argument or 0))
         places = [offset for offset, _ in kernel.parameters.values()]
-        values += [("Q", 0)] * (len(places) - len(values))  # Triton's scratch memory, which our kernels do not use
+        memory = memory_of(tensors)
+        # The last two parameters are Triton's scratch memory: of all kernels, and of those that are profiled.
+        if size := self.metadata.global_scratch_size * x * y * z:
+            scratch = _allocation._allocator.get()(size, self.metadata.global_scratch_align, stream)  # set_allocator
+            low = scratch.data_ptr()
+            memory.append(Memory(low, low + size))
+            values.append(("Q", low))
+        values += [("Q", 0)] * (len(places) - len(values))
         for place, (code, value) in zip(places, values, strict=True):
             struct.pack_into("<" + code, parameters, place, value)
         m = self.metadata
         launch = Launch(m.name, self.source, kernel, (x, y, z), (32 * m.num_warps, 1, 1), m.shared)
-        launch.run(bytes(parameters), memory_of(tensors))
+        launch.run(bytes(parameters), memory)
 
 
 def _flat(signature: Iterable[Any], arguments: Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -112,8 +112,10 @@ def _forward_kernel(
         largest = larger
         k_tile += k_step
         v_tile += v_step
-    store_tile(o_tile, acc / total[:, None], rows, L, TILES_CUT)
-    tl.store(lse_row, (largest + tl.log2(total)) / LOG2_E, mask=rows < L)
+    result = acc / total[:, None]
+    store_tile(o_tile, result, rows, L, TILES_CUT)
+    fits = tl.sum(result * 0.0, 1) == 0.0  # else the sum of values did not, though their mean does
+    tl.store(lse_row, tl.where(fits, (largest + tl.log2(total)) / LOG2_E, float("nan")), mask=rows < L)
 
 
 @triton.jit

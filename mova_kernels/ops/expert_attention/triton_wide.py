@@ -1,4 +1,4 @@
-"""Wide queries in Triton: those whose scores fp32 cannot hold, or cannot tell apart, in fp64.
+"""Wide queries in Triton: those whose scores or sums of values fp32 cannot hold, or tell apart, in fp64.
 
 The main kernels leave them behind with a log-sum-exp that is large, infinite or NaN (so is that of inputs which are NaN
 themselves). The host does not know whether there are any, so the kernels here are always launched, and end at once

@@ -154,8 +154,9 @@ struct Mbarrier {
   u64 phase = 0;
   i64 bytes = 0;  // of transactions that are expected
   int agent = 0;
-  u64 made = 0;  // when, and by which warp: the async proxy needs a fence since
+  u64 made = 0;  // when, by which warp, and at which step of it
   int maker = 0;
+  u32 step = 0;
   Clock arriving, done;
   std::vector<Bulk> loads;  // on their way
   std::vector<Commit> commits;
@@ -197,7 +198,8 @@ struct Warp {
   int barrier, barrier_warps;  // 0: all
   const Instruction* instruction;
   Clock clock;
-  u64 fenced, fenced_mbarriers;  // when this warp's last fence.proxy.async and fence.mbarrier_init were
+  // When this warp's last fence.proxy.async, fence.mbarrier_init and barrier were.
+  u64 fenced, fenced_mbarriers, synchronised;
   std::vector<AsyncCopy> open_copies;
   std::vector<std::vector<AsyncCopy>> copies;
   std::vector<WarpMma> open_products;
@@ -238,6 +240,7 @@ void add_collectives(Table&);
 void add_memory(Table&);
 void add_copies(Table&);
 void add_matrices(Table&);
+void add_tensor_maps(Table&);
 void add_tensor_memory(Table&);
 
 template <class T>

@@ -253,6 +253,7 @@ bool open_barriers(Block& block, int living) {
     for (Warp* w : warps) {
       const u32 own = w->clock.at[w->id];
       w->clock.join(clock);
+      w->synchronised = ++block.time;
       w->clock.at[w->id] = own;
       w->at_barrier = false;
     }
@@ -379,6 +380,7 @@ const Table& instructions() {
     add_memory(t);
     add_copies(t);
     add_matrices(t);
+    add_tensor_maps(t);
     add_tensor_memory(t);
     return t;
   }();

@@ -1,0 +1,68 @@
+"""In the dry run, Triton's kernels compute: ``import emulated; emulated.use()``, or ``pytest -p emulated``.
+
+They run on tools/emulator, with its checks, launched by Triton's own launcher. A kernel may access what is allocated:
+tensors and nothing else, as PyTorch's cache of memory is left out. All other kernels, PyTorch's own and those of
+graphs, still do nothing: inputs have to come from the host (``.cuda()`` copies them), and what is compared has to go
+back there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from emulator import Kernel, Memory
+from emulator.machine import BUILD
+
+_EMULATOR = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.POINTER(ctypes.c_size_t),
+    ctypes.c_size_t,
+)
+_kernel = functools.cache(Kernel)
+
+
+@_EMULATOR
+def _launch(ptx: bytes, name: bytes, sizes: Any, arguments: Any, memory: Any, allocations: int) -> int:
+    try:
+        kernel = _kernel(ptx.decode(), name.decode())
+        packed = bytearray(kernel.ptx.parameter_bytes)
+        for place, (offset, size) in zip(arguments, kernel.parameters.values(), strict=False):  # a pointer has no end
+            packed[offset : offset + size] = ctypes.string_at(place, size)
+        regions = [Memory(memory[2 * k], memory[2 * k + 1]) for k in range(allocations)]
+        kernel.launch(sizes[0:3], sizes[3:6], sizes[6], bytes(packed), regions)
+    except Exception:  # it cannot pass through C
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def connect(driver: ctypes.CDLL) -> None:
+    """Kernels that this library of driver.cpp gets as PTX are executed from now on."""
+    driver.dry_run_emulate(_launch)
+
+
+def use() -> None:
+    """In a process of the dry run, before anything is allocated or compiled."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    # What Triton takes for machine code is its PTX, and must not come into the usual cache.
+    os.environ["TRITON_CACHE_DIR"] = str(BUILD / "triton-ptx")
+    CUDABackend.make_cubin = lambda self, ptx, *arguments, **options: ptx.encode()
+    connect(ctypes.CDLL(None))
+
+
+def pytest_configure() -> None:
+    use()
