@@ -45,7 +45,14 @@ def test_kinds(opcode, kind) -> None:
 
 
 def row(kernel: str, **figures) -> dict:
-    return {"triton": "3.9", "sm": "sm_90", "samples": 1, "experts": 1, "direction": "forward", "kernel": kernel} | figures
+    return {
+        "triton": "3.9",
+        "sm": "sm_90",
+        "samples": 1,
+        "experts": 1,
+        "direction": "forward",
+        "kernel": kernel,
+    } | figures
 
 
 def test_comparison() -> None:
@@ -58,7 +65,10 @@ def test_comparison() -> None:
         row("new", instructions=1000, ideal_sectors=100),
     ]
     worse, others = kernel_counts.changes(before, after)
-    assert [line.split(" K=1 ")[1] for line in worse] == ["forward gone: gone", "forward worse: instructions 1000 -> 1011"]
+    assert [line.split(" K=1 ")[1] for line in worse] == [
+        "forward gone: gone",
+        "forward worse: instructions 1000 -> 1011",
+    ]
     assert [line.split(" K=1 ")[1] for line in others] == [
         "forward ideal: ideal_sectors 100 -> 200",
         "forward new: new",
@@ -106,5 +116,7 @@ def test_a_gpus_clock_is_near_its_data_sheets() -> None:
 def test_the_document_says_what_the_counts_say() -> None:
     """tools/predicted_times.py was run after tools/kernel_counts.py --accept: attention's rate is the same."""
     rows = json.loads(kernel_counts.BASELINE.read_text())
-    rate = predicted_times.attention_rate([r for r in rows if r["sm"] == "sm_90" and r["triton"] == "3.9"], GPUS["H100"])
+    rate = predicted_times.attention_rate(
+        [r for r in rows if r["sm"] == "sm_90" and r["triton"] == "3.9"], GPUS["H100"]
+    )
     assert f"H100 {rate / 1e12:.0f}" in Path(predicted_times.DOCUMENT).read_text()

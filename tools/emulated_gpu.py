@@ -8,7 +8,7 @@ from unittest import mock
 
 from emulator import triton_driver
 
-from mova_kernels import _triton, _tune, backends, use_backend
+from mova_kernels import _linear, _triton, _tune, backends, use_backend
 from mova_kernels.ops.ragged_linear import triton_impl as persistent
 
 # Architecture -> the GPU whose shipped configurations count, and its multiprocessors.
@@ -29,11 +29,13 @@ def compiled_on_cpu_tensors(gpu: str) -> Iterator[None]:
 
 @contextmanager
 def emulated_gpu(gpu: str) -> Iterator[None]:
-    """Every op that has Triton kernels runs them as it does on ``gpu``, with its grids and configurations."""
+    """The adapter runs as it does on ``gpu``: ops on their Triton kernels, with grids and configurations as there, and
+    other products by PyTorch."""
     name, multiprocessors = GPUS[gpu]
     every = ",".join(f"{op}=triton" for op in backends.ops() if "triton" in backends._TABLE[op])
     with (
         compiled_on_cpu_tensors(gpu),
+        mock.patch.object(_linear, "_is_ours", lambda *operands: False),
         mock.patch.object(_tune, "device_name", lambda device: name),
         mock.patch.object(persistent, "num_multiprocessors", lambda x: multiprocessors),
         use_backend(every),

@@ -170,7 +170,9 @@ def other_rows(gpu: str) -> list[dict]:
         print(f"the CUDA kernels are left out: {emulated_cuda.reason()}")
         return rows
     with emulated_cuda.library({"sm_90": "90a"}.get(gpu, gpu.removeprefix("sm_"))), observed() as launches:
-        resampled = [native_impl.cuda_forward(f.detach(), None, grid, size) for f, grid in zip(features, grids, strict=True)]
+        resampled = [
+            native_impl.cuda_forward(f.detach(), None, grid, size) for f, grid in zip(features, grids, strict=True)
+        ]
         add_rows(rows, (VERSION, gpu, 1, len(GRIDS), "forward"), launches)
         launches.clear()
         for grad, grid in zip(resampled, grids, strict=True):

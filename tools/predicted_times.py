@@ -41,7 +41,7 @@ class Gpu:
         products: of these, FLOPs per clock and multiprocessor. With ``flops``, they give the clock.
         floats: fp32 lanes of a multiprocessor.
         memory: bytes per second.
-        l2: bytes per clock. NVIDIA publishes 5120 for the A100; the others are taken to be no slower.
+        l2: bytes per clock that the L2 cache delivers; None where NVIDIA does not say, so that it bounds nothing.
     """
 
     sm: str
@@ -50,7 +50,7 @@ class Gpu:
     products: int
     floats: int
     memory: float
-    l2: int = 5120
+    l2: int | None = None
 
     @property
     def clock(self) -> float:
@@ -58,7 +58,7 @@ class Gpu:
 
 
 GPUS = {
-    "A100": Gpu("sm_80", 108, 312e12, 2048, 64, 2.039e12),
+    "A100": Gpu("sm_80", 108, 312e12, 2048, 64, 2.039e12, l2=5120),
     "H100": Gpu("sm_90", 132, 989.4e12, 4096, 128, 3.35e12),
     "H200": Gpu("sm_90", 132, 989.4e12, 4096, 128, 4.8e12),
     "B200": Gpu("sm_100", 148, 2250e12, 8192, 128, 8e12),
@@ -87,9 +87,10 @@ def seconds_of(figures: dict[str, float], gpu: Gpu) -> dict[str, float]:
         "floats": figures["float"] * 32 / gpu.floats,
         "shared": figures["wavefronts"],
     }
+    through_l2 = figures["read_by_blocks"] + figures["written_by_blocks"]
     return {
         **{unit: n * rounds / gpu.clock for unit, n in cycles.items()},
-        "l2": (figures["read_by_blocks"] + figures["written_by_blocks"]) / (gpu.l2 * gpu.clock),
+        "l2": through_l2 / (gpu.l2 * gpu.clock) if gpu.l2 else 0.0,
         "memory": (figures["read"] + figures["written"]) / gpu.memory,
     }
 
@@ -103,7 +104,7 @@ class Step:
     other_bytes: float  # that PyTorch's other operations move
 
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"}
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
 VIEWS = re.compile(
     r"aten::(_?unsafe_view|view|to|detach\w*|resolve_\w+|empty\w*|as_strided\w*|t|transpose|expand\w*|reshape|slice"
     r"|select|unsqueeze|squeeze\w*|flatten|unflatten|alias|narrow|permute|resize_|_local_scalar_dense|item|result_type"
@@ -119,8 +120,8 @@ def step_of(events: Any, launches: list) -> Step:
         sizes = [math.prod(shape) for shape in event.input_shapes if shape]
         children = [c for c in event.cpu_children if not VIEWS.match(c.name)]
         if event.name in PRODUCTS:
-            (rows, _), (_, columns) = [shape for shape in event.input_shapes if len(shape) == 2][-2:]
-            found.products.append((event.flops, ITEM * (sum(sizes[-2:]) + rows * columns)))
+            (rows, depth), (_, columns) = [shape for shape in event.input_shapes if len(shape) == 2][-2:]
+            found.products.append((2 * rows * depth * columns, ITEM * (sum(sizes[-2:]) + rows * columns)))
         elif event.name.startswith("aten::") and not children and not VIEWS.match(event.name) and sizes:
             written = 0 if event.name.endswith(("fill_", "zero_")) else max(sizes)
             found.other_bytes += ITEM * (sum(sizes) + written)
@@ -137,7 +138,7 @@ def steps(samples: int) -> dict[str, Step]:
     with emulated_gpu("sm_90"), observed() as launches, mock.patch.object(SETTINGS, "execute", False):
         for direction, call in adapter_step(samples, EXPERTS, BLOCKS).items():
             launches.clear()
-            with torch.profiler.profile(record_shapes=True, with_flops=True) as profile:
+            with torch.profiler.profile(record_shapes=True) as profile:
                 call()
             found[direction] = step_of(profile.events(), launches)
     return found
@@ -245,9 +246,7 @@ def text(version: str, predicted: dict[tuple[str, str, int], list[Part]], attent
 def attention_rate(rows: list[dict], gpu: Gpu) -> float:
     """FLOP/s of the bound of attention's forward pass over two samples' six pairs."""
     (row,) = (
-        r
-        for r in rows
-        if (r["kernel"], r["samples"], r["direction"]) == ("expert_attention/forward", 2, "forward")
+        r for r in rows if (r["kernel"], r["samples"], r["direction"]) == ("expert_attention/forward", 2, "forward")
     )
     return 2 * row["macs"] / max(seconds_of(row, gpu).values())
 
@@ -261,7 +260,9 @@ def draw(predicted: dict[tuple[str, str, int], list[Part]]) -> None:
     from matplotlib import pyplot
 
     samples = SAMPLES[-1]
-    colors = dict(zip(UNITS, ("#1a8fe3", "#d9822b", "#8e5bd0", "#c8b400", "#2aa876", "#d0556b", "#808a94"), strict=True))
+    colors = dict(
+        zip(UNITS, ("#1a8fe3", "#d9822b", "#8e5bd0", "#c8b400", "#2aa876", "#d0556b", "#808a94"), strict=True)
+    )
     with figures.style():
         figure, axes = pyplot.subplots(figsize=(7.5, 3.2), layout="constrained")
         labels = [(gpu, direction) for gpu in GPUS for direction in DIRECTIONS]
@@ -274,7 +275,9 @@ def draw(predicted: dict[tuple[str, str, int], list[Part]]) -> None:
             axes.text(left, row, f" {left:.1f}", va="center")
         axes.set_yticks(range(len(labels)), [f"{gpu} {direction}" for gpu, direction in labels])
         axes.invert_yaxis()
-        axes.set_xlabel(f"ms, predicted: at least so long, {samples} samples of {EXPERTS} experts, bf16, by limiting unit")
+        axes.set_xlabel(
+            f"ms, predicted: at least so long, {samples} samples of {EXPERTS} experts, bf16, by limiting unit"
+        )
         used = [u for u in UNITS if any(p.unit == u for found in predicted.values() for p in found)]
         handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors[u]) for u in used]
         axes.legend(handles, [UNITS[u] for u in used], loc="lower right")
