@@ -110,9 +110,9 @@ def name_of(launch: Launch) -> str:
 
 def adapter_step(samples: int, experts: int, blocks: int = 1) -> dict[str, Callable[[], None]]:
     """The forward and the backward pass of the released adapter with so many of its blocks, as calls in this order."""
-    from benchmarks.cases import GRIDS, OFFICIAL
     from dataclasses import replace
 
+    from benchmarks.cases import GRIDS, OFFICIAL
     from mova_kernels import MoVAdapter
 
     torch.manual_seed(0)
@@ -147,7 +147,6 @@ def other_rows(gpu: str) -> list[dict]:
     """Of kernels that this adapter does not run: the gradient of resampling and normalising the features of all
     experts, which are frozen there, and ops that others are fused from. One sample."""
     from benchmarks.cases import GRIDS, OFFICIAL
-
     from mova_kernels.ops import feature_norm, rope2d, rope2d_table
     from mova_kernels.ops.feature_resample import native_impl
 

@@ -254,6 +254,7 @@ def attention_rate(rows: list[dict], gpu: Gpu) -> float:
 def draw(predicted: dict[tuple[str, str, int], list[Part]]) -> None:
     """For each GPU and direction a bar whose pieces are the units that limit the kernels."""
     import matplotlib
+
     from benchmarks import figures
 
     matplotlib.use("Agg")
