@@ -7,7 +7,7 @@ kernels as they are compiled for each architecture, and the CUDA kernels on the 
 kernel has more than 1 % more of a quantity than in tools/kernel_counts.json, or is gone. That file has a baseline for
 each version of Triton; without one for the version at hand, the differences to the newest are printed. ``--accept``
 counts more samples and experts, too, from which tools/predicted_times.py extrapolates (fifteen minutes), and writes
-all of it into that file.
+all of it into that file; ``--accept --quick`` leaves the rows of more samples and experts as they are.
 
 A row is one launch, or several equal ones:
 
@@ -242,9 +242,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=GPUS, help="only this architecture")
     parser.add_argument("--accept", action="store_true", help=f"write what was found to {BASELINE.name}")
+    parser.add_argument("--quick", action="store_true", help="with --accept: only what CI compares")
     arguments = parser.parse_args()
     gpus = [arguments.gpu] if arguments.gpu else list(GPUS)
-    work = [(gpu, *problem) for problem in (PROBLEMS if arguments.accept else PROBLEMS[:1]) for gpu in gpus]
+    every = arguments.accept and not arguments.quick
+    work = [(gpu, *problem) for problem in (PROBLEMS if every else PROBLEMS[:1]) for gpu in gpus]
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = [row for found in pool.map(count, *zip(*work, strict=True)) for row in found]
@@ -260,7 +262,7 @@ def main() -> int:
     print(f"worse than in {BASELINE.name}, triton {compared}:", *worse or ["nothing"], sep="\n  ")
     print("changed otherwise:", *others or ["nothing"], sep="\n  ")
     if arguments.accept:
-        kept = [row for row in baseline if row["triton"] != VERSION or row["sm"] not in gpus]
+        kept = [row for row in baseline if row["triton"] != VERSION or label(row)[1:4] not in recounted]
         BASELINE.write_text("[\n" + ",\n".join(map(json.dumps, kept + rows)) + "\n]\n")
         return 0
     if worse and compared == VERSION:
