@@ -217,20 +217,13 @@ def _move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
 
 
 def _convert_integer(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    """Registers may be wider than the types: the low bits count, and the result is extended."""
+    """Registers may be wider than integers: the low bits count, and the result is extended."""
     to, source = s.operands
     to_bits = _register_bits(d, to, m[1][1:])
     from_bits = _register_bits(d, source, max("16", m[2][1:], key=int))
     i.name = f"cvt.{m[1]}.{to_bits}.{m[2]}.{from_bits}"
     d.add(i, f"={to_bits}", to)
     d.add(i, from_bits, source)
-
-
-def _integer_to_float(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    from_bits = _register_bits(d, s.operands[1], max("16", m[2][1:], key=int))
-    i.name = f"cvt.f{m[1]}.{m[2]}.{from_bits}"
-    d.add(i, f"={m[1]}", s.operands[0])
-    d.add(i, from_bits, s.operands[1])
 
 
 def _load_or_store(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
@@ -440,7 +433,7 @@ TABLE = [
     (r"(ex2|lg2)\.approx(\.ftz)?\.f32", "{0}{1}.f32", "=32 32"),
     (r"(sin|cos)\.approx(\.ftz)?\.f32", "{0}{1}.f32", "=32 32"),
     (r"tanh\.approx\.f32", "tanh.f32", "=32 32"),
-    (r"(min|max)(\.ftz)?(\.NaN)?\.f32", "{0}{1}{2}.f32", "=32 32 32"),
+    (r"(min|max)(\.ftz)?(\.NaN)?\.f32", "{0}{2}{1}.f32", "=32 32 32"),
     (r"(min|max)(\.ftz)?\.f32", "{0}3{1}.f32", "=32 32 32 32"),
     (r"(min|max)\.f64", "{0}.f64", "=64 64 64"),
     (r"(add|sub|mul|min|max)(?:\.rn)?\.(bf16|f16)", "{0}.{1}", "=16 16 16"),
@@ -471,11 +464,11 @@ TABLE = [
     (rf"mov\.[bsuf]{_SIZE}", _move, ""),
     (r"cvta(?:\.to)?\.(?:global|shared|param)\.u64", "mov.64", "=64 64"),
     (rf"cvt\.({_INTEGER})\.({_INTEGER})", _convert_integer, ""),
-    (rf"cvt\.rn\.f(32|64)\.({_INTEGER})", _integer_to_float, ""),
+    (rf"cvt\.rn\.(f32|f64)\.({_INTEGER})", _convert_integer, ""),
     (r"cvt\.(rzi|rmi|rpi|rni)(\.ftz)?(?:\.sat)?\.([su])(32|64)\.f32", "cvt.{0}{1}.{2}{3}.f32", "={3} 32"),
     (r"cvt\.(rzi|rmi|rpi|rni)(?:\.sat)?\.([su])(32|64)\.f64", "cvt.{0}.{1}{2}.f64", "={2} 64"),
     (r"cvt\.(rzi|rmi|rpi|rni)(\.ftz)?\.f32\.f32", "cvt.{0}{1}.f32.f32", "=32 32"),
-    (r"cvt\.sat(\.ftz)?\.f32\.f32", "cvt.sat{0}.f32.f32", "=32 32"),
+    (r"cvt\.sat(\.ftz)?\.f32\.f32", "cvt.sat.f32{0}.f32", "=32 32"),
     (r"cvt\.rn\.(bf16|f16)\.f32", "cvt.{0}.f32", "=16 32"),
     (r"cvt\.rn\.(bf16|f16)x2\.f32", "cvt.{0}x2.f32", "=32 32 32"),
     (r"cvt\.f(32|64)\.(bf16|f16)", "cvt.f{0}.{1}", "={0} 16"),
