@@ -95,16 +95,14 @@ class Kernel:
         decoder = Decoder(self.ptx)
         self.instructions = decoder.instructions
         library = _library()
-        self._module = library.emulator_module(len(self.instructions), decoder.end)
+        registers = bytearray(b"\xff" * decoder.end)
+        for lanes, place in decoder.constants.items():
+            registers[place : place + len(lanes)] = lanes
         number = {register: n for n, register in enumerate(sorted(_watched(self.instructions)))}
-        library.emulator_watch(self._module, len(number))
+        self._module = library.emulator_module(bytes(registers), len(registers), len(number))
         for i in self.instructions:
             if library.emulator_add(self._module, *_packed(i, number)):
                 raise Unsupported(f"line {i.line}: {i.opcode}: there is no {i.name}")
-        for (value, size), place in decoder.constants.items():
-            library.emulator_constant(self._module, place, size, value)
-        for which, place in decoder.special.items():
-            library.emulator_special(self._module, which, place)
 
     def __del__(self) -> None:
         if hasattr(self, "_module"):
@@ -245,12 +243,9 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_built()))
     c_int, c_u64, pointer = ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p
     library.emulator_module.restype = pointer
-    library.emulator_module.argtypes = [c_u64, c_u64]
+    library.emulator_module.argtypes = [ctypes.c_char_p, c_u64, c_int]
     library.emulator_free.argtypes = [pointer]
     library.emulator_add.argtypes = [pointer, ctypes.c_char_p, c_int, c_int, c_int, c_int, pointer, pointer, pointer]
-    library.emulator_constant.argtypes = [pointer, c_int, c_int, c_u64]
-    library.emulator_special.argtypes = [pointer, c_int, c_int]
-    library.emulator_watch.argtypes = [pointer, c_int]
     library.emulator_launch.argtypes = [
         *[pointer] * 3, c_u64, ctypes.c_char_p, c_u64, pointer, c_int, ctypes.c_uint32, ctypes.c_uint32,
         pointer, ctypes.c_char_p, c_u64,
