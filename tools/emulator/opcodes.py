@@ -11,7 +11,7 @@ in their order:
 ``[]``        an address of 32 or 64 bits
 ``32*``       a vector of registers, or one; ``=32*``: they are written
 ``#``         a constant
-``mask``      of the lanes that take part
+``mask``      of the lanes that take part, usually all
 ``_``         nothing that matters here
 ``32?``       may be missing
 
@@ -77,24 +77,24 @@ class Decoder:
                     else:
                         groups = [group or "" for group in m.groups()]
                         i.name = row.function.format(*groups)
-                        for token, text in zip(row.operands.format(*groups).split(), s.operands, strict=False):
-                            self.add(i, token, text)
-                            if token == "mask":  # of the lanes that take part: usually all
-                                i.kind = COLLECTIVE if text in ("-1", "0xffffffff") else NORMAL
+                        self.add(i, row.operands.format(*groups), *s.operands)
                     return i
             raise Unsupported("unknown form")
         except (Unsupported, ValueError, KeyError, IndexError) as error:
             statement = f"{s.opcode} {', '.join(s.operands)}"
             raise Unsupported(f"line {s.line}: {statement}: {error}") from error
 
-    def add(self, i: Instruction, token: str, text: str) -> None:
-        """One operand, as the token says."""
-        token = token.rstrip("?")
-        written = token.startswith("=")
-        token = token.lstrip("=")
-        if token in ("_", "mask"):
+    def add(self, i: Instruction, tokens: str, *texts: str) -> None:
+        """Operands, as the tokens say."""
+        for token, text in zip(tokens.split(), texts, strict="?" not in tokens):
+            self._add(i, token.rstrip("?").lstrip("="), text, token.startswith("="))
+
+    def _add(self, i: Instruction, token: str, text: str, written: bool) -> None:
+        if token == "_":
             return
-        if token == "#":
+        if token == "mask":
+            i.kind = COLLECTIVE if text in ("-1", "0xffffffff") else NORMAL
+        elif token == "#":
             i.imm.append(int(text, 0))
         elif token.startswith("["):
             base, offset = _base_and_offset(text)
@@ -195,12 +195,10 @@ def _move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
         if vector.startswith("{"):
             part = int(bits) // len(vector.split(","))
             i.name = f"{name}.{bits}.{part}"
-            d.add(i, ("=" if name == "pack" else "") + bits, whole)
-            d.add(i, ("=" if name == "unpack" else "") + f"{part}*", vector)
+            d.add(i, f"={bits} {part}*" if name == "pack" else f"{bits} ={part}*", whole, vector)
             return
     i.name = f"mov.{bits}"
-    d.add(i, f"={bits}", to)
-    d.add(i, bits, source)
+    d.add(i, f"={bits} {bits}", to, source)
 
 
 def _convert_integer(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
@@ -209,8 +207,7 @@ def _convert_integer(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> N
     to_bits = _register_bits(d, to, m[1][1:])
     from_bits = _register_bits(d, source, max("16", m[2][1:], key=int))
     i.name = f"cvt.{m[1]}.{to_bits}.{m[2]}.{from_bits}"
-    d.add(i, f"={to_bits}", to)
-    d.add(i, from_bits, source)
+    d.add(i, f"={to_bits} {from_bits}", to, source)
 
 
 def _load_or_store(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
@@ -242,8 +239,7 @@ def _atomic(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
 
 def _matrix(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     """at[0]: address; imm: offset, whether transposed; list: a register for each matrix."""
-    for token, text in zip(("=32*", "[32]") if m[1] == "ld" else ("[32]", "32*"), s.operands, strict=True):
-        d.add(i, token, text)
+    d.add(i, "=32* [32]" if m[1] == "ld" else "[32] 32*", *s.operands)
     i.imm.append(int(m[2] is not None))
     i.name = f"{m[1]}matrix"
 
@@ -258,8 +254,7 @@ def _wgmma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
         i.at.append(-1)
     else:
         d.add(i, "64", s.operands[1])
-    d.add(i, "64", s.operands[2])
-    d.add(i, "p", s.operands[3])
+    d.add(i, "64 p", *s.operands[2:4])
     scale_a, scale_b, *transposed = (int(x) for x in s.operands[4:])
     if (scale_a, scale_b) != (1, 1):
         raise Unsupported("negated operands")
@@ -325,8 +320,7 @@ def _tensor_mma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     else:
         i.at += [-1, d.operand(i, s.operands[1], "64")]
         i.imm.append(0)
-    for token, text in zip(("64", "32", "p"), s.operands[2:5], strict=True):
-        d.add(i, token, text)
+    d.add(i, "64 32 p", *s.operands[2:5])
     i.imm.append(int(m[1] == "tf32"))
     i.name = "tcgen05.mma"
 
