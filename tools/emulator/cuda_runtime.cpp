@@ -10,8 +10,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include <initializer_list>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "native/tensor_map.h"
@@ -245,34 +245,22 @@ cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(ve
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ordinal) {
   if (ordinal != device.device) return result(cudaErrorInvalidDevice);
-  switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = (int)device.major;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = (int)device.minor;
-      return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount:
-      *value = (int)device.multiprocessors;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = (int)default_shared;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = (int)device.shared_per_block;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = (int)device.shared_per_multiprocessor;
-      return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerBlock:
-      *value = 1024;
-      return cudaSuccess;
-    case cudaDevAttrWarpSize:
-      *value = 32;
-      return cudaSuccess;
-    default:
-      return refuse("cudaDeviceGetAttribute: attribute %d (cudaDeviceAttr) is not emulated", (int)attribute);
+  const std::pair<cudaDeviceAttr, int64_t> emulated[] = {
+      {cudaDevAttrComputeCapabilityMajor, device.major},
+      {cudaDevAttrComputeCapabilityMinor, device.minor},
+      {cudaDevAttrMultiProcessorCount, device.multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerBlock, default_shared},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_per_block},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.shared_per_multiprocessor},
+      {cudaDevAttrMaxThreadsPerBlock, 1024},
+      {cudaDevAttrWarpSize, 32},
+  };
+  for (const auto& [name, known] : emulated) {
+    if (name != attribute) continue;
+    *value = (int)known;
+    return cudaSuccess;
   }
+  return refuse("cudaDeviceGetAttribute: attribute %d (cudaDeviceAttr) is not emulated", (int)attribute);
 }
 
 // ---- Memory: the device's is the host's ----

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from .ptx import Kernel, Statement, Unsupported
 
-NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, TRAP, WAIT = range(8)  # Kind of machine.h
+NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, WAIT = range(7)  # Kind of machine.h
 SPECIAL = {
     name: number
     for number, name in enumerate(
@@ -450,7 +450,7 @@ TABLE = [
     (r"bra(?:\.uni)?", _branch, "", BRANCH),
     (r"brx\.idx(?:\.uni)?", _branch_indexed, "", BRANCH_INDEXED),
     (r"(?:ret|exit)(?:\.uni)?", "", "", EXIT),
-    (r"trap", "", "", TRAP),
+    (r"trap", "trap", ""),
     (r"(?:bar|barrier)(?:\.cta)?\.sync(?:\.aligned)?", "", "32 #?", BARRIER),
     (r"(?:bar|barrier)(?:\.cta)?\.arrive(?:\.aligned)?", "bar.arrive", "32 #", COLLECTIVE),
     (r"bar\.warp\.sync", "nop", "_", COLLECTIVE),

@@ -79,7 +79,7 @@ def parse(text: str, name: str) -> Kernel:
     body = lines[opening : depths.index(0, opening + 1)]
     outside = [line for line, depth in zip(lines, depths, strict=False) if depth == 0]
     files = {m[1]: m[2].rsplit("/", 1)[-1] for m in re.finditer(r'\.file\s+(\d+)\s+"([^"]*)"', text)}
-    kernel = Kernel(name, *_parameters(" ".join(lines[start:opening])), *_shared(outside + body))
+    kernel = Kernel(name, *_parameters(" ".join(lines[start:opening])), *_shared("\n".join(outside + body)))
     _body(kernel, lines, opening + 1, files)
     return kernel
 
@@ -115,21 +115,15 @@ def _parameters(head: str) -> tuple[dict[str, tuple[int, int]], int]:
     return found, end
 
 
-def _shared(lines: list[str]) -> tuple[dict[str, int], int]:
-    text = "\n".join(lines)
-    found, end, dynamic = {}, 0, []
-    for align, bits, name, count in re.findall(
-        r"\.shared\s+\.align\s+(\d+)\s+\.[bfsu](\d+)\s+([\w$]+)(?:\[(\d*)\])?", text
-    ):
+def _shared(text: str) -> tuple[dict[str, int], int]:
+    declarations = re.findall(r"\.shared\s+\.align\s+(\d+)\s+\.[bfsu](\d+)\s+([\w$]+)(\[\d*\])?", text)
+    found, end = {}, 0
+    for align, bits, name, count in sorted(declarations, key=lambda d: d[3] == "[]"):  # dynamic arrays are the last
         end = -(-end // int(align)) * int(align)
         found[name] = end
-        if count == "" and f"{name}[" in text:
-            dynamic.append((name, int(align)))
-        else:
-            end += int(bits) // 8 * int(count or 1)
-    for name, align in dynamic:
-        found[name] = -(-end // align) * align
-    return found, max([end, *(found[name] for name, _ in dynamic)])
+        if count != "[]":
+            end += int(bits) // 8 * int(count.strip("[]") or 1)
+    return found, end
 
 
 def _body(kernel: Kernel, lines: list[str], start: int, files: dict[str, str]) -> None:

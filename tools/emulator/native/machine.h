@@ -30,7 +30,7 @@ constexpr int MAX_WARPS = 32;     // of a block
 struct Warp;
 
 // What the loop over instructions has to know about one.
-enum Kind { NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, TRAP, WAIT };
+enum Kind { NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, WAIT };
 
 struct Instruction {
   void (*run)(Warp&, const Instruction&, u32 lanes) = nullptr;

@@ -59,27 +59,17 @@ void settle(Warp& w) {  // the lanes that are furthest behind go first; those at
   paths.resize(kept);
 }
 
-void branch(Warp& w, size_t which, u32 lanes, int target) {
-  Path& path = w.paths[which];
-  const u32 others = path.lanes & ~lanes;
-  const int next = path.next + 1;
-  if (!lanes) {
-    path.next = next;
-  } else {
-    path = {target, lanes};
-    if (others) w.paths.push_back({next, others});
+void branch(Warp& w, Path& path, const Instruction& i, u32 lanes) {
+  path = {path.next + 1, path.lanes & ~lanes};
+  if (i.kind == BRANCH) {
+    w.paths.push_back({i.list[0], lanes});
+    return;
   }
-}
-
-void branch_indexed(Warp& w, size_t which, const Instruction& i, u32 lanes) {
-  const u32* index = operand<u32>(w, i, 0);
-  std::map<u32, u32> lanes_of;
   for (int lane : each(lanes)) {
-    if (index[lane] >= i.list.size()) fault(w, "branch to label %u of %zu", index[lane], i.list.size());
-    lanes_of[index[lane]] |= 1u << lane;
+    const u32 label = operand<u32>(w, i, 0)[lane];
+    if (label >= i.list.size()) fault(w, "branch to label %u of %zu", label, i.list.size());
+    w.paths.push_back({i.list[label], 1u << lane});
   }
-  w.paths.erase(w.paths.begin() + which);
-  for (auto [label, some] : lanes_of) w.paths.push_back({i.list[label], some});
 }
 
 void end_warp(Warp& w) {
@@ -123,18 +113,12 @@ void run(Warp& w) {  // until it has to wait, or ends
         if (w.paths.size() == 1 || (which == 0 && path.next < w.paths[1].next)) continue;
         break;
       case BRANCH:
-        branch(w, which, lanes, i.list[0]);
-        break;
       case BRANCH_INDEXED:
-        branch_indexed(w, which, i, lanes);
+        branch(w, path, i, lanes);
         break;
       case EXIT:
         w.living &= ~lanes;
         path.lanes &= ~lanes;
-        ++path.next;
-        break;
-      case TRAP:
-        if (lanes) fault(w, "trap");
         ++path.next;
         break;
       case WAIT: {
@@ -322,6 +306,7 @@ void run_grid(Launch& launch) {
 }  // namespace
 
 void add_collectives(Table& t) {
+  t["trap"] = [](Warp& w, const Instruction&, u32) { fault(w, "trap"); };
   t["shfl.up"] = shuffle<UP>;
   t["shfl.down"] = shuffle<DOWN>;
   t["shfl.bfly"] = shuffle<BUTTERFLY>;
