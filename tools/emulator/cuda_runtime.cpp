@@ -1,7 +1,7 @@
 // A stand-in for libcudart: it gives the library's CUDA objects a device, which is tools/emulator/cuda.py.
 //
-// It implements the functions that the library calls and no others, so a new one fails to link and names itself. What
-// is legal but not emulated is refused: the call fails, and Python raises the reason. The toolkit's headers declare the
+// It implements what launchers of kernels usually call. Any other function fails to link and names itself. What is
+// legal but not emulated is refused: the call fails, and Python raises the reason. The toolkit's headers declare the
 // functions, so the compiler checks the signatures.
 #include <cuda.h>
 #include <cuda_runtime_api.h>

@@ -375,16 +375,20 @@ Module* emulator_module(const u8* registers, u64 register_bytes, int watched) {
 
 void emulator_free(Module* m) { delete m; }
 
-// at and imm have 8 entries; lists has list, uses, reads and writes, each behind its length. 1: there is no such
+// The numbers are the fields of an instruction in their order; lists come behind their lengths. 1: there is no such
 // function.
-int emulator_add(Module* m, const char* name, int kind, int guard, int negated, int line, const int* at, const i64* imm,
-                 const int* lists) {
+int emulator_add(Module* m, const char* name, const i64* numbers) {
   Instruction i;
-  i.kind = (Kind)kind, i.guard = guard, i.negated = negated, i.line = line;
-  memcpy(i.at, at, sizeof i.at), memcpy(i.imm, imm, sizeof i.imm);
+  auto next = [&] { return *numbers++; };
+  i.kind = (Kind)next();
+  i.guard = next();
+  i.negated = next();
+  i.line = next();
+  for (int& at : i.at) at = next();
+  for (i64& imm : i.imm) imm = next();
   for (auto* list : {&i.list, &i.uses, &i.reads, &i.writes}) {
-    list->assign(lists + 1, lists + 1 + lists[0]);
-    lists += 1 + lists[0];
+    list->resize(next());
+    for (int& element : *list) element = next();
   }
   if (*name) {
     auto found = instructions().find(name);
