@@ -30,7 +30,7 @@ constexpr int MAX_WARPS = 32;     // of a block
 struct Warp;
 
 // What the loop over instructions has to know about one.
-enum Kind { NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, TRAP, WAIT };
+enum Kind { NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, WAIT };
 
 struct Instruction {
   void (*run)(Warp&, const Instruction&, u32 lanes) = nullptr;
@@ -64,17 +64,10 @@ struct Counter {
   u64 executed = 0, lanes = 0, sectors = 0, ideal_sectors = 0, wavefronts = 0, ideal_wavefronts = 0;
 };
 
-struct Constant {
-  int at, width;  // width in bytes, 0: a predicate
-  u64 value;
-};
-
 struct Module {
   std::vector<Instruction> code;
-  std::vector<Constant> constants;
-  std::vector<std::pair<int, int>> special;  // which special register, and where
-  size_t register_bytes = 0;
-  int watched = 0;  // registers that some wgmma uses
+  std::vector<u8> registers;  // of a warp that begins: constants and poison
+  int watched = 0;            // registers that some wgmma uses
   std::vector<Counter> counters;
 };
 

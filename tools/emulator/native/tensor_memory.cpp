@@ -122,8 +122,8 @@ void mma(Warp& w, const Instruction& i, u32 lanes) {
 // at[0]: mbarrier
 void commit(Warp& w, const Instruction& i, u32 lanes) {
   const int lane = first_lane(lanes);
-  u64 address = i.imm[0] == 8 ? operand<u64>(w, i, 0)[lane] : operand<u32>(w, i, 0)[lane];
-  Mbarrier& b = mbarrier(w, address);
+  u64 address = i.imm[1] == 8 ? operand<u64>(w, i, 0)[lane] : operand<u32>(w, i, 0)[lane];
+  Mbarrier& b = mbarrier(w, address + i.imm[0]);
   if (b.pending <= b.commits.size()) fault(w, "tcgen05.commit to an mbarrier that awaits no more arrivals");
   b.arriving.join(w.clock);
   b.commits.push_back({w.block->products.size(), w.id, ++w.product_groups});
