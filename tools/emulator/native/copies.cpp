@@ -14,7 +14,9 @@ Mbarrier& mbarrier(Warp& w, u64 address) {
 
 namespace {
 
-u64 shared_address(Warp& w, const Instruction& i, int k, int lane) { return operand<u32>(w, i, k)[lane] + i.imm[k]; }
+u64 shared_address(Warp& w, const Instruction& i, int k, int lane) {
+  return (u32)(operand<u32>(w, i, k)[lane] + i.imm[k]);
+}
 
 // ---- cp.async. at: destination, source, bytes that are copied or -1; imm: offsets, bytes
 void copy(Warp& w, const Instruction& i, u32 lanes) {
@@ -294,7 +296,7 @@ void wait_for_stores(Warp& w, const Instruction& i, u32) {
 // at: predicate, address, parity; imm[0]: offset. The predicate is true where the phase of this parity is over.
 bool wait_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
   int lane = first_lane(lanes);
-  Mbarrier& b = mbarrier(w, operand<u32>(w, i, 1)[lane] + i.imm[0]);
+  Mbarrier& b = mbarrier(w, (u32)(operand<u32>(w, i, 1)[lane] + i.imm[0]));
   const u32 parity = operand<u32>(w, i, 2)[lane] & 1;
   if ((b.phase & 1) == parity) land(w, b);
   const bool over = (b.phase & 1) != parity;

@@ -213,7 +213,7 @@ void move_matrices(Warp& w, const Instruction& i, bool load) {
   Launch& launch = *w.block->launch;
   const int count = i.list.size();
   u64 address[LANES];
-  for (int lane = 0; lane < LANES; ++lane) address[lane] = operand<u32>(w, i, 0)[lane] + i.imm[0];
+  for (int lane = 0; lane < LANES; ++lane) address[lane] = (u32)(operand<u32>(w, i, 0)[lane] + i.imm[0]);
   for (int j = 0; j < count; ++j) {
     u16 rows[8][8];
     u32* to = at_offset<u32>(w, i.list[j]);

@@ -39,11 +39,13 @@ namespace {
 
 enum Space { GLOBAL, SHARED, PARAMETER };
 
-// at[0]: the register with the address; imm[0]: what is added to it; imm[1]: the register's bytes.
+// at[0]: the register with the address; imm[0]: what is added to it; imm[1]: the register's bytes. In 32 bits, the sum
+// wraps.
 void addresses(Warp& w, const Instruction& i, u64* result) {
   for (int lane = 0; lane < LANES; ++lane) {
-    u64 base = i.imm[1] == 8 ? operand<u64>(w, i, 0)[lane] : operand<u32>(w, i, 0)[lane];
-    result[lane] = base + i.imm[0];
+    const bool wide = i.imm[1] == 8;
+    const u64 sum = (wide ? operand<u64>(w, i, 0)[lane] : operand<u32>(w, i, 0)[lane]) + i.imm[0];
+    result[lane] = wide ? sum : (u32)sum;
   }
 }
 
