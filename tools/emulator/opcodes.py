@@ -350,6 +350,11 @@ def _bulk(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     i.name = "bulk.load" if load else "bulk.store"
 
 
+def _bulk_wait(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """imm: groups that may be left, whether it waits for the reads alone."""
+    i.name, i.imm = "bulk.wait", [int(s.operands[0], 0), int(m[1] is not None)]
+
+
 def _tensor_move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     """at[0]: address; imm: offset, whether it stores, columns between the halves or -1; list: registers."""
     store = m[1] == "st"
@@ -546,7 +551,7 @@ TABLE = [
         "",
     ),
     (r"cp\.async\.bulk\.commit_group", "bulk.commit", ""),
-    (r"cp\.async\.bulk\.wait_group(?:\.read)?", "bulk.wait", "#"),
+    (r"cp\.async\.bulk\.wait_group(\.read)?", _bulk_wait, ""),
     # matrices
     (r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(?:::cta)?\.b16", _matrix, "", COLLECTIVE),
     (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.(?:bf16|f16)\.f32", _mma, "", COLLECTIVE),

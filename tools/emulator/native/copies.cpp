@@ -35,8 +35,8 @@ void copy(Warp& w, const Instruction& i, u32 lanes) {
       reading |= 1u << lane;
     }
     if (launch.checks()) {
-      if (filled) check_global(w, from[lane], filled, false);
-      check_shared(w, to[lane], size, true);
+      if (filled) check_global(w, own(w, from[lane], filled, READ));
+      check_shared(w, own(w, to[lane], size, WRITE));
       for (u64 word = to[lane] / 4; word < (to[lane] + size) / 4; ++word) ++w.block->words[word].copies;
     }
     memset(place, 0xff, size);
@@ -61,7 +61,7 @@ void wait_for_copies(Warp& w, size_t left) {
       memset(place + c.filled, 0, c.size - c.filled);
       if (!w.block->launch->checks()) continue;
       for (u64 word = c.to / 4; word < (c.to + c.size) / 4; ++word) --w.block->words[word].copies;
-      check_shared(w, c.to, c.size, true);
+      check_shared(w, own(w, c.to, c.size, WRITE));
     }
     w.copies.erase(w.copies.begin());
   }
@@ -216,8 +216,8 @@ void bulk_load(Warp& w, const Instruction& i, u32 lanes) {
       u8* place = shared_memory(w, shared, 16, true);
       if (global) global_memory(w, global, bytes, false);
       if (checks) {
-        if (global) check_global(w, global, bytes, false);
-        check_shared(w, {shared, 16, true, BULK + b.agent, (u32)b.phase + 1, true}, w.clock);
+        if (global) check_global(w, {global, bytes, READ, BULK + b.agent, (u32)b.phase + 1});
+        check_shared(w, {shared, 16, WRITE, BULK + b.agent, (u32)b.phase + 1, true});
       }
       memset(place, 0xff, 16);
     });
@@ -256,8 +256,8 @@ void bulk_store(Warp& w, const Instruction& i, u32 lanes) {
       shared_memory(w, shared, 16, false);
       if (global) global_memory(w, global, bytes, true);
       if (!block.launch->checks()) return;
-      if (global) check_global(w, global, bytes, true);
-      check_shared(w, {shared, 16, false, STORE + w.id, w.store_groups + 1, true}, w.clock);
+      if (global) check_global(w, {global, bytes, WRITE, STORED + w.id, w.store_groups + 1});
+      check_shared(w, {shared, 16, READ, STORE + w.id, w.store_groups + 1, true});
     });
     w.open_stores.push_back(bulk);
   }
@@ -269,9 +269,9 @@ void commit_stores(Warp& w, const Instruction&, u32) {
   ++w.store_groups;
 }
 
+// imm: groups that may be left, whether it waits for the reads alone
 void wait_for_stores(Warp& w, const Instruction& i, u32) {
   const size_t left = i.imm[0];
-  if (w.stores.size() <= left) return;
   while (w.stores.size() > left) {
     for (const Bulk& bulk : w.stores.front()) {
       pieces(w, bulk, [&](u64 shared, u64 global, int bytes, int skipped) {
@@ -280,7 +280,11 @@ void wait_for_stores(Warp& w, const Instruction& i, u32) {
     }
     w.stores.erase(w.stores.begin());
   }
-  w.clock.at[STORE + w.id] = w.store_groups - left;
+  for (int agent : {STORE, STORED}) {
+    if (w.store_groups <= left || (agent == STORED && i.imm[1])) continue;
+    u32& known = w.clock.at[agent + w.id];
+    known = std::max<u32>(known, w.store_groups - left);
+  }
 }
 
 }  // namespace

@@ -144,7 +144,7 @@ void check_operands(Warp& w, const WarpMma& product) {
     int collected = 0;
     each_chunk(m, first, rows, E::depth, [&](u32 address) {
       shared_memory(w, address, 16, false);
-      if (launch.checks()) check_shared(w, {address, 16, false, MMA + w.id, w.product_groups + 1, true}, w.clock);
+      if (launch.checks()) check_shared(w, {address, 16, READ, MMA + w.id, w.product_groups + 1, true});
       addresses[collected++] = address;
       if (collected < 8) return;
       if (launch.counts() && counted) count_shared(w, i, addresses, 0xff, 16);
@@ -236,7 +236,8 @@ void move_matrices(Warp& w, const Instruction& i, bool load) {
     }
     for (int r = 0; r < 8; ++r) {
       u8* place = shared_memory(w, address[8 * j + r], 16, !load);
-      if (launch.checks()) check_shared(w, address[8 * j + r], 16, !load, load ? nullptr : rows[r]);
+      if (launch.checks())
+        check_shared(w, own(w, address[8 * j + r], 16, load ? READ : WRITE, load ? nullptr : rows[r]));
       load ? memcpy(rows[r], place, 16) : memcpy(place, rows[r], 16);
     }
     if (load) {

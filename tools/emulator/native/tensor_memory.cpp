@@ -24,7 +24,7 @@ void allocate(Warp& w, const Instruction& i, u32 lanes) {
   if (block.tensor_columns > COLUMNS) fault(w, "no tensor memory left");
   u64 address = operand<u32>(w, i, 0)[first_lane(lanes)] + i.imm[0];
   u8* place = shared_memory(w, address, 4, true);
-  if (block.launch->checks()) check_shared(w, address, 4, true, &first);
+  if (block.launch->checks()) check_shared(w, own(w, address, 4, WRITE, &first));
   memcpy(place, &first, 4);
 }
 
@@ -102,7 +102,7 @@ void mma(Warp& w, const Instruction& i, u32 lanes) {
     each_chunk(m, 0, rows, depth, [&](u32 address) {
       shared_memory(w, address, 16, false);
       if (block.launch->checks()) {
-        check_shared(w, {address, 16, false, MMA + w.id, w.product_groups + 1, true}, w.clock);
+        check_shared(w, {address, 16, READ, MMA + w.id, w.product_groups + 1, true});
       }
     });
   };
