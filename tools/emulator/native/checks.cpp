@@ -36,8 +36,8 @@ SharedWord& word_at(Block& block, u64 index) {
   return word;
 }
 
-// From now on, each of the four bytes has a word of its own.
-void split(Block& block, u64 index) {
+// From now on, each of the four bytes has a word of its own. Returns where.
+u64 split(Block& block, u64 index) {
   const size_t first = block.words.size(), count = readers(block);
   block.words[index].parts = first;
   block.words.resize(first + 4, block.words[index]);
@@ -45,10 +45,11 @@ void split(Block& block, u64 index) {
   for (size_t part = first; part < first + 4; ++part) {
     std::copy_n(block.reads.begin() + index * count, count, block.reads.begin() + part * count);
   }
+  return first;
 }
 
 // Whether a write comes after all reads of a word.
-void check_readers(Warp& w, const Access& a, const u64* reads) {
+[[gnu::always_inline]] inline void check_readers(Warp& w, const Access& a, const u64* reads) {
   const size_t warps = w.block->warps.size();
   for (int kind = 0; kind < 3; ++kind) {
     for (size_t warp = 0; warp < warps; ++warp) {
@@ -61,13 +62,8 @@ void check_readers(Warp& w, const Access& a, const u64* reads) {
 }
 
 // A word, or one of the bytes that it was split into; ``same``: what is written is there already.
-void check_word(Warp& w, const Access& a, u64 index, bool same) {
+[[gnu::always_inline]] inline void check_word(Warp& w, const Access& a, SharedWord& word, u64* reads, bool same) {
   Block& block = *w.block;
-  SharedWord& word = block.words[index];
-  u64* reads = &block.reads[index * readers(block)];
-  const size_t own = a.use == READ ? reader(block, a.agent) : 0;
-  // What the agent has read in this very step was checked then, and a write since would be a race of the writer's.
-  if (a.use == READ && (reads[own] >> 32) == a.clock) return;
   const bool unordered = word.writer >= 0 && word.writer != a.agent && word.write_clock > w.clock.at[word.writer];
   if (unordered && !same && !(a.use == ATOMIC && word.atomic)) {
     race(w, "%s shared memory, not ordered after the write of %s [line %u]", a.use == READ ? "read of" : "write to",
@@ -82,7 +78,7 @@ void check_word(Warp& w, const Access& a, u64 index, bool same) {
     return;
   }
   if (word.writer < 0) race(w, "read of shared memory that nobody has written");
-  reads[own] = (u64)a.clock << 32 | (u32)w.instruction->line;
+  reads[reader(block, a.agent)] = (u64)a.clock << 32 | (u32)w.instruction->line;
   if (a.async && word.writer >= 0 && word.writer < MAX_WARPS && w.fenced <= word.write_time &&
       block.warps[word.writer].fenced <= word.write_time) {
     race(w, "the async proxy reads what %s has written [line %u] without a fence.proxy.async since",
@@ -165,18 +161,22 @@ void check_shared(Warp& w, const Access& a) {
   Block& block = *w.block;
   ++block.time;
   const bool same = a.value && !memcmp(a.value, block.shared.data() + a.address, a.bytes);
+  const size_t count = readers(block), own = a.use == READ ? reader(block, a.agent) : 0;
   for (u64 index = a.address / 4; index < (a.address + a.bytes + 3) / 4; ++index) {
-    const SharedWord& word = word_at(block, index);
+    SharedWord& word = word_at(block, index);
+    u64* reads = &block.reads[index * count];
+    // What the agent has read in this very step was checked then, and a write since would be a race of the writer's.
+    if (a.use == READ && (reads[own] >> 32) == a.clock) continue;
     if (word.copies) {
       race(w, "%s shared memory that a cp.async is still writing", a.use == READ ? "read of" : "write to");
     }
-    if (a.bytes < 4 && !word.parts) split(block, index);
-    const u64 parts = block.words[index].parts;
-    if (!parts) {
-      check_word(w, a, index, same);
-    } else {
-      const int first = a.bytes < 4 ? a.address % 4 : 0;
-      for (int k = 0; k < std::min(a.bytes, 4); ++k) check_word(w, a, parts + first + k, same);
+    if (a.bytes >= 4 && !word.parts) {
+      check_word(w, a, word, reads, same);
+      continue;
+    }
+    const u64 parts = word.parts ? word.parts : split(block, index), first = a.bytes < 4 ? a.address % 4 : 0;
+    for (u64 part = parts + first; part < parts + first + std::min(a.bytes, 4); ++part) {
+      check_word(w, a, block.words[part], &block.reads[part * count], same);
     }
   }
 }
