@@ -73,6 +73,14 @@ COPIES = [
         setp.eq.u32 %q80, %t, 0; @%q80 mbarrier.init.shared.b64 [%s], 64; bar.sync 0; //+
         mbarrier.arrive.shared.b64 _, [%s + 8]; //- !
         mbarrier.arrive.shared.b64 _, [%s]; //+""", "there is no mbarrier at 8"),
+    Program("use of an mbarrier without a barrier after its init", """
+        setp.eq.u32 %q80, %t, 0; @%q80 mbarrier.init.shared.b64 [%s], 64; //!
+        bar.sync 0; //+
+        mbarrier.arrive.shared.b64 _, [%s]; //!""", "not ordered after the write of warp 0|there is no mbarrier"),
+    Program("mbarrier.inval while another warp may use it", f"""
+        {barrier_at(1024, 64)} mbarrier.arrive.shared.b64 _, [%r80]; {wait(0, "again")} //!
+        bar.sync 0; //+
+        @%q80 mbarrier.inval.shared.b64 [%r80]; //!""", "not ordered after the (read|write) of warp"),
     Program("mbarrier of the block before", """
         mov.u32 %r1, %ctaid.x; setp.eq.u32 %q80, %t, 0;
         setp.eq.u32 %q1, %r1, 0; @!%q1 setp.eq.u32 %q80, %t, 99; //-
@@ -164,6 +172,7 @@ COPIES = [
         {barrier_at(1024)} {EXPECT}, 16;
         @%q80 {LOAD} [%s], [%p0], 16, [%r80];
         {wait(0, "again")} //+
+        bar.sync 0;
         @%q80 mbarrier.inval.shared.b64 [%r80]; //!""", "mbarrier.inval while something is on its way"),
     Program("bulk load of what another block writes", f"""
         {barrier_at(1024)} {EXPECT}, 16; mov.u32 %r1, %ctaid.x; mad.wide.u32 %d1, %r1, 16, %p0;
@@ -317,12 +326,13 @@ TENSOR_MEMORY = [
         tcgen05.wait::st.sync.aligned;""", "this warp may not access the lanes of tensor memory"),
     Program("tensor memory that nobody has written", f"""
         {STORE_A} tcgen05.wait::st.sync.aligned; //+
-        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; //!""", "read of tensor memory that nobody has written"),
+        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; //!
+        tcgen05.wait::ld.sync.aligned;""", "read of tensor memory that nobody has written"),
     Program("load before the store is done", f"""
         {STORE_A} //!
         tcgen05.wait::st.sync.aligned; //+
         tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; //!
-        tcgen05.wait::st.sync.aligned;""", "without a tcgen05.wait::st"),
+        tcgen05.wait::ld.sync.aligned; tcgen05.wait::st.sync.aligned;""", "without a tcgen05.wait::st"),
     Program("accumulators of a product in flight", f"""{TENSOR_READY}
         {TENSOR_PRODUCT} //!
         {TENSOR_COMMIT}
@@ -336,6 +346,14 @@ TENSOR_MEMORY = [
         {STORE_A} //!
         {wait(0, "end")} tcgen05.wait::st.sync.aligned;""",
         "write to tensor memory, not ordered after a read of a matrix product"),
+    Program("product over what is being loaded", f"""{TENSOR_READY}
+        tcgen05.st.sync.aligned.32x32b.x8.b32 [%r71 + 64], {MOVE}; tcgen05.wait::st.sync.aligned; bar.sync 0;
+        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71 + 64]; //!
+        tcgen05.wait::ld.sync.aligned; //+
+        bar.sync 0;
+        {TENSOR_PRODUCT} //!
+        {TENSOR_COMMIT} {wait(0, "done")}""",
+        "write to tensor memory, not ordered after a read of a tcgen05.ld of warp"),
     Program("shared operand of a product in flight", f"""{TENSOR_READY}
         {TENSOR_PRODUCT} //!
         {TENSOR_COMMIT}
@@ -348,6 +366,26 @@ TENSOR_MEMORY = [
 @each_program([p._replace(threads=128, body=with_tensor_memory(p.body, 2048)) for p in TENSOR_MEMORY])
 def test_tensor_memory(program) -> None:
     check_program(program)
+
+
+GIVEN_BACK = [
+    Program("another warp may still load", f"""
+        {STORE_A} tcgen05.wait::st.sync.aligned;
+        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; tcgen05.wait::ld.sync.aligned;
+        bar.sync 0; //+""", "tensor memory at column 0 of 0"),
+    Program("another warp has not waited for its loads", f"""
+        {STORE_A} tcgen05.wait::st.sync.aligned;
+        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; //!
+        tcgen05.wait::ld.sync.aligned; //+
+        bar.sync 0;""", "write to tensor memory, not ordered after a read of a tcgen05.ld of warp"),
+]  # fmt: skip
+
+
+@each_program(GIVEN_BACK)
+def test_tensor_memory_is_given_back_too_early(program) -> None:
+    body = with_tensor_memory(program.body, 2048)
+    before, _, after = body.rpartition("bar.sync 0;")
+    check_program(program._replace(threads=128, body=f"{before}\n{after}"))
 
 
 def test_tensor_memory_has_to_be_given_back() -> None:

@@ -16,7 +16,8 @@ std::string text_of(const char* format, va_list arguments) {
 }
 
 std::string name_of(int agent) {
-  const char* kinds[] = {"warp ", "a matrix product of warp ", "a bulk store of warp ", "a bulk store of warp "};
+  const char* kinds[] = {"warp ", "a matrix product of warp ", "a bulk store of warp ", "a bulk store of warp ",
+                         "a tcgen05.ld of warp "};
   if (agent >= BULK) return "a bulk load of mbarrier " + std::to_string(agent - BULK);
   return kinds[agent / MAX_WARPS] + std::to_string(agent % MAX_WARPS);
 }
@@ -204,11 +205,12 @@ void check_tensor_memory(Warp& w, u32 lane, u32 column, bool write, int agent, u
   }
   if (!write) {
     if (c.writer < 0) race(w, "read of tensor memory that nobody has written");
-    c.reads[agent] = clock, c.read_line = w.instruction->line;
+    c.reads[agent % LOAD] = clock, c.read_line = w.instruction->line;
     return;
   }
-  for (int other = 0; other < 2 * MAX_WARPS; ++other) {
-    if (other == agent || c.reads[other] <= w.clock.at[other]) continue;
+  for (int k = 0; k < 2 * MAX_WARPS; ++k) {
+    const int other = k < MAX_WARPS ? LOAD + k : k;
+    if (other == agent || c.reads[k] <= w.clock.at[other]) continue;
     race(w, "write to tensor memory, not ordered after a read of %s [line %u]", name_of(other).c_str(), c.read_line);
   }
   c.writer = agent, c.write_clock = clock, c.write_line = w.instruction->line;

@@ -9,6 +9,8 @@ namespace emulator {
 u32 swizzled(u32 address, int bytes) { return bytes ? address ^ ((address >> 7 & (bytes / 16 - 1)) << 4) : address; }
 
 Mbarrier& mbarrier(Warp& w, u64 address) {
+  shared_memory(w, address, 8, false);
+  if (w.block->launch->checks()) check_shared(w, own(w, address, 8, READ));
   auto found = w.block->mbarriers.find(address);
   if (found == w.block->mbarriers.end()) fault(w, "there is no mbarrier at %llu", (unsigned long long)address);
   return found->second;
@@ -92,6 +94,7 @@ void init_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
   int lane = first_lane(lanes);
   u64 address = shared_address(w, i, 0, lane);
   shared_memory(w, address, 8, true);
+  if (block.launch->checks()) check_shared(w, own(w, address, 8, WRITE));
   Mbarrier b{};
   b.count = b.pending = operand<u32>(w, i, 1)[lane];
   auto before = block.mbarriers.find(address);
@@ -106,7 +109,9 @@ void init_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
 }
 
 void invalidate_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
-  Mbarrier& b = mbarrier(w, shared_address(w, i, 0, first_lane(lanes)));
+  const u64 address = shared_address(w, i, 0, first_lane(lanes));
+  const Mbarrier& b = mbarrier(w, address);
+  if (w.block->launch->checks()) check_shared(w, own(w, address, 8, WRITE));
   if (!b.loads.empty() || !b.commits.empty()) fault(w, "mbarrier.inval while something is on its way");
 }
 

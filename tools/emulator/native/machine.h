@@ -47,9 +47,10 @@ struct Instruction {
   std::vector<int> uses, reads, writes;
 };
 
-// Who has to be ordered with whom: warps; the products of each, and its bulk stores, which read and later write; and
-// the bulk loads of mbarriers.
-constexpr int MMA = MAX_WARPS, STORE = 2 * MAX_WARPS, STORED = 3 * MAX_WARPS, BULK = 4 * MAX_WARPS;
+// Who has to be ordered with whom: warps; the products of each, its bulk stores, which read and later write, and its
+// loads from tensor memory; and the bulk loads of mbarriers.
+constexpr int MMA = MAX_WARPS, STORE = 2 * MAX_WARPS, STORED = 3 * MAX_WARPS, LOAD = 4 * MAX_WARPS;
+constexpr int BULK = 5 * MAX_WARPS;
 constexpr int MAX_MBARRIERS = 64;
 constexpr int AGENTS = BULK + MAX_MBARRIERS;
 
@@ -127,7 +128,7 @@ struct TensorColumn {
   int writer = -1;
   u32 write_clock = 0, write_line = 0;
   bool pending = false;                          // by a tcgen05.st that has not been waited for
-  u32 reads[2 * MAX_WARPS] = {}, read_line = 0;  // by warps and by products
+  u32 reads[2 * MAX_WARPS] = {}, read_line = 0;  // by the loads of warps and by products
 };
 
 // A bulk copy: of a box of a tensor, whose map may lie at 0 as the first parameter; or of ``bytes`` to or from
@@ -222,6 +223,7 @@ struct Warp {
   std::vector<std::pair<u32*, u32>> tensor_stores;  // by tcgen05.st: where, and what, when the program waits
   std::vector<TensorColumn*> stored_columns;
   u32 product_groups, store_groups;  // committed so far
+  u32 tensor_loads;                  // tcgen05.wait::ld so far
   std::vector<u8> flying, unfenced;  // per watched register: accumulator 1, operand 2; written since wgmma.fence
 };
 
