@@ -355,6 +355,11 @@ def _tensor_map_copy(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> N
     i.name = "tensormap.copy"
 
 
+def _bulk_wait(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """imm: groups that may be left, whether it waits for the reads alone."""
+    i.name, i.imm = "bulk.wait", [int(s.operands[0], 0), int(m[1] is not None)]
+
+
 def _tensor_move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     """at[0]: address; imm: offset, whether it stores, columns between the halves or -1; list: registers."""
     store = m[1] == "st"
@@ -556,7 +561,7 @@ TABLE = [
         COLLECTIVE,
     ),
     (r"cp\.async\.bulk\.commit_group", "bulk.commit", ""),
-    (r"cp\.async\.bulk\.wait_group(?:\.read)?", "bulk.wait", "#"),
+    (r"cp\.async\.bulk\.wait_group(\.read)?", _bulk_wait, ""),
     # matrices
     (r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(?:::cta)?\.b16", _matrix, "", COLLECTIVE),
     (
@@ -578,8 +583,7 @@ TABLE = [
     (r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32", "tcgen05.alloc", "[32] #"),
     (r"tcgen05\.dealloc\.cta_group::1\.sync\.aligned\.b32", "tcgen05.dealloc", "32 32"),
     (r"tcgen05\.(?:relinquish_alloc_permit|fence).*", "nop", ""),
-    (r"tcgen05\.wait::ld\.sync\.aligned", "nop", ""),
-    (r"tcgen05\.wait::st\.sync\.aligned", "tcgen05.wait", ""),
+    (r"tcgen05\.wait::(ld|st)\.sync\.aligned", "tcgen05.wait.{0}", ""),
     (r"tcgen05\.(ld|st)\.sync\.aligned\.(32x32b|16x32bx2)\.x\d+\.b32", _tensor_move, ""),
     (r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32)", _tensor_mma, ""),
     (r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?:\.shared::cluster)?\.b64", "tcgen05.commit", "[]"),

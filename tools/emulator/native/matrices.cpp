@@ -226,7 +226,8 @@ void move_matrices(Warp& w, const Instruction& i, bool load) {
     }
     for (int r = 0; r < 8; ++r) {
       u8* place = shared_memory(w, address[8 * j + r], 16, !load);
-      if (launch.checks()) check_shared(w, address[8 * j + r], 16, !load, load ? nullptr : rows[r]);
+      if (launch.checks())
+        check_shared(w, own(w, address[8 * j + r], 16, load ? READ : WRITE, load ? nullptr : rows[r]));
       load ? memcpy(rows[r], place, 16) : memcpy(place, rows[r], 16);
     }
     if (load) {

@@ -201,6 +201,8 @@ void start_block(Block& block, std::vector<u8>& registers) {
   block.products_done = 0;
   block.mbarriers.clear();
   block.arrived.clear();
+  for (auto& [word, access] : block.accesses) word->settle(access);
+  block.accesses.clear();
   block.time = 1;
   const size_t bytes = block.launch->module->registers.size();
   u8* aligned = (u8*)(((u64)registers.data() + 63) & ~63ull);
@@ -285,10 +287,6 @@ void run_grid(Launch& launch) {
   block.launch = &launch;
   block.warps.resize(warps);
   block.shared.resize(launch.shared_bytes + 16);
-  if (launch.checks()) {
-    block.words.resize(launch.shared_bytes / 4 + 8);
-    block.reads.resize(block.words.size() * 3 * warps);
-  }
   for (const Instruction& i : launch.module->code) {
     if (i.run && i.run == instructions().at("tcgen05.alloc"))
       block.tensor.resize(128 * 512), block.columns.resize(8 * 512);
@@ -297,6 +295,10 @@ void run_grid(Launch& launch) {
     for (int y = 0; y < launch.grid[1]; ++y) {
       for (int x = 0; x < launch.grid[0]; ++x) {
         block.index[0] = x, block.index[1] = y, block.index[2] = z;
+        if (launch.checks()) {
+          block.words.resize(launch.shared_bytes / 4 + 8);
+          block.reads.resize(block.words.size() * 3 * warps);
+        }
         start_block(block, registers);
         run_block(block, random);
       }
