@@ -99,7 +99,8 @@ def attention() -> object:
 # barrier between loads from and stores to tensor memory: each warp has its own lanes. A fence before each product: as
 # on sm_90. A tcgen05.wait: there is another before the next barrier or product. The barrier before tcgen05.dealloc: the
 # results go through shared memory, with barriers. In _forward_kernel, a wait for copies whose tile the loop, at this
-# size, does not come to, and its barrier.
+# size, does not come to, and its barrier. A wait for products: before anybody uses them, later products are waited for,
+# and products are done in order.
 REDUNDANT = {
     "sm_80": {
         "_forward_kernel": {"bar.sync": 1, "cp.async.wait_group": 1},
@@ -123,6 +124,7 @@ REDUNDANT = {
             "barrier.sync": 1,
             "cp.async.wait_group": 2,
             "fence.proxy.async": 2,
+            "mbarrier.try_wait": 1,
             "tcgen05.wait::ld": 2,
             "tcgen05.wait::st": 2,
         },
@@ -131,6 +133,7 @@ REDUNDANT = {
             "barrier.sync": 1,
             "cp.async.wait_group": 1,
             "fence.proxy.async": 9,
+            "mbarrier.try_wait": 1,
             "tcgen05.wait::ld": 2,
             "tcgen05.wait::st": 1,
         },
@@ -139,6 +142,7 @@ REDUNDANT = {
             "barrier.sync": 1,
             "cp.async.wait_group": 1,
             "fence.proxy.async": 5,
+            "mbarrier.try_wait": 1,
             "tcgen05.wait::st": 1,
         },
     },
