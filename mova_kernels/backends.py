@@ -10,15 +10,18 @@ something else: if it cannot be met, :class:`BackendError` says why.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ._checks import check
 from ._plain import only_reference
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")  # the order in which auto tries them
@@ -40,22 +43,30 @@ class Backend:
         declines: gives the reason why it cannot run on a device and dtype, or None.
         only_when_asked: gives the reason why auto does not take it on a device although it could run, or None.
         caution: what a warning says, once per process, where auto takes it.
+        takes: the values that it takes of each size with a limit; :func:`register` sets it.
     """
 
     name: str
     declines: Declines
     only_when_asked: Callable[[torch.device], str | None] = lambda device: None
     caution: str | None = None
+    takes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
+
+Limits = Mapping[str, Mapping[str, Sequence[int]]]  # name of a size -> backend -> the values that it takes
 
 _TABLE: dict[str, dict[str, Backend]] = {}
+_MODULES = {"triton": "triton_impl", "cpu": "native_impl"}  # in the folder of an op
 _request: str | None = None  # what use_backend() says; process-wide, so that autograd's threads see it too
 
 
-def register(op: str, *backends: Backend) -> None:
-    """Add the implementations of ``op`` to the table. The reference is always there."""
-    reference = Backend("reference", lambda device, dtype: None)
-    _TABLE[op] = {b.name: b for b in sorted((*backends, reference), key=lambda b: BACKENDS.index(b.name))}
+def register(op: str, *backends: Backend, limits: Limits | None = None) -> None:
+    """Add the implementations of ``op`` to the table. The reference is always there, and takes every size."""
+    every = [Backend("reference", lambda device, dtype: None)]
+    for b in backends:
+        takes = {size: values[b.name] for size, values in (limits or {}).items() if b.name in values}
+        every.append(replace(b, takes=takes))
+    _TABLE[op] = {b.name: b for b in sorted(every, key=lambda b: BACKENDS.index(b.name))}
 
 
 def ops() -> tuple[str, ...]:
@@ -86,15 +97,17 @@ def choose(
     backend: str | None,
     device: torch.device,
     dtype: torch.dtype,
-    unfit: Mapping[str, str] | None = None,
+    sizes: Mapping[str, int] | None = None,
     tensors: Sequence[Tensor] | None = None,
+    unfit: Mapping[str, str] | None = None,
 ) -> str:
     """The name of the backend that runs ``op`` on tensors of this device and dtype.
 
-    ``unfit`` holds, per backend that cannot run this very call, the reason: for limits on shapes. ``tensors`` are the
-    arguments of the call. Where a derivative other than one backward pass is asked of them, where they are batched by
-    vmap, of a subclass that computes in its own way, or where torch.jit.trace or torch.onnx look on, only the reference
-    can run. None: kernels call each other, where that has been asked before.
+    ``sizes`` has the value of every size that the op's limits name. ``unfit`` holds, per backend that cannot run this
+    very call for another reason, that reason. ``tensors`` are the arguments of the call. Where a derivative other than
+    one backward pass is asked of them, where they are batched by vmap, of a subclass that computes in its own way, or
+    where torch.jit.trace or torch.onnx look on, only the reference can run. None: kernels call each other, where that
+    has been asked before.
 
     Raises:
         ValueError: unknown backend.
@@ -102,7 +115,7 @@ def choose(
     """
     name = requested(op, backend)
     only = None if tensors is None else only_reference(tensors)
-    unfit = unfit or {}
+    unfit = {**_beyond_limits(op, sizes or {}), **(unfit or {})}
     if only:
         unfit = {**dict.fromkeys(_TABLE[op], only), "reference": unfit.get("reference", "")}
     if name == "auto":
@@ -124,6 +137,48 @@ def choose(
     if reason:
         raise BackendError(f"backend {name!r} cannot run {op} on {device.type} {dtype}: {reason}")
     return name
+
+
+def implementation(
+    op: str,
+    backend: str,
+    x: Tensor,
+    sizes: Mapping[str, int] | None = None,
+    unfit: Mapping[str, str] | None = None,
+) -> ModuleType:
+    """The module with the kernels of ``op`` for tensors like ``x``; ``sizes`` and ``unfit`` as in :func:`choose`.
+
+    The backend is chosen a second time where the op runs, because an exported graph may run on another machine.
+
+    Raises:
+        ValueError: ``backend`` is none with kernels.
+        BackendError: it cannot run the op here.
+    """
+    check(backend in _MODULES, "backend", f"must be one of {', '.join(_MODULES)}", backend)
+    return _module(op, choose(op, backend, x.device, x.dtype, sizes, unfit=unfit))
+
+
+@functools.cache
+def _module(op: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"mova_kernels.ops.{op}.{_MODULES[backend]}")
+
+
+def _beyond_limits(op: str, sizes: Mapping[str, int]) -> dict[str, str]:
+    """The reason for each backend that does not take one of the sizes."""
+    return {
+        b.name: f"it takes {name} {_text(values)}, not {sizes[name]}"
+        for b in _TABLE[op].values()
+        for name, values in b.takes.items()
+        if name in sizes and sizes[name] not in values
+    }
+
+
+def _text(values: Sequence[int]) -> str:
+    if not isinstance(values, range):
+        return f"{', '.join(map(str, values[:-1]))} and {values[-1]}"
+    start = f"from {values[0]} " if values[0] else "up "
+    steps = f" in steps of {values.step}" if values.step != 1 else ""
+    return f"{start}to {values[-1]}{steps}"
 
 
 def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, dict[str, str]]:

@@ -400,8 +400,3 @@ def check(case: Case, rows: list[tuple[int, ...]] | None = None) -> None:
         if is_nan(bits, result) and np.isnan(wanted):
             continue
         assert bits == encode(wanted, result), f"{case.opcode} of {numbers} gives {decode(bits, result)}, not {wanted}"
-
-
-def wrong(reason: str) -> pytest.MarkDecorator:
-    """The emulator differs from the ISA here."""
-    return pytest.mark.xfail(strict=True, raises=(AssertionError, pytest.fail.Exception), reason=reason)

@@ -39,7 +39,7 @@ def test_auto_takes_the_first_that_accepts() -> None:
 def test_auto_gives_every_reason_where_nothing_is_fit() -> None:
     unfit = {"cpu": "it is too wide", "reference": "it takes no such thing"}
     with pytest.raises(BackendError, match=r"no backend can run toy on cpu torch.float32: .*cpu: it is too wide; ref"):
-        choose("toy", None, CPU, F32, unfit)
+        choose("toy", None, CPU, F32, unfit=unfit)
 
 
 def test_a_caution_is_said_once_and_only_where_auto_takes_the_backend() -> None:

@@ -144,6 +144,36 @@ def test_tensors_end_where_they_end(driver) -> None:
 
 
 @only_dry
+def test_pytorchs_own_operations_compute() -> None:
+    """With kernels of their own, in place, into another tensor, into one that grows, on views, and backward."""
+
+    def compute(x: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
+        w = w.clone().requires_grad_()
+        y = (x[1:].T @ w).softmax(-1)
+        y.square().sum().backward()
+        z = x.clone()
+        z[:, 1:3].mul_(2)
+        grown = torch.empty(0, device=x.device)
+        torch.add(z, 1, out=grown)
+        torch.cumsum(x, 1, out=z[:, :])
+        return [
+            y,
+            w.grad,
+            z,
+            grown,
+            x.half().float(),
+            x.sort().indices,
+            x.index_select(0, torch.tensor([2, 0]).to(x.device)),
+        ]
+
+    inputs = torch.randn(4, 5), torch.randn(3, 6)
+    found, wanted = compute(*(t.cuda() for t in inputs)), compute(*inputs)
+    assert all(t.is_cuda for t in found)
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f.cpu(), w)
+
+
+@only_dry
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("op", "shape", "count"), [(rotation, (2, 100, 2, 64), 1), (attention, (2, 100, 128), 3)])
 def test_triton_kernels_and_their_gradients_in_the_dry_run(op, shape, count, dtype) -> None:

@@ -19,7 +19,6 @@ from emulated_ptx import (
     tensor_map,
     wait,
     with_tensor_memory,
-    wrong,
     zeroed_map,
 )
 from emulator import Fault
@@ -87,6 +86,14 @@ COPIES = [
         setp.eq.u32 %q80, %t, 0; @%q80 mbarrier.init.shared.b64 [%s], 64; bar.sync 0; //+
         mbarrier.arrive.shared.b64 _, [%s + 8]; //- !
         mbarrier.arrive.shared.b64 _, [%s]; //+""", "there is no mbarrier at 8"),
+    Program("use of an mbarrier without a barrier after its init", """
+        setp.eq.u32 %q80, %t, 0; @%q80 mbarrier.init.shared.b64 [%s], 64; //!
+        bar.sync 0; //+
+        mbarrier.arrive.shared.b64 _, [%s]; //!""", "not ordered after the write of warp 0|there is no mbarrier"),
+    Program("mbarrier.inval while another warp may use it", f"""
+        {barrier_at(1024, 64)} mbarrier.arrive.shared.b64 _, [%r80]; {wait(0, "again")} //!
+        bar.sync 0; //+
+        @%q80 mbarrier.inval.shared.b64 [%r80]; //!""", "not ordered after the (read|write) of warp"),
     Program("mbarrier of the block before", """
         mov.u32 %r1, %ctaid.x; setp.eq.u32 %q80, %t, 0;
         setp.eq.u32 %q1, %r1, 0; @!%q1 setp.eq.u32 %q80, %t, 99; //-
@@ -149,6 +156,21 @@ COPIES = [
         @%q80 cp.async.bulk.wait_group.read 0; //+
         @%q80 st.shared.b32 [%r1], 99; //!
         @%q80 cp.async.bulk.wait_group 0;""", "not ordered after the read of a bulk store of warp 0"),
+    Program("read of what is being stored", f"""{FILL}
+        fence.proxy.async; bar.sync 0;
+        {STORE} //!
+        @%q80 cp.async.bulk.commit_group;
+        @%q80 cp.async.bulk.wait_group 0; //+
+        @%q80 cp.async.bulk.wait_group.read 0; //-
+        @%q80 ld.global.b32 %r2, [%p0]; //!
+        @%q80 cp.async.bulk.wait_group 0;""",
+        "read of global memory, not ordered after a write by a bulk store of warp 0"),
+    Program("write over what a bulk load reads", f"""
+        {barrier_at(1024)} {EXPECT}, 16;
+        @%q80 {LOAD} [%s], [%p0], 16, [%r80]; //!
+        {wait(0, "again")} //+
+        @%q80 st.global.b32 [%p0], 9; //!
+        {wait(0, "end")}""", "write to global memory, not ordered after a read by a bulk load"),
     Program("exit before a bulk store", f"""{FILL}
         fence.proxy.async; bar.sync 0; {STORE} @%q80 cp.async.bulk.commit_group;
         @%q80 cp.async.bulk.wait_group 0; //+
@@ -172,6 +194,7 @@ COPIES = [
         {barrier_at(1024)} {EXPECT}, 16;
         @%q80 {LOAD} [%s], [%p0], 16, [%r80];
         {wait(0, "again")} //+
+        bar.sync 0;
         @%q80 mbarrier.inval.shared.b64 [%r80]; //!""", "mbarrier.inval while something is on its way"),
     Program("tensor map in memory that nobody has written", f"""
         setp.eq.u32 %q80, %t, 0; setp.eq.u32 %q3, %w, 0;
@@ -365,12 +388,13 @@ TENSOR_MEMORY = [
         tcgen05.wait::st.sync.aligned;""", "this warp may not access the lanes of tensor memory"),
     Program("tensor memory that nobody has written", f"""
         {STORE_A} tcgen05.wait::st.sync.aligned; //+
-        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; //!""", "read of tensor memory that nobody has written"),
+        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; //!
+        tcgen05.wait::ld.sync.aligned;""", "read of tensor memory that nobody has written"),
     Program("load before the store is done", f"""
         {STORE_A} //!
         tcgen05.wait::st.sync.aligned; //+
         tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; //!
-        tcgen05.wait::st.sync.aligned;""", "without a tcgen05.wait::st"),
+        tcgen05.wait::ld.sync.aligned; tcgen05.wait::st.sync.aligned;""", "without a tcgen05.wait::st"),
     Program("accumulators of a product in flight", f"""{TENSOR_READY}
         {TENSOR_PRODUCT} //!
         {TENSOR_COMMIT}
@@ -390,6 +414,14 @@ TENSOR_MEMORY = [
         {wait(0, "done").replace("%r80", "%r90")} //+
         @%q80 mbarrier.inval.shared.b64 [%r80]; //!
         {wait(0, "end").replace("%r80", "%r90")}""", "mbarrier.inval while something is on its way"),
+    Program("product over what is being loaded", f"""{TENSOR_READY}
+        tcgen05.st.sync.aligned.32x32b.x8.b32 [%r71 + 64], {MOVE}; tcgen05.wait::st.sync.aligned; bar.sync 0;
+        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71 + 64]; //!
+        tcgen05.wait::ld.sync.aligned; //+
+        bar.sync 0;
+        {TENSOR_PRODUCT} //!
+        {TENSOR_COMMIT} {wait(0, "done")}""",
+        "write to tensor memory, not ordered after a read of a tcgen05.ld of warp"),
     Program("shared operand of a product in flight", f"""{TENSOR_READY}
         {TENSOR_PRODUCT} //!
         {TENSOR_COMMIT}
@@ -404,26 +436,31 @@ def test_tensor_memory(program) -> None:
     check_program(program)
 
 
+GIVEN_BACK = [
+    Program("another warp may still load", f"""
+        {STORE_A} tcgen05.wait::st.sync.aligned;
+        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; tcgen05.wait::ld.sync.aligned;
+        bar.sync 0; //+""", "tensor memory at column 0 of 0"),
+    Program("another warp has not waited for its loads", f"""
+        {STORE_A} tcgen05.wait::st.sync.aligned;
+        tcgen05.ld.sync.aligned.32x32b.x8.b32 {MOVE}, [%r71]; //!
+        tcgen05.wait::ld.sync.aligned; //+
+        bar.sync 0;""", "write to tensor memory, not ordered after a read of a tcgen05.ld of warp"),
+]  # fmt: skip
+
+
+@each_program(GIVEN_BACK)
+def test_tensor_memory_is_given_back_too_early(program) -> None:
+    body = with_tensor_memory(program.body, 2048)
+    before, _, after = body.rpartition("bar.sync 0;")
+    check_program(program._replace(threads=128, body=f"{before}\n{after}"))
+
+
 def test_tensor_memory_has_to_be_given_back() -> None:
     body = with_tensor_memory("", 0)
     run(body, threads=128, shared=4096)
     with pytest.raises(Fault, match="without having given back tensor memory"):
         run(body[: body.rindex("@%q70 tcgen05.dealloc")], threads=128, shared=4096)
-
-
-STORED = Program("read of what is being stored", f"""{FILL}
-        fence.proxy.async; bar.sync 0;
-        {STORE} //!
-        @%q80 cp.async.bulk.commit_group;
-        @%q80 cp.async.bulk.wait_group 0; //+
-        @%q80 cp.async.bulk.wait_group.read 0; //-
-        @%q80 ld.global.b32 %r2, [%p0]; //!
-        @%q80 cp.async.bulk.wait_group 0;""", "not ordered after the write")  # fmt: skip
-
-
-@wrong("the global side of a bulk store counts as written at once, and wait_group.read waits for it")
-def test_read_of_what_is_being_stored() -> None:
-    check_program(STORED)
 
 
 # ---- without checks

@@ -144,6 +144,8 @@ def run_descriptors(case: Case, specialized: bool = False) -> str:
 
 @pytest.fixture
 def gpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    if VERSION < (3, 7) and request.param != "sm_80":
+        pytest.skip("Triton 3.6 omits fences from pipelined loops (triton-lang/triton#9610): its code is not right")
     triton_driver.use(request.param)
     triton.set_allocator(allocate)
     yield request.param
@@ -202,8 +204,6 @@ SPECIALIZED = [
 @each_gpu_with_tensor_maps
 @pytest.mark.parametrize("case", SPECIALIZED, ids=str)
 def test_matmul_of_specialized_warps(case, gpu) -> None:
-    if gpu == "sm_100" and VERSION < (3, 7):
-        pytest.skip("Triton 3.6 invalidates mbarriers before all have arrived that will")
     for schedule in (0, 1, 7):
         SETTINGS.schedule = schedule
         assert "setmaxnreg" in run_descriptors(case, specialized=True)
@@ -212,7 +212,7 @@ def test_matmul_of_specialized_warps(case, gpu) -> None:
 def sweep(gpu: str) -> None:
     """Many combinations; prints those that fail."""
     tiles = [(64, 64, 32), (128, 128, 32), (64, 32, 64), (128, 64, 64), (64, 16, 16), (64, 256, 32), (32, 32, 32)]
-    kinds, flips = ("bf16", "fp16", "tf32", "tf32x3", "ieee"), ("", "a", "b", "ab")
+    kinds, flips = ("bf16", "fp16", "tf32", "tf32x3", "ieee"), ("", "ab")
     triton_driver.use(gpu)
     triton.set_allocator(allocate)
     counts, failed = {}, 0
@@ -220,8 +220,12 @@ def sweep(gpu: str) -> None:
         case = Case(kind, tile, warps, stages, flip)
         if case.dtype == torch.float32 and (tile[1] == 256 or (kind != "tf32" and tile != (64, 32, 64))):
             continue
-        calls = {"pointers": lambda case=case: run(case), "descriptors": lambda case=case: run_descriptors(case)}
-        if stages > 1 and (gpu != "sm_100" or VERSION >= (3, 7)):
+        calls = {"pointers": lambda case=case: run(case)}
+        if gpu != "sm_80":
+            calls["descriptors"] = lambda case=case: run_descriptors(case)
+        if (
+            gpu != "sm_80" and stages > 1 and tile[0] >= 128
+        ):  # with 64 rows, Triton has two groups of warps compute the same ones
             calls["specialized"] = lambda case=case: run_descriptors(case, specialized=True)
         for name, call in calls.items():
             counts[name] = counts.get(name, 0) + 1

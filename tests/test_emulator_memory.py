@@ -337,3 +337,18 @@ def test_compare_and_swap(bits, space) -> None:
 
 
 TESTED.update((f"atom.{space}.{what}.b32", None) for space in ("global", "shared") for what in ("exch", "cas"))
+
+
+def test_shared_addresses_wrap() -> None:
+    """Triton lets a register be negative where the constant makes up for it."""
+    found = np.zeros(64, np.uint32)
+    body = """
+        mul.lo.u32 %r1, %t, 16; add.u32 %r1, %r1, %s; sub.u32 %r2, %r1, 4096;
+        st.shared.v4.b32 [%r2 + 4096], {%t, %t, %t, %t};
+        setp.eq.u32 %q80, %t, 0; sub.u32 %r3, %s, 4096; @%q80 mbarrier.init.shared.b64 [%r3 + 5120], 64; bar.sync 0;
+        mbarrier.arrive.shared.b64 _, [%r3 + 5120];
+        wait: mbarrier.try_wait.parity.shared.b64 %q1, [%r3 + 5120], 0; @!%q1 bra wait;
+        ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r6}, [%r2 + 4096];
+        ld.shared.b32 %r5, [%r2 + 4096]; st.global.b32 [%e0], %r5;"""
+    run(body, found, threads=64, shared=1032)
+    np.testing.assert_array_equal(found, np.arange(64))

@@ -15,8 +15,9 @@ from emulator import Fault, Kernel, Memory
 triton_driver = pytest.importorskip("emulator.triton_driver")
 
 SYNCHRONISATION = re.compile(
-    r"\s*(?:@!?%\w+ )?(bar\.sync|cp\.async(?:\.bulk)?\.wait_group|wgmma\.(?:fence|wait_group)|fence\.proxy\.async"
-    r"|tcgen05\.wait::st|mbarrier\.try_wait)\b"
+    r"\s*(?:@!?%\w+ )?(bar\.(?:sync|arrive)|barrier\.sync|cp\.async(?:\.bulk)?\.wait_group|fence\.proxy\.async"
+    r"|fence\.mbarrier_init|mbarrier\.(?:init|arrive|try_wait)|wgmma\.(?:fence|commit_group|wait_group)"
+    r"|tcgen05\.(?:commit|wait::ld|wait::st))\b"
 )
 
 
@@ -91,7 +92,15 @@ def attention() -> object:
 # The last wait for copies and the barrier behind it: what is still on its way is read by nobody.
 # sm_90: a barrier before each copy into a buffer. There is one buffer more than are in use, so that the barrier at the
 # beginning of a round orders the reads of that buffer, too. A fence before each product: what the later ones of a round
-# read was copied before the first one's fence. A wgmma.fence before each: none of its registers was written since.
+# read was copied before the first one's fence. A wgmma.fence before each: none of its registers was written since. A
+# wgmma.commit_group: the next one takes its products along, and the same wait waits for both.
+# sm_100: barriers in pairs, around a fence or behind a wait for copies that a later barrier follows: one is enough. A
+# barrier before a wait for an mbarrier, and before a copy over what products have read: the mbarrier orders both. A
+# barrier between loads from and stores to tensor memory: each warp has its own lanes. A fence before each product: as
+# on sm_90. A tcgen05.wait: there is another before the next barrier or product. The barrier before tcgen05.dealloc: the
+# results go through shared memory, with barriers. In _forward_kernel, a wait for copies whose tile the loop, at this
+# size, does not come to, and its barrier. A wait for products: before anybody uses them, later products are waited for,
+# and products are done in order.
 REDUNDANT = {
     "sm_80": {
         "_forward_kernel": {"bar.sync": 1, "cp.async.wait_group": 1},
@@ -100,8 +109,42 @@ REDUNDANT = {
     },
     "sm_90": {
         "_forward_kernel": {"bar.sync": 3, "cp.async.wait_group": 1, "fence.proxy.async": 1},
-        "_grad_kv_kernel": {"bar.sync": 4, "cp.async.wait_group": 1, "fence.proxy.async": 3, "wgmma.fence": 1},
+        "_grad_kv_kernel": {
+            "bar.sync": 4,
+            "cp.async.wait_group": 1,
+            "fence.proxy.async": 3,
+            "wgmma.commit_group": 1,
+            "wgmma.fence": 1,
+        },
         "_grad_q_kernel": {"bar.sync": 4, "cp.async.wait_group": 1, "fence.proxy.async": 2, "wgmma.fence": 1},
+    },
+    "sm_100": {
+        "_forward_kernel": {
+            "bar.sync": 10,
+            "barrier.sync": 1,
+            "cp.async.wait_group": 2,
+            "fence.proxy.async": 2,
+            "mbarrier.try_wait": 1,
+            "tcgen05.wait::ld": 2,
+            "tcgen05.wait::st": 2,
+        },
+        "_grad_kv_kernel": {
+            "bar.sync": 8,
+            "barrier.sync": 1,
+            "cp.async.wait_group": 1,
+            "fence.proxy.async": 9,
+            "mbarrier.try_wait": 1,
+            "tcgen05.wait::ld": 2,
+            "tcgen05.wait::st": 1,
+        },
+        "_grad_q_kernel": {
+            "bar.sync": 12,
+            "barrier.sync": 1,
+            "cp.async.wait_group": 1,
+            "fence.proxy.async": 5,
+            "mbarrier.try_wait": 1,
+            "tcgen05.wait::st": 1,
+        },
     },
 }
 

@@ -72,6 +72,19 @@ def test_indexed_branch() -> None:
     assert found.tolist() == [0, 10, 110, 10] * 8
 
 
+def test_indexed_branch_of_some_lanes() -> None:
+    """Those whose guard is false go on."""
+    found = np.zeros(32, np.uint32)
+    body = """
+        setp.lt.u32 %q1, %l, 8; mov.u32 %r1, 0; mov.u32 %r2, 5;
+        choices: .branchtargets end;
+        @%q1 brx.idx %r1, choices;
+        mov.u32 %r2, 7;
+        end: st.global.b32 [%e0], %r2;"""
+    run(body, found)
+    assert found.tolist() == [5] * 8 + [7] * 24
+
+
 @about("exit", "ret", "ret.uni", "trap", "bar.warp.sync")
 def test_exit_of_some_lanes() -> None:
     """The rest goes on without them; a trap that no lane meets does nothing."""

@@ -157,6 +157,7 @@ def test_expert_attention_launches_what_was_shipped(monkeypatch, machine):
         triton.JITFunction, "run", lambda self, *_, grid, warmup, **options: found.append((self.__name__, options))
     )
     monkeypatch.setattr(_tune, "device_name", lambda device: "GPU")
+    monkeypatch.setattr(triton_impl, "stages_with_fences", lambda num_stages, kind: num_stages)  # asks for the driver
 
     def launches(length):
         q = torch.empty(2, length, 128, dtype=torch.bfloat16, device="meta")
@@ -175,8 +176,8 @@ def test_expert_attention_launches_what_was_shipped(monkeypatch, machine):
     assert launches(2048) == [default]
 
 
-@pytest.mark.parametrize(("version", "tile"), [((3, 6), 32), ((3, 9), 64)], ids=["Triton 3.6", "Triton 3.9"])
-def test_old_triton_gets_small_tiles_of_fp32_on_sm_100(version, tile, monkeypatch) -> None:
+def launches(version: tuple[int, int], length: int, dtype: torch.dtype, monkeypatch) -> list[tuple[str, dict]]:
+    """What attention, forward and backward, would launch on sm_100 with a version of Triton: names and options."""
     triton = pytest.importorskip("triton")
     from mova_kernels.ops.expert_attention import triton_impl
 
@@ -188,8 +189,17 @@ def test_old_triton_gets_small_tiles_of_fp32_on_sm_100(version, tile, monkeypatc
     )
     monkeypatch.setattr(triton_impl, "VERSION", version)
     monkeypatch.setattr(triton_impl, "target", lambda: 100)
-    q, table = torch.empty(2, 200, 128, device="meta"), torch.empty(200, 64, device="meta")
+    monkeypatch.setattr(triton_impl, "stages_with_fences", lambda num_stages, kind: num_stages)  # asks for the driver
+    q, table = torch.empty(2, length, 128, dtype=dtype, device="meta"), torch.empty(length, 64, device="meta")
+    lse = torch.empty(2, 2, length, device="meta")
     triton_impl.forward(q, q, q, table, table, 2, None)
+    triton_impl.backward(q, q, q, q, q, lse, table, table, 2, None)
+    return found
+
+
+@pytest.mark.parametrize(("version", "tile"), [((3, 6), 32), ((3, 9), 64)], ids=["Triton 3.6", "Triton 3.9"])
+def test_old_triton_gets_small_tiles_of_fp32_on_sm_100(version, tile, monkeypatch) -> None:
+    found = launches(version, 200, torch.float32, monkeypatch)
     assert [options["TILE"] for name, options in found if name == "_forward_kernel"] == [tile]
 
 
@@ -216,3 +226,12 @@ def test_fp32_products_follow_torchs_switch(asked, expected) -> None:
         assert dot_precision() == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(("version", "length", "warps"), [((3, 6), 60, {4}), ((3, 9), 60, {8}), ((3, 6), 2304, {8})])
+def test_old_triton_gets_four_warps_on_sm_100_where_the_loop_goes_round_once(
+    version, length, warps, monkeypatch
+) -> None:
+    found = launches(version, length, torch.bfloat16, monkeypatch)
+    main = ("_forward_kernel", "_grad_kv_kernel", "_grad_q_kernel")
+    assert {options["num_warps"] for name, options in found if name in main} == warps

@@ -162,17 +162,18 @@ def test_compile(backend) -> None:
 def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     wide = torch.zeros(1, 1, 8193)
     for x, expected in ((X, "cpu"), (X.bfloat16(), "cpu"), (X.half(), "reference"), (wide, "reference")):
+        place = ("feature_norm", None, x.device, x.dtype, {"channels": x.shape[2], "grid sides": 1})
         monkeypatch.setattr(_native, "cpu_reason", lambda: None)
-        assert op_module._choose(None, [x], [1, 1, 1, 1]) == expected
+        assert backends.choose(*place) == expected
         monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
-        assert op_module._choose(None, [x], [1, 1, 1, 1]) == "reference"
+        assert backends.choose(*place) == "reference"
 
 
 @pytest.mark.parametrize(
     ("x", "size", "reason"),
     [
-        (torch.zeros(1, 1, 8193), (1, 1), "it takes up to 8192 channels, not 8193"),
-        (torch.zeros(1, 32768, 1), (1, 32768), "it takes grids of up to 32767 per side, not 32768"),
+        (torch.zeros(1, 1, 8193), (1, 1), "it takes channels up to 8192, not 8193"),
+        (torch.zeros(1, 32768, 1), (1, 32768), "it takes grid sides up to 32767, not 32768"),
         (torch.zeros(1, 1, 8).half(), (1, 1), "it takes float32 and bfloat16, not torch.float16"),
     ],
 )

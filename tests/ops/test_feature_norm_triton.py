@@ -223,8 +223,8 @@ def test_what_changes_from_batch_to_batch_never_compiles_anew() -> None:
 @pytest.mark.parametrize(
     ("x", "in_size", "out_size", "reason"),
     [
-        (torch.zeros(1, 6, 4097), (2, 3), OUT, "it takes up to 4096 channels, not 4097"),
-        (torch.zeros(1, 6, 4), (2, 3), (1, 32768), "it takes grids of up to 32767 per side, not 32768"),
+        (torch.zeros(1, 6, 4097), (2, 3), OUT, "it takes channels up to 4096, not 4097"),
+        (torch.zeros(1, 6, 4), (2, 3), (1, 32768), "it takes grid sides up to 32767, not 32768"),
         (torch.zeros(1, 6, 4).double(), (2, 3), OUT, r"it takes float32, bfloat16 and float16, not torch\.float64"),
     ],
     ids=["channels", "grid", "dtype"],

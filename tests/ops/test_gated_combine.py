@@ -22,7 +22,6 @@ from torch import Tensor
 from mova_kernels import BackendError, RaggedPairs, _native, backends, use_backend
 from mova_kernels.ops import gated_combine
 from mova_kernels.ops.gated_combine import native_impl
-from mova_kernels.ops.gated_combine import op as op_module
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 RAW = torch.ops.mova_kernels
@@ -245,7 +244,9 @@ def test_opcheck(name, isa) -> None:
 
 
 def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
-    choose = lambda dtype, width=4: op_module._choose(None, torch.zeros(1, 1, width, dtype=dtype))  # noqa: E731
+    def choose(dtype: torch.dtype, width: int = 4) -> str:
+        return backends.choose("gated_combine", None, torch.device("cpu"), dtype, {"attended channels": width})
+
     monkeypatch.setattr(_native, "cpu_reason", lambda: None)
     wanted = {torch.float32: "cpu", torch.bfloat16: "cpu", torch.float16: "reference", torch.float64: "reference"}
     assert {dtype: choose(dtype) for dtype in wanted} == wanted
@@ -315,8 +316,8 @@ def test_bad_arguments_of_cpp() -> None:
         native_impl._weigh(*[torch.zeros(1, 8193)] * 3, 0.0, torch.zeros(1, 8193), 0.0)
     with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):
         native_impl._bwd(*[None] * 9, 1, 1, 1, 0.0, 0.0, 2)
-    with pytest.raises(BackendError, match="it takes 1 to 8192 attended channels, not 8193"):
-        op_module._choose("cpu", torch.zeros(1, 1, 8193))
+    with pytest.raises(BackendError, match="it takes attended channels from 1 to 8192, not 8193"):
+        backends.choose("gated_combine", "cpu", torch.device("cpu"), torch.float32, {"attended channels": 8193})
 
 
 @pytest.mark.all_threads

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mova_kernels import BackendError, _native, backends
 from mova_kernels.ops import swiglu_norm
-from mova_kernels.ops.swiglu_norm import op as op_module
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -126,10 +125,11 @@ def test_compile(op) -> None:
 def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     wide = torch.zeros(1, 1, 8193)
     for gate, expected in ((G, "cpu"), (G.bfloat16(), "cpu"), (G.double(), "reference"), (wide, "reference")):
+        place = ("swiglu_norm", None, gate.device, gate.dtype, {"F": gate.shape[2]})
         monkeypatch.setattr(_native, "cpu_reason", lambda: None)
-        assert op_module._choose(None, gate) == expected
+        assert backends.choose(*place) == expected
         monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
-        assert op_module._choose(None, gate) == "reference"
+        assert backends.choose(*place) == "reference"
 
 
 @pytest.mark.parametrize(

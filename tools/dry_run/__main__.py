@@ -2,8 +2,8 @@
 
 For machines without a GPU. Everything around the kernels is real, with PyTorch built for CUDA and Triton: compilation,
 launches, memory, streams, events, graphs. Numbers are not: kernels do nothing, so tensors hold whatever their memory
-held. The pytest plugin ``no_numbers`` beside this file takes every number for right; with ``emulated``, Triton's
-kernels compute after all. driver.cpp says what is refused.
+held. The pytest plugin ``no_numbers`` beside this file takes every number for right; with ``emulated`` there are
+numbers after all. driver.cpp says what is refused.
 The time of a call is the host's, and ``ctypes.CDLL(None).dry_run_report()`` prints what was launched how often.
 
 Needs g++, nm, and a torch with CUDA (pip's choice for Linux; two gigabytes). cuDNN is switched off by the plugin; a

@@ -1,9 +1,8 @@
-"""In the dry run, Triton's kernels compute: ``import emulated; emulated.use()``, or ``pytest -p emulated``.
+"""In the dry run, "cuda" tensors get numbers: ``import emulated; emulated.use()``, or ``pytest -p emulated``.
 
-They run on tools/emulator, with its checks, launched by Triton's own launcher. A kernel may access what is allocated:
-tensors and nothing else, as PyTorch's cache of memory is left out. All other kernels, PyTorch's own and those of
-graphs, still do nothing: inputs have to come from the host (``.cuda()`` copies them), and what is compared has to go
-back there.
+Triton's kernels run on tools/emulator, with its checks, launched by Triton's own launcher. A kernel may access what is
+allocated: tensors and nothing else, as PyTorch's cache of memory is left out. PyTorch's own operations run on the host
+(on_host.py). What is captured in a graph, kernels of CUDA C++ and fused attention still do nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import on_host
 from emulator import Kernel, Memory
 from emulator.machine import BUILD
 
@@ -62,6 +62,7 @@ def use() -> None:
     os.environ["TRITON_CACHE_DIR"] = str(BUILD / "triton-ptx")
     CUDABackend.make_cubin = lambda self, ptx, *arguments, **options: ptx.encode()
     connect(ctypes.CDLL(None))
+    on_host.use()
 
 
 def pytest_configure() -> None:

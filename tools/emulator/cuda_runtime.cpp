@@ -1,7 +1,7 @@
 // A stand-in for libcudart: it gives the library's CUDA objects a device, which is tools/emulator/cuda.py.
 //
-// It implements the functions that the library calls and no others, so a new one fails to link and names itself. What
-// is legal but not emulated is refused: the call fails, and Python raises the reason. The toolkit's headers declare the
+// It implements what launchers of kernels usually call. Any other function fails to link and names itself. What is
+// legal but not emulated is refused: the call fails, and Python raises the reason. The toolkit's headers declare the
 // functions, so the compiler checks the signatures.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -10,8 +10,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include <initializer_list>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "native/tensor_map.h"
@@ -245,34 +245,22 @@ cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(ve
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ordinal) {
   if (ordinal != device.device) return result(cudaErrorInvalidDevice);
-  switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = (int)device.major;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = (int)device.minor;
-      return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount:
-      *value = (int)device.multiprocessors;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = (int)default_shared;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = (int)device.shared_per_block;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = (int)device.shared_per_multiprocessor;
-      return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerBlock:
-      *value = 1024;
-      return cudaSuccess;
-    case cudaDevAttrWarpSize:
-      *value = 32;
-      return cudaSuccess;
-    default:
-      return refuse("cudaDeviceGetAttribute: attribute %d (cudaDeviceAttr) is not emulated", (int)attribute);
+  const std::pair<cudaDeviceAttr, int64_t> emulated[] = {
+      {cudaDevAttrComputeCapabilityMajor, device.major},
+      {cudaDevAttrComputeCapabilityMinor, device.minor},
+      {cudaDevAttrMultiProcessorCount, device.multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerBlock, default_shared},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_per_block},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.shared_per_multiprocessor},
+      {cudaDevAttrMaxThreadsPerBlock, 1024},
+      {cudaDevAttrWarpSize, 32},
+  };
+  for (const auto& [name, known] : emulated) {
+    if (name != attribute) continue;
+    *value = (int)known;
+    return cudaSuccess;
   }
+  return refuse("cudaDeviceGetAttribute: attribute %d (cudaDeviceAttr) is not emulated", (int)attribute);
 }
 
 // ---- Memory: the device's is the host's ----

@@ -95,16 +95,14 @@ class Kernel:
         decoder = Decoder(self.ptx)
         self.instructions = decoder.instructions
         library = _library()
-        self._module = library.emulator_module(len(self.instructions), decoder.end)
+        registers = bytearray(b"\xff" * decoder.end)
+        for lanes, place in decoder.constants.items():
+            registers[place : place + len(lanes)] = lanes
         number = {register: n for n, register in enumerate(sorted(_watched(self.instructions)))}
-        library.emulator_watch(self._module, len(number))
+        self._module = library.emulator_module(bytes(registers), len(registers), len(number))
         for i in self.instructions:
             if library.emulator_add(self._module, *_packed(i, number)):
                 raise Unsupported(f"line {i.line}: {i.opcode}: there is no {i.name}")
-        for (value, size), place in decoder.constants.items():
-            library.emulator_constant(self._module, place, size, value)
-        for which, place in decoder.special.items():
-            library.emulator_special(self._module, which, place)
 
     def __del__(self) -> None:
         if hasattr(self, "_module"):
@@ -229,15 +227,11 @@ def _watched(instructions: Sequence[Instruction]) -> set[int]:
 def _packed(i: Instruction, number: dict[int, int]) -> tuple:
     """The arguments of emulator_add."""
     at, imm = [*i.at, *[-1] * 8][:8], [*i.imm, *[0] * 8][:8]
-    lists: list[int] = []
-    for values in (
-        i.list,
-        [number[r] for r in i.uses],
-        *([number[r] for r in s if r in number] for s in (i.reads, i.writes)),
-    ):
-        lists += [len(values), *values]
-    arrays = (ctypes.c_int * 8)(*at), (ctypes.c_int64 * 8)(*imm), (ctypes.c_int * len(lists))(*lists)
-    return i.name.encode(), i.kind, i.guard, int(i.negated), i.line, *arrays
+    numbers = [i.kind, i.guard, i.negated, i.line, *at, *imm]
+    reads, writes = ([number[r] for r in registers if r in number] for registers in (i.reads, i.writes))
+    for values in (i.list, [number[r] for r in i.uses], reads, writes):
+        numbers += [len(values), *values]
+    return i.name.encode(), (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 @functools.cache
@@ -245,12 +239,9 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_built()))
     c_int, c_u64, pointer = ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p
     library.emulator_module.restype = pointer
-    library.emulator_module.argtypes = [c_u64, c_u64]
+    library.emulator_module.argtypes = [ctypes.c_char_p, c_u64, c_int]
     library.emulator_free.argtypes = [pointer]
-    library.emulator_add.argtypes = [pointer, ctypes.c_char_p, c_int, c_int, c_int, c_int, pointer, pointer, pointer]
-    library.emulator_constant.argtypes = [pointer, c_int, c_int, c_u64]
-    library.emulator_special.argtypes = [pointer, c_int, c_int]
-    library.emulator_watch.argtypes = [pointer, c_int]
+    library.emulator_add.argtypes = [pointer, ctypes.c_char_p, pointer]
     library.emulator_launch.argtypes = [
         *[pointer] * 3, c_u64, ctypes.c_char_p, c_u64, pointer, c_int, ctypes.c_uint32, ctypes.c_uint32,
         pointer, ctypes.c_char_p, c_u64,

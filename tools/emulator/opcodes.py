@@ -8,9 +8,10 @@ in their order:
 ``=32``       a register that is written
 ``=32|p``     two results, of which the second may be missing
 ``[32]``      an address in shared memory: a register or a name, and a constant that is added to it; ``[64]``: global
-``{32}``      a vector of registers, or one; ``={32}``: they are written
+``[]``        an address of 32 or 64 bits
+``32*``       a vector of registers, or one; ``=32*``: they are written
 ``#``         a constant
-``mask``      of the lanes that take part
+``mask``      of the lanes that take part, usually all
 ``_``         nothing that matters here
 ``32?``       may be missing
 
@@ -26,16 +27,13 @@ from typing import NamedTuple
 
 from .ptx import Kernel, Statement, Unsupported
 
-NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, TRAP, WAIT = range(8)  # Kind of machine.h
+NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, WAIT = range(7)  # Kind of machine.h
 SPECIAL = {
     name: number
     for number, name in enumerate(
         [f"%{kind}.{axis}" for kind in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
     )
 }
-
-
-_ALL_LANES = ("-1", "0xffffffff")
 
 
 class Instruction:
@@ -55,15 +53,14 @@ class Instruction:
 class Decoder:
     """Turns the statements of a kernel into instructions, and gives its registers and constants their places.
 
-    A register takes 32 lanes of its size, a predicate one word.
+    A register takes 32 lanes of its size, a predicate one word. The special registers come first.
     """
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.end = 0
+        self.end = 128 * len(SPECIAL)
         self.places: dict[str, int] = {}
-        self.constants: dict[tuple[int, int], int] = {}  # (value, bytes) -> place
-        self.special: dict[int, int] = {}
+        self.constants: dict[bytes, int] = {}  # what all lanes together hold -> place
         self.symbols = {name: offset for name, (offset, _) in kernel.parameters.items()} | kernel.shared
         self.instructions = [self._decode(statement) for statement in kernel.statements]
         self._move_copies_behind_waits()
@@ -107,33 +104,37 @@ class Decoder:
                     else:
                         groups = [group or "" for group in m.groups()]
                         i.name = row.function.format(*groups)
-                        for token, text in zip(row.operands.format(*groups).split(), s.operands, strict=False):
-                            self.add(i, token, text)
-                            if token == "mask":  # of the lanes that take part: usually all
-                                i.kind = COLLECTIVE if text in _ALL_LANES else NORMAL
+                        self.add(i, row.operands.format(*groups), *s.operands)
                     return i
             raise Unsupported("unknown form")
         except (Unsupported, ValueError, KeyError, IndexError) as error:
             statement = f"{s.opcode} {', '.join(s.operands)}"
             raise Unsupported(f"line {s.line}: {statement}: {error}") from error
 
-    def add(self, i: Instruction, token: str, text: str) -> None:
-        """One operand, as the token says."""
-        token = token.rstrip("?")
-        written = token.startswith("=")
-        token = token.lstrip("=")
-        if token in ("_", "mask"):
+    def add(self, i: Instruction, tokens: str, *texts: str) -> None:
+        """Operands, as the tokens say."""
+        for token, text in zip(tokens.split(), texts, strict="?" not in tokens):
+            self._add(i, token.rstrip("?").lstrip("="), text, token.startswith("="))
+
+    def _add(self, i: Instruction, token: str, text: str, written: bool) -> None:
+        if token == "_":
             return
-        if token == "#":
+        if token == "mask":
+            i.kind = COLLECTIVE if text in ("-1", "0xffffffff") else NORMAL
+        elif token == "#":
             i.imm.append(int(text, 0))
         elif token.startswith("["):
-            base, offset = self.address(text, int(token[1:-1]))
-            i.at.append(base)
+            base, offset = _base_and_offset(text)
+            if not (self.is_register(base) or base in self.symbols or base.isdecimal()):
+                raise Unsupported(f"address {text}")
+            bits = token[1:-1] or _register_bits(self, base, "32")
+            i.at.append(self.operand(i, base, bits))
             i.imm.append(offset)
-            i.reads.add(base)
-        elif token.startswith("{"):
+            if token == "[]":
+                i.imm.append(int(bits) // 8)
+        elif token.endswith("*"):
             for element in text.strip("{}").split(","):
-                i.list.append(self.operand(i, element.strip(), token[1:-1], written))
+                i.list.append(self.operand(i, element.strip(), token[:-1], written))
         elif "|" in token:
             parts = [*text.split("|"), "_"]
             for kind, part in zip(token.split("|"), parts, strict=False):
@@ -155,9 +156,7 @@ class Decoder:
         if text in SPECIAL:
             if bits != "32":
                 raise Unsupported(f"{text} as a number of {bits} bits")
-            if SPECIAL[text] not in self.special:
-                self.special[SPECIAL[text]] = self._room(128)
-            return self.special[SPECIAL[text]]
+            return 128 * SPECIAL[text]
         return self.constant(text, bits)
 
     def is_register(self, text: str) -> bool:
@@ -171,7 +170,6 @@ class Decoder:
         return self.places[name]
 
     def constant(self, text: str, bits: str) -> int:
-        size = 0 if bits == "pred" else int(bits) // 8
         if text in self.symbols:
             value = self.symbols[text]
         elif re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
@@ -180,16 +178,13 @@ class Decoder:
             value = 32
         else:
             value = int(text.rstrip("U"), 0)
-        value = (0xFFFFFFFF if value else 0) if size == 0 else value & ((1 << 8 * size) - 1)
-        if (value, size) not in self.constants:
-            self.constants[value, size] = self._room(max(64, 32 * size))
-        return self.constants[value, size]
-
-    def address(self, text: str, bits: int) -> tuple[int, int]:
-        """``[register + constant]``: the register's place, and the constant."""
-        base, offset = _base_and_offset(text)
-        place = self.register(base, str(bits)) if self.is_register(base) else self.constant(base, str(bits))
-        return place, offset
+        if bits == "pred":
+            lanes = (b"\xff" if value else b"\0") * 4
+        else:
+            lanes = (value & ((1 << int(bits)) - 1)).to_bytes(int(bits) // 8, "little") * 32
+        if lanes not in self.constants:
+            self.constants[lanes] = self._room(len(lanes))
+        return self.constants[lanes]
 
     def _room(self, size: int) -> int:
         start = self.end
@@ -215,14 +210,6 @@ def _branch_indexed(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> No
     i.list = [d.kernel.labels[label] for label in d.kernel.tables[s.operands[1]]]
 
 
-def _barrier(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    """at[0]: which, or -1: imm[0]. imm[1]: threads, 0: all."""
-    name, count = s.operands[0], s.operands[1] if len(s.operands) > 1 else "0"
-    i.at = [d.operand(i, name, "32")] if d.is_register(name) else [-1]
-    i.imm = [0 if d.is_register(name) else int(name), int(count)]
-    i.name, i.kind = ("bar.arrive", COLLECTIVE) if "arrive" in m[0] else ("", BARRIER)
-
-
 def _register_bits(d: Decoder, text: str, otherwise: str) -> str:
     """The bits of the register, which may be more than the opcode names."""
     return d.kernel.bits(text) if d.is_register(text) else otherwise
@@ -235,44 +222,26 @@ def _move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
         if vector.startswith("{"):
             part = int(bits) // len(vector.split(","))
             i.name = f"{name}.{bits}.{part}"
-            d.add(i, ("=" if name == "pack" else "") + bits, whole)
-            d.add(i, ("=" if name == "unpack" else "") + f"{{{part}}}", vector)
+            d.add(i, f"={bits} {part}*" if name == "pack" else f"{bits} ={part}*", whole, vector)
             return
     i.name = f"mov.{bits}"
-    d.add(i, f"={bits}", to)
-    d.add(i, bits, source)
+    d.add(i, f"={bits} {bits}", to, source)
 
 
 def _convert_integer(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    """Registers may be wider than the types: the low bits count, and the result is extended."""
+    """Registers may be wider than integers: the low bits count, and the result is extended."""
     to, source = s.operands
     to_bits = _register_bits(d, to, m[1][1:])
     from_bits = _register_bits(d, source, max("16", m[2][1:], key=int))
     i.name = f"cvt.{m[1]}.{to_bits}.{m[2]}.{from_bits}"
-    d.add(i, f"={to_bits}", to)
-    d.add(i, from_bits, source)
-
-
-def _integer_to_float(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    from_bits = _register_bits(d, s.operands[1], max("16", m[2][1:], key=int))
-    i.name = f"cvt.f{m[1]}.{m[2]}.{from_bits}"
-    d.add(i, f"={m[1]}", s.operands[0])
-    d.add(i, from_bits, s.operands[1])
+    d.add(i, f"={to_bits} {from_bits}", to, source)
 
 
 def _load_or_store(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    """at[0]: address, or -1 for a parameter; imm: what is added to it, bytes of its register; list: the registers."""
+    """at[0]: address; imm: what is added to it, bytes of its register; list: the registers of the data."""
     store, space, kind, bits = m["op"] == "st", m["space"], m["kind"], m["bits"]
     address, data = s.operands if store else (s.operands[1], s.operands[0])  # a cache policy may follow
-    base, offset = _base_and_offset(address)
-    if d.is_register(base):
-        width = d.kernel.bits(base)
-        i.at = [d.operand(i, base, width)]
-        i.imm = [offset, int(width) // 8]
-    elif base in d.symbols:
-        i.at, i.imm = [-1], [d.symbols[base] + offset, 0]
-    else:
-        raise Unsupported(f"address {address}")
+    d.add(i, "[]", address)
     elements = [element.strip() for element in data.strip("{}").split(",")]
     widths = {d.kernel.bits(e) for e in elements if d.is_register(e)} or {max(bits, "16", key=int)}
     if len(widths) != 1:
@@ -287,10 +256,7 @@ def _atomic(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: address, value, second value or -1; imm as in _load_or_store; list: the register of the old value."""
     operands = list(s.operands)
     result = operands.pop(0) if m["op"] == "atom" else "_"
-    base, offset = _base_and_offset(operands[0])
-    width = d.kernel.bits(base) if d.is_register(base) else "32"
-    i.at = [d.operand(i, base, width)]
-    i.imm = [offset, int(width) // 8]
+    d.add(i, "[]", operands[0])
     for value in operands[1:]:
         i.at.append(d.operand(i, value, m["bits"]))
     i.list = [d.operand(i, result, m["bits"], written=True)]
@@ -298,40 +264,24 @@ def _atomic(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     i.name = f"atom.{m['space']}.{m['what']}.{m['kind'] if signed else ''}{m['bits']}"
 
 
-def _shuffle(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    i.name = "shfl"
-    for token, text in zip(("=32|p", "32", "32", "32"), s.operands, strict=False):
-        d.add(i, token, text)
-    i.imm = [["up", "down", "bfly", "idx"].index(m[1])]
-    i.kind = COLLECTIVE if s.operands[4] in _ALL_LANES else NORMAL
-
-
 def _matrix(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     """at[0]: address; imm: offset, whether transposed; list: a register for each matrix."""
-    for token, text in zip(("={32}", "[32]") if m[1] == "ld" else ("[32]", "{32}"), s.operands, strict=True):
-        d.add(i, token, text)
+    d.add(i, "=32* [32]" if m[1] == "ld" else "[32] 32*", *s.operands)
     i.imm.append(int(m[2] is not None))
     i.name = f"{m[1]}matrix"
-
-
-def _mma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    i.name = f"mma.{m[1] or 'tf32'}"
-    for token, text in zip(("={32}", "{32}", "{32}", "{32}"), s.operands, strict=True):
-        d.add(i, token, text)
 
 
 def _wgmma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: A's descriptor or -1, B's, predicate; imm: N, whether A and B are transposed; list: D, and A's registers."""
     columns, kind = int(m[1]), m[2]
-    d.add(i, "={32}", s.operands[0])
+    d.add(i, "=32*", s.operands[0])
     in_registers = s.operands[1].startswith("{")
     if in_registers:
-        d.add(i, "{32}", s.operands[1])
+        d.add(i, "32*", s.operands[1])
         i.at.append(-1)
     else:
         d.add(i, "64", s.operands[1])
-    d.add(i, "64", s.operands[2])
-    d.add(i, "p", s.operands[3])
+    d.add(i, "64 p", *s.operands[2:4])
     scale_a, scale_b, *transposed = (int(x) for x in s.operands[4:])
     if (scale_a, scale_b) != (1, 1):
         raise Unsupported("negated operands")
@@ -364,7 +314,7 @@ def _bulk(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
         if not tensor:
             raise Unsupported(f"address {outside}")
         d.add(i, "[64]", f"[{tensor[1]}]")
-        d.add(i, "{32}", tensor[2])
+        d.add(i, "32*", tensor[2])
         size = -1
     else:
         d.add(i, "[64]", outside)
@@ -405,13 +355,18 @@ def _tensor_map_copy(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> N
     i.name = "tensormap.copy"
 
 
+def _bulk_wait(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+    """imm: groups that may be left, whether it waits for the reads alone."""
+    i.name, i.imm = "bulk.wait", [int(s.operands[0], 0), int(m[1] is not None)]
+
+
 def _tensor_move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     """at[0]: address; imm: offset, whether it stores, columns between the halves or -1; list: registers."""
     store = m[1] == "st"
     operands = list(s.operands)
     d.add(i, "[32]", operands.pop(0 if store else 1))
     split = int(operands.pop(0 if store else 1), 0) if m[2] == "16x32bx2" else -1
-    d.add(i, "{32}" if store else "={32}", operands[0])
+    d.add(i, "32*" if store else "=32*", operands[0])
     i.imm += [int(store), split]
     i.name = "tcgen05.move"
 
@@ -425,16 +380,9 @@ def _tensor_mma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     else:
         i.at += [-1, d.operand(i, s.operands[1], "64")]
         i.imm.append(0)
-    for token, text in zip(("64", "32", "p"), s.operands[2:5], strict=True):
-        d.add(i, token, text)
+    d.add(i, "64 32 p", *s.operands[2:5])
     i.imm.append(int(m[1] == "tf32"))
     i.name = "tcgen05.mma"
-
-
-def _tensor_commit(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
-    base = s.operands[0].strip("[] ")
-    width = d.kernel.bits(base)
-    i.at, i.imm, i.name = [d.operand(i, base, width)], [int(width) // 8], "tcgen05.commit"
 
 
 class Row(NamedTuple):
@@ -495,7 +443,7 @@ TABLE = [
     (r"(ex2|lg2)\.approx(\.ftz)?\.f32", "{0}{1}.f32", "=32 32"),
     (r"(sin|cos)\.approx(\.ftz)?\.f32", "{0}{1}.f32", "=32 32"),
     (r"tanh\.approx\.f32", "tanh.f32", "=32 32"),
-    (r"(min|max)(\.ftz)?(\.NaN)?\.f32", "{0}{1}{2}.f32", "=32 32 32"),
+    (r"(min|max)(\.ftz)?(\.NaN)?\.f32", "{0}{2}{1}.f32", "=32 32 32"),
     (r"(min|max)(\.ftz)?\.f32", "{0}3{1}.f32", "=32 32 32 32"),
     (r"(min|max)\.f64", "{0}.f64", "=64 64 64"),
     (r"(add|sub|mul|min|max)(?:\.rn)?\.(bf16|f16)", "{0}.{1}", "=16 16 16"),
@@ -526,11 +474,11 @@ TABLE = [
     (rf"mov\.[bsuf]{_SIZE}", _move, ""),
     (r"cvta(?:\.to)?\.(?:global|shared|param)\.u64", "mov.64", "=64 64"),
     (rf"cvt\.({_INTEGER})\.({_INTEGER})", _convert_integer, ""),
-    (rf"cvt\.rn\.f(32|64)\.({_INTEGER})", _integer_to_float, ""),
+    (rf"cvt\.rn\.(f32|f64)\.({_INTEGER})", _convert_integer, ""),
     (r"cvt\.(rzi|rmi|rpi|rni)(\.ftz)?(?:\.sat)?\.([su])(32|64)\.f32", "cvt.{0}{1}.{2}{3}.f32", "={3} 32"),
     (r"cvt\.(rzi|rmi|rpi|rni)(?:\.sat)?\.([su])(32|64)\.f64", "cvt.{0}.{1}{2}.f64", "={2} 64"),
     (r"cvt\.(rzi|rmi|rpi|rni)(\.ftz)?\.f32\.f32", "cvt.{0}{1}.f32.f32", "=32 32"),
-    (r"cvt\.sat(\.ftz)?\.f32\.f32", "cvt.sat{0}.f32.f32", "=32 32"),
+    (r"cvt\.sat(\.ftz)?\.f32\.f32", "cvt.sat.f32{0}.f32", "=32 32"),
     (r"cvt\.rn\.(bf16|f16)\.f32", "cvt.{0}.f32", "=16 32"),
     (r"cvt\.rn\.(bf16|f16)x2\.f32", "cvt.{0}x2.f32", "=32 32 32"),
     (r"cvt\.f(32|64)\.(bf16|f16)", "cvt.f{0}.{1}", "={0} 16"),
@@ -562,11 +510,12 @@ TABLE = [
     (r"bra(?:\.uni)?", _branch, "", BRANCH),
     (r"brx\.idx(?:\.uni)?", _branch_indexed, "", BRANCH_INDEXED),
     (r"(?:ret|exit)(?:\.uni)?", "", "", EXIT),
-    (r"trap", "", "", TRAP),
-    (r"(?:bar|barrier)(?:\.cta)?\.(?:sync|arrive)(?:\.aligned)?", _barrier, ""),
+    (r"trap", "trap", ""),
+    (r"(?:bar|barrier)(?:\.cta)?\.sync(?:\.aligned)?", "", "32 #?", BARRIER),
+    (r"(?:bar|barrier)(?:\.cta)?\.arrive(?:\.aligned)?", "bar.arrive", "32 #", COLLECTIVE),
     (r"bar\.warp\.sync", "nop", "_", COLLECTIVE),
     # lanes together
-    (r"shfl\.sync\.(up|down|bfly|idx)\.b32", _shuffle, ""),
+    (r"shfl\.sync\.(up|down|bfly|idx)\.b32", "shfl.{0}", "=32|p 32 32 32 mask"),
     (r"redux\.sync\.(min|max)\.([su])32", "redux.{0}.{1}32", "=32 32 mask"),
     (r"redux\.sync\.add\.[su]32", "redux.add", "=32 32 mask"),
     (r"redux\.sync\.(and|or|xor)\.b32", "redux.{0}", "=32 32 mask"),
@@ -612,11 +561,16 @@ TABLE = [
         COLLECTIVE,
     ),
     (r"cp\.async\.bulk\.commit_group", "bulk.commit", ""),
-    (r"cp\.async\.bulk\.wait_group(?:\.read)?", "bulk.wait", "#"),
+    (r"cp\.async\.bulk\.wait_group(\.read)?", _bulk_wait, ""),
     # matrices
     (r"(ld|st)matrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(?:::cta)?\.b16", _matrix, "", COLLECTIVE),
-    (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.(?:bf16|f16)\.f32", _mma, "", COLLECTIVE),
-    (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32()", _mma, "", COLLECTIVE),
+    (
+        r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.(?:bf16|f16)\.f32",
+        "mma.{0}",
+        "=32* 32* 32* 32*",
+        COLLECTIVE,
+    ),
+    (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32", "mma.tf32", "=32* 32* 32* 32*", COLLECTIVE),
     (
         r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(?:8|16)\.f32\.(bf16|f16|tf32)\.(?:bf16|f16|tf32)",
         _wgmma,
@@ -629,11 +583,10 @@ TABLE = [
     (r"tcgen05\.alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32", "tcgen05.alloc", "[32] #"),
     (r"tcgen05\.dealloc\.cta_group::1\.sync\.aligned\.b32", "tcgen05.dealloc", "32 32"),
     (r"tcgen05\.(?:relinquish_alloc_permit|fence).*", "nop", ""),
-    (r"tcgen05\.wait::ld\.sync\.aligned", "nop", ""),
-    (r"tcgen05\.wait::st\.sync\.aligned", "tcgen05.wait", ""),
+    (r"tcgen05\.wait::(ld|st)\.sync\.aligned", "tcgen05.wait.{0}", ""),
     (r"tcgen05\.(ld|st)\.sync\.aligned\.(32x32b|16x32bx2)\.x\d+\.b32", _tensor_move, ""),
     (r"tcgen05\.mma\.cta_group::1\.kind::(f16|tf32)", _tensor_mma, ""),
-    (r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?:\.shared::cluster)?\.b64", _tensor_commit, ""),
+    (r"tcgen05\.commit\.cta_group::1\.mbarrier::arrive::one(?:\.shared::cluster)?\.b64", "tcgen05.commit", "[]"),
 ]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
-
-BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
 class Unsupported(Exception):
@@ -71,13 +70,16 @@ def parse(text: str, name: str) -> Kernel:
     Raises:
         Unsupported: a statement that is no PTX as far as is known here.
     """
-    lines = text.split("\n")
+    lines = [line.split("//")[0] for line in text.split("\n")]
+    depths = list(accumulate((line.count("{") - line.count("}") for line in lines), initial=0))  # before each line
     start = next(n for n, line in enumerate(lines) if re.search(rf"\.entry\s+{re.escape(name)}\b", line))
-    opening = next(n for n in range(start, len(lines)) if lines[n].split("//")[0].strip() == "{")
-    head = " ".join(line.split("//")[0] for line in lines[start:opening])
+    opening = next(n for n in range(start, len(lines)) if lines[n].strip() == "{")
+    if 0 not in depths[opening + 1 :]:
+        raise Unsupported("a kernel without an end")
+    body = lines[opening : depths.index(0, opening + 1)]
+    outside = [line for line, depth in zip(lines, depths, strict=False) if depth == 0]
     files = {m[1]: m[2].rsplit("/", 1)[-1] for m in re.finditer(r'\.file\s+(\d+)\s+"([^"]*)"', text)}
-    end = _end(lines, opening)
-    kernel = Kernel(name, *_parameters(head), *_shared(_outside(lines) + lines[opening:end]))
+    kernel = Kernel(name, *_parameters(" ".join(lines[start:opening])), *_shared("\n".join(outside + body)))
     _body(kernel, lines, opening + 1, files)
     return kernel
 
@@ -105,7 +107,7 @@ def _parameters(head: str) -> tuple[dict[str, tuple[int, int]], int]:
         if not m or not kind:
             raise Unsupported(f"parameter {declaration.strip()}")
         align = re.search(r"\.align\s+(\d+)", m[1]) if m[3] else None  # else it is that of what a pointer points to
-        element = BYTES[kind[1]]
+        element = int(kind[1]) // 8
         step = int(align[1]) if align else element
         end = -(-end // step) * step
         found[m[2]] = (end, element * int(m[3] or 1))
@@ -113,50 +115,22 @@ def _parameters(head: str) -> tuple[dict[str, tuple[int, int]], int]:
     return found, end
 
 
-def _end(lines: list[str], opening: int) -> int:
-    """The line with the brace that closes the one in line ``opening``."""
-    depth = 0
-    for number in range(opening, len(lines)):
-        code = lines[number].split("//")[0]
-        depth += code.count("{") - code.count("}")
-        if depth == 0:
-            return number
-    raise Unsupported("a kernel without an end")
-
-
-def _outside(lines: list[str]) -> list[str]:
-    """What belongs to no kernel."""
-    depth, found = 0, []
-    for line in lines:
-        code = line.split("//")[0]
-        if depth == 0:
-            found.append(line)
-        depth += code.count("{") - code.count("}")
-    return found
-
-
-def _shared(lines: list[str]) -> tuple[dict[str, int], int]:
-    text = "\n".join(lines)
-    found, end, dynamic = {}, 0, []
-    for align, kind, name, count in re.findall(
-        r"\.shared\s+\.align\s+(\d+)\s+\.[bfsu](\d+)\s+([\w$]+)(?:\[(\d*)\])?", text
-    ):
+def _shared(text: str) -> tuple[dict[str, int], int]:
+    declarations = re.findall(r"\.shared\s+\.align\s+(\d+)\s+\.[bfsu](\d+)\s+([\w$]+)(\[\d*\])?", text)
+    found, end = {}, 0
+    for align, bits, name, count in sorted(declarations, key=lambda d: d[3] == "[]"):  # dynamic arrays are the last
         end = -(-end // int(align)) * int(align)
         found[name] = end
-        if count == "" and f"{name}[" in text:
-            dynamic.append((name, int(align)))
-        else:
-            end += BYTES[kind] * int(count or 1)
-    for name, align in dynamic:
-        found[name] = -(-end // align) * align
-    return found, max([end, *(found[name] for name, _ in dynamic)])
+        if count != "[]":
+            end += int(bits) // 8 * int(count.strip("[]") or 1)
+    return found, end
 
 
 def _body(kernel: Kernel, lines: list[str], start: int, files: dict[str, str]) -> None:
     # Inline assembly comes in braces of its own, whose labels are local: they get the number of the brace.
     scopes, opened, pending, label = [0], 0, "", ""
     for number in range(start, len(lines)):
-        line = lines[number].split("//")[0].strip()
+        line = lines[number].strip()
         location = re.match(r"\.loc\s+(\d+)\s+(\d+)", line)
         if location:
             kernel.lines[number + 1] = f"{files.get(location[1], '?')}:{location[2]}"

@@ -12,10 +12,9 @@ from ..._library import define
 from ..._plain import transformed
 from . import native_impl, reference
 
-TRITON_WIDTHS = (32, 64, 128)  # head widths D
-CPU_WIDTHS = range(2, 257, 2)
+LIMITS = {"head widths": {"triton": (32, 64, 128), "cpu": range(2, 257, 2)}}
 
-backends.register("expert_attention", _triton.BACKEND, _native.BACKEND)
+backends.register("expert_attention", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
 
 
 def expert_attention(
@@ -64,7 +63,7 @@ def expert_attention(
         check(count.dtype == torch.int64, "count", "must be int64", count.dtype, TypeError)
         check_device("count", count, "q", q)
     tensors = (q, k, v, cos, sin)
-    backend = _choose(backend, q, num_heads, tensors)
+    backend = backends.choose("expert_attention", backend, q.device, q.dtype, _sizes(q, num_heads), tensors)
     if backend == "reference":
         if transformed(tensors):
             return reference.expert_attention(*tensors, num_heads, stored=True)
@@ -77,32 +76,18 @@ def expert_attention(
     return _fwd(q, k, v, cos, sin, num_heads, count, backend)[0]
 
 
-def _choose(backend: str | None, q: Tensor, num_heads: int, tensors: tuple[Tensor, ...] | None = None) -> str:
-    width = q.shape[2] // num_heads
-    unfit = {} if width in TRITON_WIDTHS else {"triton": f"it takes head widths 32, 64 and 128, not {width}"}
-    if width not in CPU_WIDTHS:
-        unfit["cpu"] = f"it takes even head widths up to {CPU_WIDTHS[-1]}, not {width}"
-    return backends.choose("expert_attention", backend, q.device, q.dtype, unfit, tensors)
-
-
-def _implementation(backend: str, q: Tensor, num_heads: int):
-    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend in ("triton", "cpu"), "backend", "must be triton or cpu", backend)
-    if _choose(backend, q, num_heads) == "cpu":
-        return native_impl
-    from . import triton_impl
-
-    return triton_impl
+def _sizes(q: Tensor, num_heads: int) -> dict[str, int]:
+    return {"head widths": q.shape[2] // num_heads}
 
 
 def _forward_kernel(q, k, v, cos, sin, num_heads, count, backend):
-    implementation = _implementation(backend, q, num_heads)
+    implementation = backends.implementation("expert_attention", backend, q, _sizes(q, num_heads))
     _check_count(implementation, count, q)
     return implementation.forward(q, k, v, cos, sin, num_heads, count)
 
 
 def _backward_kernel(grad, q, k, v, out, lse, cos, sin, num_heads, count, backend):
-    implementation = _implementation(backend, q, num_heads)
+    implementation = backends.implementation("expert_attention", backend, q, _sizes(q, num_heads))
     _check_count(implementation, count, q)
     return implementation.backward(grad, q, k, v, out, lse, cos, sin, num_heads, count)
 

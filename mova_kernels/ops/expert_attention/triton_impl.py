@@ -317,6 +317,10 @@ def _launch(kernel, name: str, tensors, strided: tuple[Tensor, ...], num_heads: 
 
     def launch(config: tuple[int, ...]) -> None:
         tile, step, num_warps, num_stages = config
+        if length <= step and VERSION < (3, 9) and target() >= 100:
+            # Where the loop goes round once, Triton 3.6 stores an operand over scores in tensor memory that other warps
+            # may still be reading (triton-lang/triton#10263). Four warps have lanes of their own.
+            num_warps = 4
         if name == "forward" and kind[0] == "ieee" and VERSION < (3, 9) and target() >= 100:
             tile = min(tile, 32)
         if name == "grad_kv" and length % step:  # the masks of a pipelined loop do not fit into its registers

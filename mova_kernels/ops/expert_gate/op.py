@@ -9,11 +9,12 @@ from ... import _native, _triton, backends
 from ..._checks import check, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
-from . import native_impl, reference
+from . import reference
 
-MOST = {"triton": 1024, "cpu": 1024}  # N: one program handles a sample's experts; they wait on the stack
+# One program handles the experts of a sample; in C++ they lie on the stack.
+LIMITS = {"N": {"triton": range(1025), "cpu": range(1025)}}
 
-backends.register("expert_gate", _triton.BACKEND, _native.BACKEND)
+backends.register("expert_gate", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
 
 
 def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,7 @@ def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | N
     check(selected.dtype == torch.bool, "selected", "must be bool", selected.dtype, TypeError)
     check_device("selected", selected, "logits", logits)
     check(topk >= 1, "topk", "must be at least 1", topk)
-    backend = _choose(backend, logits, (logits, selected))
+    backend = backends.choose("expert_gate", backend, logits.device, logits.dtype, _sizes(logits), (logits, selected))
     if backend == "reference":
         return reference.expert_gate(logits, selected, topk)
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -51,28 +52,16 @@ def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | N
     return _fwd(logits, selected, topk, backend)
 
 
-def _choose(backend: str | None, logits: Tensor, tensors: tuple[Tensor, ...] | None = None) -> str:
-    experts = logits.shape[1]
-    unfit = {b: f"it takes N up to {most}, not {experts}" for b, most in MOST.items() if experts > most}
-    return backends.choose("expert_gate", backend, logits.device, logits.dtype, unfit, tensors)
-
-
-def _implementation(backend: str, logits: Tensor):
-    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend in MOST, "backend", f"must be one of {', '.join(MOST)}", backend)
-    if _choose(backend, logits) == "cpu":
-        return native_impl
-    from . import triton_impl
-
-    return triton_impl
+def _sizes(logits: Tensor) -> dict[str, int]:
+    return {"N": logits.shape[1]}
 
 
 def _forward_kernel(logits, selected, topk, backend):
-    return _implementation(backend, logits).forward(logits, selected, topk)
+    return backends.implementation("expert_gate", backend, logits, _sizes(logits)).forward(logits, selected, topk)
 
 
 def _backward_kernel(grad, logits, kept, backend):
-    return _implementation(backend, logits).backward(grad, logits, kept)
+    return backends.implementation("expert_gate", backend, logits, _sizes(logits)).backward(grad, logits, kept)
 
 
 def _forward_fake(logits, selected, topk, backend):

@@ -17,11 +17,12 @@ from ..feature_resample import feature_resample
 from ..feature_resample.reference import feature_resample as reference_resample
 from . import native_impl, reference
 
-WIDTH = {"triton": 4096, "cpu": 8192}  # the widest features
-AXIS = 32767  # the longest side of a grid, for both
+LIMITS = {
+    "channels": {"triton": range(4097), "cpu": range(8193)},
+    "grid sides": {"triton": range(32768), "cpu": range(32768)},
+}
 
-
-backends.register("feature_norm", _triton.BACKEND, _native.BACKEND)
+backends.register("feature_norm", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
 
 
 def feature_norm(
@@ -75,7 +76,9 @@ def feature_norm(
             check(r.dtype == torch.int64, f"rows[{e}]", "must be int64", r.dtype, TypeError)
             check_device(f"rows[{e}]", r, "the features", x)
     sizes = [side for size in (*in_sizes, out_size) for side in size]
-    chosen = _choose(backend, features, sizes, features)
+    chosen = backends.choose(
+        "feature_norm", backend, features[0].device, features[0].dtype, _sizes(features, sizes), features
+    )
     if chosen == "reference":
         sources = zip(features, in_sizes, rows, strict=True)
         # What was asked of feature_norm is asked of its part: backend="reference" means both.
@@ -117,7 +120,7 @@ def centred_features(
         check_device("rows", rows, "x", x)
         check(bool(((rows >= 0) & (rows < x.shape[0])).all()), "rows", f"must be from 0 to {x.shape[0] - 1}", rows)
     sizes = [*in_size, *out_size]
-    _choose("cpu", [x], sizes, [x])
+    backends.choose("feature_norm", "cpu", x.device, x.dtype, _sizes([x], sizes), [x])
     return CentredFeatures(*_centre(x.detach(), rows, sizes, eps), in_size, out_size)  # type: ignore[call-arg]
 
 
@@ -132,38 +135,26 @@ def resamples_later(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, in
         return False
     if (torch.is_grad_enabled() and x.requires_grad) or only_reference((x,)) or other_derivatives():
         return False  # in forward-mode AD, what it is multiplied with may have a tangent
-    return _choose(None, [x], [*in_size, *out_size]) == "cpu"
+    return backends.choose("feature_norm", None, x.device, x.dtype, _sizes([x], [*in_size, *out_size])) == "cpu"
 
 
-def _choose(
-    backend: str | None, features: Sequence[Tensor], sizes: Sequence[int], tensors: Sequence[Tensor] | None = None
-) -> str:
-    width, axis = max(x.shape[2] for x in features), max(sizes)
-    unfit = {b: f"it takes up to {most} channels, not {width}" for b, most in WIDTH.items() if width > most}
-    if axis > AXIS:
-        unfit = dict.fromkeys(WIDTH, f"it takes grids of up to {AXIS} per side, not {axis}")
-    return backends.choose("feature_norm", backend, features[0].device, features[0].dtype, unfit, tensors)
-
-
-def _implementation(backend: str, features: Sequence[Tensor], sizes: Sequence[int]):
-    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend in WIDTH, "backend", f"must be one of {', '.join(WIDTH)}", backend)
-    if _choose(backend, features, sizes) == "cpu":
-        return native_impl
-    from . import triton_impl
-
-    return triton_impl
+def _sizes(features: Sequence[Tensor], sizes: Sequence[int]) -> dict[str, int]:
+    return {"channels": max(x.shape[2] for x in features), "grid sides": max(sizes)}
 
 
 def _forward_kernel(features, rows, sizes, eps, backend):
-    results, rstds, rows_fit = _implementation(backend, features, sizes).forward(features, rows, sizes, eps)
+    results, rstds, rows_fit = backends.implementation(
+        "feature_norm", backend, features[0], _sizes(features, sizes)
+    ).forward(features, rows, sizes, eps)
     if rows_fit is not None:  # on a GPU the assertion runs on the stream
         torch._assert_async(rows_fit, "rows must be below the number of the features' rows")
     return results, rstds
 
 
 def _backward_kernel(grads, results, rstds, rows, num_rows, sizes, backend):
-    return _implementation(backend, grads, sizes).backward(grads, results, rstds, rows, num_rows, sizes)
+    return backends.implementation("feature_norm", backend, grads[0], _sizes(grads, sizes)).backward(
+        grads, results, rstds, rows, num_rows, sizes
+    )
 
 
 def _forward_fake(features, rows, sizes, eps, backend):

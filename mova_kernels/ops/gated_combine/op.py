@@ -13,11 +13,11 @@ from ..._gradients import layer_norm, need_reference, of_reference
 from ..._library import define
 from ...ragged import PairTables, RaggedPairs
 from ..ragged_linear.op import project, without_idle
-from . import native_impl, reference
+from . import reference
 
-WIDTH = 8192  # of what was attended, for the cpu backend
+LIMITS = {"attended channels": {"cpu": range(1, 8193)}}
 
-backends.register("gated_combine", _triton.BACKEND, _native.BACKEND)
+backends.register("gated_combine", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
 
 
 def gated_combine(
@@ -72,7 +72,9 @@ def gated_combine(
             check_device(name, parameter, "x", x)
     scale, shift = [n[0] for n in norms], [n[1] for n in norms]
     parameters = (*scale, *shift, *weights, *biases)
-    chosen = _choose(backend, attended, (x, attended, gate, *parameters))
+    chosen = backends.choose(
+        "gated_combine", backend, attended.device, attended.dtype, _sizes(attended), (x, attended, gate, *parameters)
+    )
     if chosen != "reference":
         gate = gate.float()
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, attended, gate, *parameters)):
@@ -87,30 +89,22 @@ def _reference(x, attended, gate, tables, bounds, norms, weights, biases, eps):
     return reference.gated_combine(x, projected, gate, tables.sample, bounds)
 
 
-def _choose(backend: str | None, attended: Tensor, tensors: Sequence[Tensor] | None = None) -> str:
-    width = attended.shape[2]
-    unfit = {} if 1 <= width <= WIDTH else {"cpu": f"it takes 1 to {WIDTH} attended channels, not {width}"}
-    return backends.choose("gated_combine", backend, attended.device, attended.dtype, unfit, tensors)
+def _sizes(attended: Tensor) -> dict[str, int]:
+    return {"attended channels": attended.shape[2]}
 
 
 def _forward_kernel(x, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
     arguments = (PairTables(*tables), scale, shift, weight, bias, eps)
-    return _implementation(backend, attended).forward(x, attended, gate, *arguments)
+    return backends.implementation("gated_combine", backend, attended, _sizes(attended)).forward(
+        x, attended, gate, *arguments
+    )
 
 
 def _backward_kernel(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
     arguments = (PairTables(*tables), scale, shift, weight, bias, eps)
-    return _implementation(backend, attended).backward(grad, attended, gate, *arguments)
-
-
-def _implementation(backend: str, attended: Tensor):
-    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend in ("triton", "cpu"), "backend", "must be triton or cpu", backend)
-    if _choose(backend, attended) == "cpu":
-        return native_impl
-    from . import triton_impl
-
-    return triton_impl
+    return backends.implementation("gated_combine", backend, attended, _sizes(attended)).backward(
+        grad, attended, gate, *arguments
+    )
 
 
 def _forward_fake(x, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):

@@ -130,7 +130,7 @@ def project(
     only_cpu = "it takes no CentredFeatures" if resamplings else None
     unfit = dict.fromkeys(("triton", "reference"), only_cpu) if only_cpu else None
     tensors = (*tables, *sources, *scale, *shift, *weight, *bias)
-    backend = backends.choose("ragged_linear", backend, device, dtype, unfit, tensors)
+    backend = backends.choose("ragged_linear", backend, device, dtype, tensors=tensors, unfit=unfit)
     arguments = (scale, shift, weight, bias, dtype)
     if backend == "reference" and bounds is not None:
         return tuple(reference.ragged_linear(sources, rows, tables, bounds, *arguments))
@@ -147,7 +147,7 @@ def project(
 
 def _forward_kernel(x, rows, tables, scale, shift, weight, bias, dtype, backend):
     if backend != "reference":
-        implementation = _implementation(backend, x[0], dtype)
+        implementation = backends.implementation("ragged_linear", backend, x[0])
         return implementation.forward(x, rows, PairTables(*tables), scale, shift, weight, bias, dtype)
     bounds = tables[3].tolist()  # opaque to the compiler, the op looks at the offsets when it runs
     return reference.ragged_linear(x, rows, PairTables(*tables), bounds, scale, shift, weight, bias, dtype)
@@ -156,17 +156,9 @@ def _forward_kernel(x, rows, tables, scale, shift, weight, bias, dtype, backend)
 def _backward_kernel(grads, x, rows, tables, scale, shift, weight, bias, needs_x, backend):
     parameters = (scale, shift, weight, bias, needs_x)
     if backend != "reference":
-        return _implementation(backend, x[0], x[0].dtype).backward(grads, x, rows, PairTables(*tables), *parameters)
+        implementation = backends.implementation("ragged_linear", backend, x[0])
+        return implementation.backward(grads, x, rows, PairTables(*tables), *parameters)
     return reference.ragged_linear_backward(grads, x, rows, PairTables(*tables), tables[3].tolist(), *parameters)
-
-
-def _implementation(backend: str, x: Tensor, dtype: torch.dtype):
-    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    if backends.choose("ragged_linear", backend, x.device, dtype) == "cpu":
-        return native_impl
-    from . import triton_impl
-
-    return triton_impl
 
 
 def _forward_fake(x, rows, tables, scale, shift, weight, bias, dtype, backend):

@@ -9,7 +9,7 @@ from ... import _native, _triton, backends
 from ..._checks import check, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
-from . import native_impl, reference
+from . import reference
 
 backends.register("rope2d", _triton.BACKEND, _native.BACKEND)
 
@@ -45,22 +45,12 @@ def rope2d(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -
     return _fwd(x, cos, sin, backend)
 
 
-def _implementation(backend: str, x: Tensor):
-    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend in ("triton", "cpu"), "backend", "must be one of triton, cpu", backend)
-    if backends.choose("rope2d", backend, x.device, x.dtype) == "cpu":
-        return native_impl
-    from . import triton_impl
-
-    return triton_impl
-
-
 def _forward_kernel(x, cos, sin, backend):
-    return _implementation(backend, x).rotated(x, cos, sin, adjoint=False)
+    return backends.implementation("rope2d", backend, x).rotated(x, cos, sin, adjoint=False)
 
 
 def _backward_kernel(grad, cos, sin, backend):
-    return _implementation(backend, grad).rotated(grad, cos, sin, adjoint=True)
+    return backends.implementation("rope2d", backend, grad).rotated(grad, cos, sin, adjoint=True)
 
 
 def _fake(x, cos, sin, backend):

@@ -9,12 +9,12 @@ from ... import _native, _triton, backends
 from ..._checks import check, check_device, check_floats
 from ..._gradients import need_reference, of_reference
 from ..._library import define
-from . import native_impl, reference
+from . import reference
 
 # The widest F: Triton keeps a token in the registers of one program, C++ on the stack.
-WIDEST = {"triton": 4096, "cpu": 8192}
+LIMITS = {"F": {"triton": range(4097), "cpu": range(8193)}}
 
-backends.register("swiglu_norm", _triton.BACKEND, _native.BACKEND)
+backends.register("swiglu_norm", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
 
 
 def swiglu_norm(
@@ -53,7 +53,7 @@ def swiglu_norm(
         check_device(name, tensor, "gate", gate)
     channels = gate.shape[2] if channels is None else channels
     check(0 <= channels <= gate.shape[2], "channels", f"must be from 0 to {gate.shape[2]}", channels)
-    backend = _choose(backend, gate, (gate, up, weight, bias))
+    backend = backends.choose("swiglu_norm", backend, gate.device, gate.dtype, _sizes(gate), (gate, up, weight, bias))
     if backend == "reference":
         return reference.swiglu_norm(gate, up, weight, bias, eps, channels)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (gate, up, weight, bias)):
@@ -61,28 +61,20 @@ def swiglu_norm(
     return _fwd(gate, up, weight, bias, eps, channels, backend)[0]
 
 
-def _choose(backend: str | None, gate: Tensor, tensors: tuple[Tensor, ...] | None = None) -> str:
-    width = gate.shape[2]
-    unfit = {b: f"it takes F up to {widest}, not {width}" for b, widest in WIDEST.items() if width > widest}
-    return backends.choose("swiglu_norm", backend, gate.device, gate.dtype, unfit, tensors)
-
-
-def _implementation(backend: str, gate: Tensor):
-    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend in WIDEST, "backend", f"must be one of {', '.join(WIDEST)}", backend)
-    if _choose(backend, gate) == "cpu":
-        return native_impl
-    from . import triton_impl
-
-    return triton_impl
+def _sizes(gate: Tensor) -> dict[str, int]:
+    return {"F": gate.shape[2]}
 
 
 def _forward_kernel(gate, up, weight, bias, eps, channels, backend):
-    return _implementation(backend, gate).forward(gate, up, weight, bias, eps, channels)
+    return backends.implementation("swiglu_norm", backend, gate, _sizes(gate)).forward(
+        gate, up, weight, bias, eps, channels
+    )
 
 
 def _backward_kernel(grad, gate, up, weight, mean, rstd, channels, backend):
-    return _implementation(backend, gate).backward(grad, gate, up, weight, mean, rstd, channels)
+    return backends.implementation("swiglu_norm", backend, gate, _sizes(gate)).backward(
+        grad, gate, up, weight, mean, rstd, channels
+    )
 
 
 def _forward_fake(gate, up, weight, bias, eps, channels, backend):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,12 +10,13 @@ from ..._checks import check, check_device, check_floats, check_like
 from ..._gradients import need_reference, of_reference
 from ..._library import define
 from ..._plain import autocast
-from . import native_impl, reference
+from . import reference
 from .reference import StageWeights
 
-CHANNELS = {"triton": 2048, "cpu": 8192}  # the most that fit into the registers of a program, or into a buffer
+# So many fit into the registers of a program, or into a buffer of the C++ code.
+LIMITS = {"channels": {"triton": range(2049), "cpu": range(8193)}}
 
-backends.register("token_downsample", _triton.BACKEND, _native.BACKEND)
+backends.register("token_downsample", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
 
 
 def token_downsample(
@@ -53,7 +52,8 @@ def token_downsample(
     for i, stage in enumerate(stages):
         _check_stage(f"stages[{i}]", stage, x)
     products = torch.get_autocast_dtype(x.device.type) if autocast(x.device.type) else x.dtype
-    backend = _choose(backend, x, products, stages)
+    tensors = [x, *(t for stage in stages for t in stage.flat())]
+    backend = backends.choose("token_downsample", backend, x.device, x.dtype, _sizes(x), tensors, _unfit(products))
     if backend == "reference":
         return reference.token_downsample(x, resolution, stages, eps)
     for stage, pool in zip(stages, (True, False), strict=True):
@@ -64,16 +64,6 @@ def token_downsample(
             x = _fwd(x, weights, resolution, eps, pool, backend)[0]
         resolution //= 2
     return x
-
-
-def _choose(backend: str | None, x: Tensor, products: torch.dtype, stages: Sequence[StageWeights] | None = None) -> str:
-    """``products`` is the dtype of the matrix products; ``stages`` are given by who has x from a user."""
-    tensors = None if stages is None else [x, *(t for stage in stages for t in stage.flat())]
-    width = x.shape[2]
-    unfit = {b: f"it takes at most {most} channels, not {width}" for b, most in CHANNELS.items() if width > most}
-    if products not in (torch.float32, torch.bfloat16):
-        unfit.setdefault("cpu", f"its matrix products are in float32 and bfloat16, not in {products}")
-    return backends.choose("token_downsample", backend, x.device, x.dtype, unfit, tensors)
 
 
 def _as_autocast_asks(stage: StageWeights, device: str) -> StageWeights:
@@ -110,23 +100,27 @@ def _check_stage(name: str, stage: StageWeights, x: Tensor) -> None:
             check_device(f"{name}.{norm}[{i}]", affine, "x", x)
 
 
-def _implementation(backend: str, x: Tensor, weights: Sequence[Tensor]):
-    """Chosen again where the op runs: an exported graph may have come to a machine that cannot."""
-    check(backend in CHANNELS, "backend", f"must be one of {', '.join(CHANNELS)}", backend)
-    if _choose(backend, x, weights[0].dtype) == "cpu":
-        return native_impl
-    from . import triton_impl
+def _sizes(x: Tensor) -> dict[str, int]:
+    return {"channels": x.shape[2]}
 
-    return triton_impl
+
+def _unfit(products: torch.dtype) -> dict[str, str]:
+    if products in (torch.float32, torch.bfloat16):
+        return {}
+    return {"cpu": f"its matrix products are in float32 and bfloat16, not in {products}"}
 
 
 def _forward_kernel(x, weights, resolution, eps, pool, backend):
-    return _implementation(backend, x, weights).forward(x, resolution, StageWeights.of(weights), eps, pool)
+    return backends.implementation("token_downsample", backend, x, _sizes(x), _unfit(weights[0].dtype)).forward(
+        x, resolution, StageWeights.of(weights), eps, pool
+    )
 
 
 def _backward_kernel(grad, x, weights, saved, resolution, eps, pool, of_weights, backend):
     w = StageWeights.of(weights)
-    return _implementation(backend, x, weights).backward(grad, x, w, saved, resolution, eps, pool, of_weights)
+    return backends.implementation("token_downsample", backend, x, _sizes(x), _unfit(weights[0].dtype)).backward(
+        grad, x, w, saved, resolution, eps, pool, of_weights
+    )
 
 
 def _forward_fake(x, weights, resolution, eps, pool, backend):

@@ -16,7 +16,8 @@ std::string text_of(const char* format, va_list arguments) {
 }
 
 std::string name_of(int agent) {
-  const char* kinds[] = {"warp ", "a matrix product of warp ", "a bulk store of warp "};
+  const char* kinds[] = {"warp ", "a matrix product of warp ", "a bulk store of warp ", "a bulk store of warp ",
+                         "a tcgen05.ld of warp "};
   if (agent >= BULK) return "a bulk load of mbarrier " + std::to_string(agent - BULK);
   return kinds[agent / MAX_WARPS] + std::to_string(agent % MAX_WARPS);
 }
@@ -24,29 +25,108 @@ std::string name_of(int agent) {
 // The index of an agent among those that read.
 size_t reader(const Block& block, int agent) { return agent / MAX_WARPS * block.warps.size() + agent % MAX_WARPS; }
 
+size_t readers(const Block& block) { return 3 * block.warps.size(); }
+
 SharedWord& word_at(Block& block, u64 index) {
   SharedWord& word = block.words[index];
   if (word.block != block.serial) {  // the first access of this block
     word = SharedWord();
     word.block = block.serial;
-    size_t readers = 3 * block.warps.size();
-    std::fill_n(block.reads.begin() + index * readers, readers, 0);
+    std::fill_n(block.reads.begin() + index * readers(block), readers(block), 0);
   }
   return word;
 }
 
+// From now on, each of the four bytes has a word of its own. Returns where.
+u64 split(Block& block, u64 index) {
+  const size_t first = block.words.size(), count = readers(block);
+  block.words[index].parts = first;
+  block.words.resize(first + 4, block.words[index]);
+  block.reads.resize((first + 4) * count);
+  for (size_t part = first; part < first + 4; ++part) {
+    std::copy_n(block.reads.begin() + index * count, count, block.reads.begin() + part * count);
+  }
+  return first;
+}
+
 // Whether a write comes after all reads of a word.
-void check_readers(Warp& w, const SharedAccess& a, const Clock& known, const u64* reads, bool same) {
-  if (same) return;
+[[gnu::always_inline]] inline void check_readers(Warp& w, const Access& a, const u64* reads) {
   const size_t warps = w.block->warps.size();
   for (int kind = 0; kind < 3; ++kind) {
     for (size_t warp = 0; warp < warps; ++warp) {
       const int other = kind * MAX_WARPS + warp;
       const u64 read = reads[kind * warps + warp];
-      if ((read >> 32) <= known.at[other] || other == a.agent) continue;
+      if ((read >> 32) <= w.clock.at[other] || other == a.agent) continue;
       race(w, "write to shared memory, not ordered after the read of %s [line %u]", name_of(other).c_str(), (u32)read);
     }
   }
+}
+
+// A word, or one of the bytes that it was split into; ``same``: what is written is there already.
+[[gnu::always_inline]] inline void check_word(Warp& w, const Access& a, SharedWord& word, u64* reads, bool same) {
+  Block& block = *w.block;
+  const bool unordered = word.writer >= 0 && word.writer != a.agent && word.write_clock > w.clock.at[word.writer];
+  if (unordered && !same && !(a.use == ATOMIC && word.atomic)) {
+    race(w, "%s shared memory, not ordered after the write of %s [line %u]", a.use == READ ? "read of" : "write to",
+         name_of(word.writer).c_str(), word.write_line);
+  }
+  if (a.use != READ) {
+    if (!same) check_readers(w, a, reads);
+    if (!same || word.writer < 0) {
+      word.writer = a.agent, word.write_clock = a.clock, word.write_line = w.instruction->line;
+      word.write_time = block.time, word.atomic = a.use == ATOMIC;
+    }
+    return;
+  }
+  if (word.writer < 0) race(w, "read of shared memory that nobody has written");
+  reads[reader(block, a.agent)] = (u64)a.clock << 32 | (u32)w.instruction->line;
+  if (a.async && word.writer >= 0 && word.writer < MAX_WARPS && w.fenced <= word.write_time &&
+      block.warps[word.writer].fenced <= word.write_time) {
+    race(w, "the async proxy reads what %s has written [line %u] without a fence.proxy.async since",
+         name_of(word.writer).c_str(), word.write_line);
+  }
+}
+
+// Of two uses of the same bytes, these do not depend on the order.
+bool commute(Use a, Use b) { return a == b && a != WRITE; }
+
+// Of four bytes that the mask names; ``same``: what is written is there already.
+void check_word(Warp& w, const Access& a, GlobalWord& word, u8 mask, bool same) {
+  Block& block = *w.block;
+  auto report = [&](Use use, const std::string& who, u32 line) {
+    race(w, "%s global memory, not ordered after a %s by %s [line %u]",
+         a.use == ATOMIC  ? "atomic on"
+         : a.use == WRITE ? "write to"
+                          : "read of",
+         use == READ ? "read" : "write", who.c_str(), line);
+  };
+  if (word.block != block.serial) {
+    word.settle(word.access);
+    word.access = GlobalAccess();
+    word.block = block.serial;
+  }
+  for (Use use : {READ, WRITE, ATOMIC}) {
+    if ((word.before[use] & mask) && !commute(use, a.use)) report(use, "another block", word.lines[use]);
+  }
+  auto next = [&](GlobalAccess* e) { return e->more ? &block.accesses[e->more - 1].second : nullptr; };
+  bool twice = false;  // the same number by two warps of a block is no race
+  for (GlobalAccess* e = &word.access; same && e; e = next(e)) twice = twice || (e->use == WRITE && (e->bytes & mask));
+  GlobalAccess *place = nullptr, *last = nullptr;
+  for (GlobalAccess* e = &word.access; e; last = e, e = next(e)) {
+    const bool ordered = e->agent == a.agent || e->clock <= w.clock.at[e->agent];
+    if ((e->bytes & mask) && !ordered && !commute(e->use, a.use) && !twice) {
+      report(e->use, e->agent < MAX_WARPS ? "another warp" : name_of(e->agent), e->line);
+    }
+    // Whatever is ordered after the new access is then ordered after this one, too.
+    const bool covered = ordered && !(e->bytes & ~mask) && (a.use == WRITE || a.use == e->use);
+    if (covered) e->bytes = 0;
+    if (!e->bytes && !place) place = e;
+  }
+  if (!place) {
+    last->more = block.accesses.size() + 1;
+    place = &block.accesses.emplace_back(&word, GlobalAccess()).second;
+  }
+  *place = {a.clock, (u32)w.instruction->line, place->more, (u8)a.agent, a.use, mask};
 }
 
 }  // namespace
@@ -78,88 +158,38 @@ void release(Warp& w, Clock& to) {
   ++w.clock.at[w.id];
 }
 
-void check_shared(Warp& w, const SharedAccess& a, const Clock& known) {
+void check_shared(Warp& w, const Access& a) {
   Block& block = *w.block;
   ++block.time;
-  const size_t readers = 3 * block.warps.size(), own = a.write ? 0 : reader(block, a.agent);
   const bool same = a.value && !memcmp(a.value, block.shared.data() + a.address, a.bytes);
+  const size_t count = readers(block), own = a.use == READ ? reader(block, a.agent) : 0;
   for (u64 index = a.address / 4; index < (a.address + a.bytes + 3) / 4; ++index) {
     SharedWord& word = word_at(block, index);
-    u64* reads = &block.reads[index * readers];
+    u64* reads = &block.reads[index * count];
     // What the agent has read in this very step was checked then, and a write since would be a race of the writer's.
-    if (!a.write && (reads[own] >> 32) == a.clock) continue;
-    const bool unordered = word.writer >= 0 && word.writer != a.agent && word.write_clock > known.at[word.writer];
-    if (word.copies || (unordered && !same && !(a.atomic && word.atomic))) {
-      const char* what = a.write ? "write to" : "read of";
-      if (word.copies) {
-        race(w, "%s shared memory that a cp.async is still writing", what);
-      } else {
-        race(w, "%s shared memory, not ordered after the write of %s [line %u]", what, name_of(word.writer).c_str(),
-             word.write_line);
-      }
+    if (a.use == READ && (reads[own] >> 32) == a.clock) continue;
+    if (word.copies) {
+      race(w, "%s shared memory that a cp.async is still writing", a.use == READ ? "read of" : "write to");
     }
-    if (a.write) {
-      check_readers(w, a, known, reads, same);
-      if (!same || word.writer < 0) {
-        word.writer = a.agent, word.write_clock = a.clock, word.write_line = w.instruction->line;
-        word.write_time = block.time, word.atomic = a.atomic;
-      }
+    if (a.bytes >= 4 && !word.parts) {
+      check_word(w, a, word, reads, same);
       continue;
     }
-    if (word.writer < 0) race(w, "read of shared memory that nobody has written");
-    reads[own] = (u64)a.clock << 32 | (u32)w.instruction->line;
-    if (a.async && word.writer >= 0 && word.writer < MAX_WARPS && w.fenced <= word.write_time &&
-        block.warps[word.writer].fenced <= word.write_time) {
-      race(w, "the async proxy reads what %s has written [line %u] without a fence.proxy.async since",
-           name_of(word.writer).c_str(), word.write_line);
+    const u64 parts = word.parts ? word.parts : split(block, index), first = a.bytes < 4 ? a.address % 4 : 0;
+    for (u64 part = parts + first; part < parts + first + std::min(a.bytes, 4); ++part) {
+      check_word(w, a, block.words[part], &block.reads[part * count], same);
     }
   }
 }
 
-void check_shared(Warp& w, u64 address, int bytes, bool write, const void* value) {
-  check_shared(w, {address, bytes, write, w.id, w.clock.at[w.id], false, value}, w.clock);
-}
-
-void check_global(Warp& w, u64 address, int bytes, bool write, bool atomic, const void* value) {
-  Block& block = *w.block;
-  Region& region = *block.launch->last;
+void check_global(Warp& w, const Access& a) {
+  Region& region = *w.block->launch->last;
   if (region.words.empty()) region.words.resize((region.high - (region.low & ~3ull) + 7) / 4);
-  const u32 self = block.serial, line = w.instruction->line;
-  const bool same = value && !memcmp(value, (const void*)address, bytes);
-  const char* what = atomic ? "atomic on" : write ? "write to" : "read of";
-  const u64 first = address - (region.low & ~3ull), last = first + bytes - 1;
+  const bool same = a.value && !memcmp(a.value, (const void*)a.address, a.bytes);
+  const u64 first = a.address - (region.low & ~3ull), last = first + a.bytes - 1;
   for (u64 index = first / 4; index <= last / 4; ++index) {
-    const u8 from = std::max(first, 4 * index) - 4 * index, to = std::min(last, 4 * index + 3) - 4 * index;
-    const u8 mask = (2u << to) - (1u << from);
-    auto ordered = [&](const Access& other) {
-      if (!other.block || !(other.bytes & mask)) return true;
-      if (other.block != self) return false;
-      return (int)other.warp == w.id || other.clock <= w.clock.at[other.warp];
-    };
-    GlobalWord& word = region.words[index];
-    bool twice = same && word.write.block == self;  // the same number by two warps of a block is no race
-    if (!ordered(word.write) && !(atomic && word.atomic) && !twice) {
-      race(w, "%s global memory, not ordered after a write by %s [line %u]", what,
-           word.write.block == self ? "another warp" : "another block", word.write.line);
-    }
-    const Access now{self, (u32)w.id, w.clock.at[w.id], line, mask};
-    auto record = [&](Access& before) {  // of accesses to different bytes, the last warp's
-      const u8 own = before.block == now.block && before.warp == now.warp ? before.bytes : 0;
-      before = now;
-      before.bytes |= own;
-    };
-    if (!write) {
-      bool several = word.read.block && word.read.block != self && (word.read.bytes & mask);
-      record(word.read);
-      if (several) word.read.block = SEVERAL;
-      continue;
-    }
-    if (!ordered(word.read) && !twice) {
-      race(w, "%s global memory, not ordered after a read by %s [line %u]", what,
-           word.read.block == self ? "another warp" : "another block", word.read.line);
-    }
-    record(word.write);
-    word.atomic = atomic;
+    const int from = std::max(first, 4 * index) - 4 * index, to = std::min(last, 4 * index + 3) - 4 * index;
+    check_word(w, a, region.words[index], (2u << to) - (1u << from), same);
   }
 }
 
@@ -175,11 +205,12 @@ void check_tensor_memory(Warp& w, u32 lane, u32 column, bool write, int agent, u
   }
   if (!write) {
     if (c.writer < 0) race(w, "read of tensor memory that nobody has written");
-    c.reads[agent] = clock, c.read_line = w.instruction->line;
+    c.reads[agent % LOAD] = clock, c.read_line = w.instruction->line;
     return;
   }
-  for (int other = 0; other < 2 * MAX_WARPS; ++other) {
-    if (other == agent || c.reads[other] <= w.clock.at[other]) continue;
+  for (int k = 0; k < 2 * MAX_WARPS; ++k) {
+    const int other = k < MAX_WARPS ? LOAD + k : k;
+    if (other == agent || c.reads[k] <= w.clock.at[other]) continue;
     race(w, "write to tensor memory, not ordered after a read of %s [line %u]", name_of(other).c_str(), c.read_line);
   }
   c.writer = agent, c.write_clock = clock, c.write_line = w.instruction->line;

@@ -7,6 +7,8 @@
 namespace emulator {
 
 Mbarrier& mbarrier(Warp& w, u64 address) {
+  shared_memory(w, address, 8, false);
+  if (w.block->launch->checks()) check_shared(w, own(w, address, 8, READ));
   auto found = w.block->mbarriers.find(address);
   if (found == w.block->mbarriers.end()) fault(w, "there is no mbarrier at %llu", (unsigned long long)address);
   return found->second;
@@ -14,7 +16,9 @@ Mbarrier& mbarrier(Warp& w, u64 address) {
 
 namespace {
 
-u64 shared_address(Warp& w, const Instruction& i, int k, int lane) { return operand<u32>(w, i, k)[lane] + i.imm[k]; }
+u64 shared_address(Warp& w, const Instruction& i, int k, int lane) {
+  return (u32)(operand<u32>(w, i, k)[lane] + i.imm[k]);
+}
 
 // ---- cp.async. at: destination, source, bytes that are copied or -1; imm: offsets, bytes
 void copy(Warp& w, const Instruction& i, u32 lanes) {
@@ -33,8 +37,8 @@ void copy(Warp& w, const Instruction& i, u32 lanes) {
       reading |= 1u << lane;
     }
     if (launch.checks()) {
-      if (filled) check_global(w, from[lane], filled, false);
-      check_shared(w, to[lane], size, true);
+      if (filled) check_global(w, own(w, from[lane], filled, READ));
+      check_shared(w, own(w, to[lane], size, WRITE));
       for (u64 word = to[lane] / 4; word < (to[lane] + size) / 4; ++word) ++w.block->words[word].copies;
     }
     memset(place, 0xff, size);
@@ -59,7 +63,7 @@ void wait_for_copies(Warp& w, size_t left) {
       memset(place + c.filled, 0, c.size - c.filled);
       if (!w.block->launch->checks()) continue;
       for (u64 word = c.to / 4; word < (c.to + c.size) / 4; ++word) --w.block->words[word].copies;
-      check_shared(w, c.to, c.size, true);
+      check_shared(w, own(w, c.to, c.size, WRITE));
     }
     w.copies.erase(w.copies.begin());
   }
@@ -90,6 +94,7 @@ void init_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
   int lane = first_lane(lanes);
   u64 address = shared_address(w, i, 0, lane);
   shared_memory(w, address, 8, true);
+  if (block.launch->checks()) check_shared(w, own(w, address, 8, WRITE));
   Mbarrier b{};
   b.count = b.pending = operand<u32>(w, i, 1)[lane];
   auto before = block.mbarriers.find(address);
@@ -104,7 +109,9 @@ void init_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
 }
 
 void invalidate_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
-  Mbarrier& b = mbarrier(w, shared_address(w, i, 0, first_lane(lanes)));
+  const u64 address = shared_address(w, i, 0, first_lane(lanes));
+  const Mbarrier& b = mbarrier(w, address);
+  if (w.block->launch->checks()) check_shared(w, own(w, address, 8, WRITE));
   // Products are done in order: who has waited for later ones need not wait for these.
   const bool done = b.commits.empty() || b.commits.back().until <= w.block->products_done;
   if (!b.loads.empty() || !done) fault(w, "mbarrier.inval while something is on its way");
@@ -190,7 +197,7 @@ Bulk bulk_of(Warp& w, const Instruction& i, int lane) {
   } else {
     bulk.tensor = true, bulk.map = other;
     if (map_at(w, other).rank != (int)i.list.size()) fault(w, "the tensor map has another number of dimensions");
-    if (launch.checks() && other >= launch.parameter_bytes) check_global(w, other, sizeof(TensorMap), false);
+    if (launch.checks() && other >= launch.parameter_bytes) check_global(w, own(w, other, sizeof(TensorMap), READ));
     for (size_t d = 0; d < i.list.size(); ++d) bulk.corner[d] = at_offset<i32>(w, i.list[d])[lane];
   }
   if (bulk.shared % (bulk.tensor ? 128 : 16)) fault(w, "bulk copy at a misaligned shared address");
@@ -222,8 +229,8 @@ void bulk_load(Warp& w, const Instruction& i, u32 lanes) {
       u8* place = shared_memory(w, shared, 16, true);
       if (global) global_memory(w, global, bytes, false);
       if (checks) {
-        if (global) check_global(w, global, bytes, false);
-        check_shared(w, {shared, 16, true, BULK + b.agent, (u32)b.phase + 1, true}, w.clock);
+        if (global) check_global(w, {global, bytes, READ, BULK + b.agent, (u32)b.phase + 1});
+        check_shared(w, {shared, 16, WRITE, BULK + b.agent, (u32)b.phase + 1, true});
       }
       memset(place, 0xff, 16);
     });
@@ -262,8 +269,8 @@ void bulk_store(Warp& w, const Instruction& i, u32 lanes) {
       shared_memory(w, shared, 16, false);
       if (global) global_memory(w, global, bytes, true);
       if (!block.launch->checks()) return;
-      if (global) check_global(w, global, bytes, true);
-      check_shared(w, {shared, 16, false, STORE + w.id, w.store_groups + 1, true}, w.clock);
+      if (global) check_global(w, {global, bytes, WRITE, STORED + w.id, w.store_groups + 1});
+      check_shared(w, {shared, 16, READ, STORE + w.id, w.store_groups + 1, true});
     });
     w.open_stores.push_back(bulk);
   }
@@ -275,9 +282,9 @@ void commit_stores(Warp& w, const Instruction&, u32) {
   ++w.store_groups;
 }
 
+// imm: groups that may be left, whether it waits for the reads alone
 void wait_for_stores(Warp& w, const Instruction& i, u32) {
   const size_t left = i.imm[0];
-  if (w.stores.size() <= left) return;
   while (w.stores.size() > left) {
     for (const Bulk& bulk : w.stores.front()) {
       pieces(w, bulk, [&](u64 shared, u64 global, int bytes, int skipped) {
@@ -286,7 +293,11 @@ void wait_for_stores(Warp& w, const Instruction& i, u32) {
     }
     w.stores.erase(w.stores.begin());
   }
-  w.clock.at[STORE + w.id] = w.store_groups - left;
+  for (int agent : {STORE, STORED}) {
+    if (w.store_groups <= left || (agent == STORED && i.imm[1])) continue;
+    u32& known = w.clock.at[agent + w.id];
+    known = std::max<u32>(known, w.store_groups - left);
+  }
 }
 
 }  // namespace
@@ -294,7 +305,7 @@ void wait_for_stores(Warp& w, const Instruction& i, u32) {
 // at: predicate, address, parity; imm[0]: offset. The predicate is true where the phase of this parity is over.
 bool wait_mbarrier(Warp& w, const Instruction& i, u32 lanes) {
   int lane = first_lane(lanes);
-  Mbarrier& b = mbarrier(w, operand<u32>(w, i, 1)[lane] + i.imm[0]);
+  Mbarrier& b = mbarrier(w, (u32)(operand<u32>(w, i, 1)[lane] + i.imm[0]));
   const u32 parity = operand<u32>(w, i, 2)[lane] & 1;
   if ((b.phase & 1) == parity) land(w, b);
   const bool over = (b.phase & 1) != parity;

@@ -103,7 +103,7 @@ inline void check_operand(Warp& w, const Instruction& i, const Matrix& m, int fi
   int collected = 0;
   each_chunk(m, first, rows, depth, [&](u32 address) {
     shared_memory(w, address, 16, false);
-    if (launch.checks()) check_shared(w, {address, 16, false, MMA + w.id, w.product_groups + 1, true}, w.clock);
+    if (launch.checks()) check_shared(w, {address, 16, READ, MMA + w.id, w.product_groups + 1, true});
     addresses[collected++] = address;
     if (collected < 8) return;
     if (launch.counts() && counted) count_shared(w, i, addresses, 0xff, 16);

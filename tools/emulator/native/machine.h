@@ -30,7 +30,7 @@ constexpr int MAX_WARPS = 32;     // of a block
 struct Warp;
 
 // What the loop over instructions has to know about one.
-enum Kind { NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, TRAP, WAIT };
+enum Kind { NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, WAIT };
 
 struct Instruction {
   void (*run)(Warp&, const Instruction&, u32 lanes) = nullptr;
@@ -47,9 +47,11 @@ struct Instruction {
   std::vector<int> uses, reads, writes;
 };
 
-// Who has to be ordered with whom: warps, the matrix reads and the bulk stores of each, and the bulk loads of
-// mbarriers.
-constexpr int MMA = MAX_WARPS, STORE = 2 * MAX_WARPS, BULK = 3 * MAX_WARPS, MAX_MBARRIERS = 64;
+// Who has to be ordered with whom: warps; the products of each, its bulk stores, which read and later write, and its
+// loads from tensor memory; and the bulk loads of mbarriers.
+constexpr int MMA = MAX_WARPS, STORE = 2 * MAX_WARPS, STORED = 3 * MAX_WARPS, LOAD = 4 * MAX_WARPS;
+constexpr int BULK = 5 * MAX_WARPS;
+constexpr int MAX_MBARRIERS = 64;
 constexpr int AGENTS = BULK + MAX_MBARRIERS;
 
 // A vector clock: up to which step of each agent something has happened before.
@@ -64,29 +66,34 @@ struct Counter {
   u64 executed = 0, lanes = 0, sectors = 0, ideal_sectors = 0, wavefronts = 0, ideal_wavefronts = 0;
 };
 
-struct Constant {
-  int at, width;  // width in bytes, 0: a predicate
-  u64 value;
-};
-
 struct Module {
   std::vector<Instruction> code;
-  std::vector<Constant> constants;
-  std::vector<std::pair<int, int>> special;  // which special register, and where
-  size_t register_bytes = 0;
-  int watched = 0;  // registers that some wgmma uses
+  std::vector<u8> registers;  // of a warp that begins: constants and poison
+  int watched = 0;            // registers that some wgmma uses
   std::vector<Counter> counters;
 };
 
-// The last accesses of four bytes of global memory. Blocks count from 1; SEVERAL of them may have read.
-constexpr u32 SEVERAL = ~0u;
-struct Access {
-  u32 block = 0, warp = 0, clock = 0, line = 0;
+enum Use : u8 { READ, WRITE, ATOMIC };
+
+// An access to some of four bytes of global memory.
+struct GlobalAccess {
+  u32 clock = 0, line = 0;
+  u32 more = 0;  // Block::accesses has another one there, from 1
+  u8 agent = 0;
+  Use use = READ;
   u8 bytes = 0;  // a bit for each of the four
 };
+// What has been done to four bytes. Blocks come one after another, and nothing orders them: of all before the present
+// one, it is enough to know which bytes they used, and how.
 struct GlobalWord {
-  Access write, read;
-  bool atomic = false;  // the write was
+  u32 block = 0;        // of which the access tells; from 1
+  GlobalAccess access;  // those that a later one does not stand for, and behind it the others
+  u8 before[3] = {};    // per use: bytes
+  u32 lines[3] = {};
+  void settle(const GlobalAccess& a) {
+    before[a.use] |= a.bytes;
+    if (a.bytes) lines[a.use] = a.line;
+  }
 };
 
 // Memory that the kernel may access: [low, high). ``valid`` has a byte for each: zeros lie between the rows of a view.
@@ -98,9 +105,10 @@ struct Region {
   std::vector<u32> read_by, written_by;  // and by which block last
 };
 
-// Four bytes of shared memory. Reads are kept apart, see Block::reads.
+// Four bytes of shared memory, or one. Reads are kept apart, see Block::reads.
 struct SharedWord {
   u32 block = 0;    // of whom the rest tells
+  u32 parts = 0;    // where Block::words has the four bytes, once they are used one by one
   int writer = -1;  // agent
   u32 write_clock = 0, write_line = 0;
   u32 copies = 0;       // cp.async on their way
@@ -113,7 +121,7 @@ struct TensorColumn {
   int writer = -1;
   u32 write_clock = 0, write_line = 0;
   bool pending = false;                          // by a tcgen05.st that has not been waited for
-  u32 reads[2 * MAX_WARPS] = {}, read_line = 0;  // by warps and by products
+  u32 reads[2 * MAX_WARPS] = {}, read_line = 0;  // by the loads of warps and by products
 };
 
 // A bulk copy: of a box of a tensor, whose map may lie at 0 as the first parameter; or of ``bytes`` to or from
@@ -170,7 +178,8 @@ struct Block {
   int index[3];
   std::vector<u8> shared;
   std::vector<SharedWord> words;
-  std::vector<u64> reads;   // per word and reading agent: clock << 32 | line
+  std::vector<u64> reads;  // per word and reading agent: clock << 32 | line
+  std::vector<std::pair<GlobalWord*, GlobalAccess>> accesses;
   std::vector<u32> tensor;  // tensor memory: 128 lanes of 512 columns
   u32 tensor_columns = 0;
   std::vector<TensorColumn> columns;  // eight times 512
@@ -209,6 +218,7 @@ struct Warp {
   std::vector<std::pair<u32*, u32>> tensor_stores;  // by tcgen05.st: where, and what, when the program waits
   std::vector<TensorColumn*> stored_columns;
   u32 product_groups, store_groups;  // committed so far
+  u32 tensor_loads;                  // tcgen05.wait::ld so far
   std::vector<u8> flying, unfenced;  // per watched register: accumulator 1, operand 2; written since wgmma.fence
 };
 
@@ -272,20 +282,21 @@ u8* global_memory(Warp& w, u64 address, int bytes, bool write);
 u8* shared_memory(Warp& w, u64 address, int bytes, bool write);
 
 // ---- checks.cpp
-struct SharedAccess {
+struct Access {
   u64 address;
   int bytes;
-  bool write;
+  Use use;
   int agent;  // who, at which step of its own
   u32 clock;
   bool async = false;           // through the async proxy
   const void* value = nullptr;  // what is written: the same bytes written twice are no race
-  bool atomic = false;
 };
-void check_shared(Warp& w, const SharedAccess& access, const Clock& known);
+void check_shared(Warp& w, const Access& access);
+void check_global(Warp& w, const Access& access);
 // By the warp itself, in the generic proxy.
-void check_shared(Warp& w, u64 address, int bytes, bool write, const void* value = nullptr);
-void check_global(Warp& w, u64 address, int bytes, bool write, bool atomic = false, const void* value = nullptr);
+inline Access own(const Warp& w, u64 address, int bytes, Use use, const void* value = nullptr) {
+  return {address, bytes, use, w.id, w.clock.at[w.id], false, value};
+}
 void check_tensor_memory(Warp& w, u32 lane, u32 column, bool write, int agent, u32 clock);
 void check_registers(Warp& w, const Instruction& i);
 [[gnu::format(printf, 2, 3)]] void race(Warp& w, const char* format, ...);

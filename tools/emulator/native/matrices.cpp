@@ -213,7 +213,7 @@ void move_matrices(Warp& w, const Instruction& i, bool load) {
   Launch& launch = *w.block->launch;
   const int count = i.list.size();
   u64 address[LANES];
-  for (int lane = 0; lane < LANES; ++lane) address[lane] = operand<u32>(w, i, 0)[lane] + i.imm[0];
+  for (int lane = 0; lane < LANES; ++lane) address[lane] = (u32)(operand<u32>(w, i, 0)[lane] + i.imm[0]);
   for (int j = 0; j < count; ++j) {
     u16 rows[8][8];
     u32* to = at_offset<u32>(w, i.list[j]);
@@ -226,7 +226,8 @@ void move_matrices(Warp& w, const Instruction& i, bool load) {
     }
     for (int r = 0; r < 8; ++r) {
       u8* place = shared_memory(w, address[8 * j + r], 16, !load);
-      if (launch.checks()) check_shared(w, address[8 * j + r], 16, !load, load ? nullptr : rows[r]);
+      if (launch.checks())
+        check_shared(w, own(w, address[8 * j + r], 16, load ? READ : WRITE, load ? nullptr : rows[r]));
       load ? memcpy(rows[r], place, 16) : memcpy(place, rows[r], 16);
     }
     if (load) {

@@ -39,11 +39,13 @@ namespace {
 
 enum Space { GLOBAL, SHARED, PARAMETER };
 
-// at[0]: the register with the address, or -1; imm[0]: what is added to it; imm[1]: the register's bytes.
+// at[0]: the register with the address; imm[0]: what is added to it; imm[1]: the register's bytes. In 32 bits, the sum
+// wraps.
 void addresses(Warp& w, const Instruction& i, u64* result) {
   for (int lane = 0; lane < LANES; ++lane) {
-    u64 base = i.at[0] < 0 ? 0 : i.imm[1] == 8 ? operand<u64>(w, i, 0)[lane] : operand<u32>(w, i, 0)[lane];
-    result[lane] = base + i.imm[0];
+    const bool wide = i.imm[1] == 8;
+    const u64 sum = (wide ? operand<u64>(w, i, 0)[lane] : operand<u32>(w, i, 0)[lane]) + i.imm[0];
+    result[lane] = wide ? sum : (u32)sum;
   }
 }
 
@@ -63,10 +65,10 @@ void load(Warp& w, const Instruction& i, u32 lanes) {
     if constexpr (space == GLOBAL) {
       check_alignment(w, address[lane], bytes);
       from = global_memory(w, address[lane], bytes, false);
-      if (launch.checks()) check_global(w, address[lane], bytes, false);
+      if (launch.checks()) check_global(w, own(w, address[lane], bytes, READ));
     } else if constexpr (space == SHARED) {
       from = shared_memory(w, address[lane], bytes, false);
-      if (launch.checks()) check_shared(w, address[lane], bytes, false);
+      if (launch.checks()) check_shared(w, own(w, address[lane], bytes, READ));
     } else {
       if (address[lane] + bytes > launch.parameter_bytes)
         fault(w, "parameter at %llu", (unsigned long long)address[lane]);
@@ -97,10 +99,10 @@ void store(Warp& w, const Instruction& i, u32 lanes) {
     if constexpr (space == GLOBAL) {
       check_alignment(w, address[lane], bytes);
       to = global_memory(w, address[lane], bytes, true);
-      if (launch.checks()) check_global(w, address[lane], bytes, true, false, element);
+      if (launch.checks()) check_global(w, own(w, address[lane], bytes, WRITE, element));
     } else {
       to = shared_memory(w, address[lane], bytes, true);
-      if (launch.checks()) check_shared(w, address[lane], bytes, true, element);
+      if (launch.checks()) check_shared(w, own(w, address[lane], bytes, WRITE, element));
     }
     memcpy(to, element, bytes);
   }
@@ -131,11 +133,10 @@ void atomic(Warp& w, const Instruction& i, u32 lanes) {
     check_alignment(w, address[lane], sizeof(T));
     if constexpr (space == GLOBAL) {
       place = global_memory(w, address[lane], sizeof(T), true);
-      if (launch.checks()) check_global(w, address[lane], sizeof(T), true, true);
+      if (launch.checks()) check_global(w, own(w, address[lane], sizeof(T), ATOMIC));
     } else {
       place = shared_memory(w, address[lane], sizeof(T), true);
-      const SharedAccess access{address[lane], sizeof(T), true, w.id, w.clock.at[w.id], false, nullptr, true};
-      if (launch.checks()) check_shared(w, access, w.clock);
+      if (launch.checks()) check_shared(w, own(w, address[lane], sizeof(T), ATOMIC));
     }
     T old, value = operand<T>(w, i, 1)[lane], second = i.at[2] < 0 ? T() : operand<T>(w, i, 2)[lane];
     memcpy(&old, place, sizeof old);

@@ -1,68 +1,50 @@
 // Numbers as a GPU has them: formats, rounding, and what becomes of NaN and of denormal numbers.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 namespace emulator {
 
-inline float as_float(uint32_t x) {
-  float f;
-  memcpy(&f, &x, 4);
-  return f;
-}
-inline uint32_t as_bits(float f) {
-  uint32_t x;
-  memcpy(&x, &f, 4);
-  return x;
-}
-constexpr uint32_t NAN_BITS = 0x7fffffffu;  // the NaN that a GPU's instructions give
+constexpr float CANONICAL_NAN = std::bit_cast<float>(0x7fffffffu);  // which a GPU's instructions give
 inline bool is_nan(float f) { return f != f; }
 
 struct BF16 {
-  static float widen(uint32_t x) { return as_float(x << 16); }
+  static float widen(uint32_t x) { return std::bit_cast<float>(x << 16); }
   static uint16_t narrow(float f) {
-    uint32_t x = as_bits(f);
-    return (x & 0x7fffffff) > 0x7f800000 ? 0x7fff : (x + 0x7fff + (x >> 16 & 1)) >> 16;
+    uint32_t x = std::bit_cast<uint32_t>(f);
+    return is_nan(f) ? 0x7fff : (x + 0x7fff + (x >> 16 & 1)) >> 16;
   }
   static constexpr uint16_t infinity = 0x7f80;
 };
 struct F16 {
-  static float widen(uint32_t x) {
-    uint16_t bits = x;
-    _Float16 h;
-    memcpy(&h, &bits, 2);
-    return (float)h;
-  }
-  static uint16_t narrow(float f) {
-    _Float16 h = (_Float16)f;
-    uint16_t bits;
-    memcpy(&bits, &h, 2);
-    return is_nan(f) ? 0x7fff : bits;
-  }
+  static float widen(uint32_t x) { return (float)std::bit_cast<_Float16>((uint16_t)x); }
+  static uint16_t narrow(float f) { return is_nan(f) ? 0x7fff : std::bit_cast<uint16_t>((_Float16)f); }
   static constexpr uint16_t infinity = 0x7c00;
 };
 struct TF32 {
-  static float widen(uint32_t x) { return as_float(x & 0xffffe000u); }  // matrix units ignore the other bits
+  static float widen(uint32_t x) {
+    return std::bit_cast<float>(x & 0xffffe000u);
+  }  // matrix units ignore the other bits
 };
 
-inline float flushed(float f) { return as_bits(f) & 0x7f800000 ? f : as_float(as_bits(f) & 0x80000000u); }
+// A denormal number becomes a zero with its sign.
+inline float flushed(float f) {
+  uint32_t x = std::bit_cast<uint32_t>(f);
+  return x & 0x7f800000 ? f : std::bit_cast<float>(x & 0x80000000u);
+}
 
-// A number beats NaN, and -0 is below +0.
+// A number beats NaN, and -0 is below +0. Without branches, so that compilers vectorise it.
 template <class T>
 T least(T a, T b) {
-  if (a != a) return b != b ? T(as_float(NAN_BITS)) : b;
-  if (b != b) return a;
-  if (a == b) return std::signbit(a) ? a : b;
-  return a < b ? a : b;
+  T found = (b != b) | (a < b) | ((a == b) & std::signbit(a)) ? a : b;
+  return found != found ? T(CANONICAL_NAN) : found;
 }
 template <class T>
 T greatest(T a, T b) {
-  if (a != a) return b != b ? T(as_float(NAN_BITS)) : b;
-  if (b != b) return a;
-  if (a == b) return std::signbit(a) ? b : a;
-  return a > b ? a : b;
+  T found = (b != b) | (a > b) | ((a == b) & std::signbit(b)) ? a : b;
+  return found != found ? T(CANONICAL_NAN) : found;
 }
 
 // The sum rounded to odd: what is inexact gets an odd last bit, so that rounding it once more, to a format with two
@@ -74,11 +56,9 @@ inline float sum_to_odd(double a, double b) {
   auto step = [](auto x, bool up) {
     return up ? std::nextafter(x, decltype(x)(INFINITY)) : std::nextafter(x, -decltype(x)(INFINITY));
   };
-  uint64_t bits;
-  memcpy(&bits, &sum, 8);
-  if (error != 0 && !(bits & 1)) sum = step(sum, error > 0);
+  if (error != 0 && !(std::bit_cast<uint64_t>(sum) & 1)) sum = step(sum, error > 0);
   float narrow = (float)sum;
-  if ((double)narrow != sum && !(as_bits(narrow) & 1)) narrow = step(narrow, sum > (double)narrow);
+  if ((double)narrow != sum && !(std::bit_cast<uint32_t>(narrow) & 1)) narrow = step(narrow, sum > (double)narrow);
   return narrow;
 }
 
@@ -100,11 +80,9 @@ inline float exp2_of(float x) {
   const double magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
   double n = (wide + magic) - magic, f = wide - n, p = c[11];
   for (int k = 10; k >= 0; --k) p = p * f + c[k];
-  int64_t exponent = ((int64_t)(int32_t)n + 1023) << 52;
-  double power;
-  memcpy(&power, &exponent, 8);
+  double power = std::bit_cast<double>(((int64_t)(int32_t)n + 1023) << 52);
   float result = (float)(p * power);
-  return is_nan(x) ? as_float(NAN_BITS) : result;
+  return is_nan(x) ? CANONICAL_NAN : result;
 }
 
 }  // namespace emulator

@@ -10,27 +10,24 @@ namespace emulator {
 namespace {
 
 // ---- instructions in which lanes work together
-// at: result, predicate or -1, value, two numbers; imm[0]: up, down, bfly, idx
+enum Shuffle { UP, DOWN, BUTTERFLY, INDEX };
+
+// at: result, predicate or -1, value, two numbers
+template <Shuffle how>
 void shuffle(Warp& w, const Instruction& i, u32 lanes) {
-  enum { UP, DOWN, BUTTERFLY, INDEX };
-  u32 value[LANES], found = 0;
+  // The result may be in the register of any of them.
+  u32 value[LANES], distance[LANES], bounds[LANES], found = 0;
   memcpy(value, operand<u32>(w, i, 2), sizeof value);
-  const u32 *b = operand<u32>(w, i, 3), *c = operand<u32>(w, i, 4);
-  u32* result = operand<u32>(w, i, 0);
-  u32 distance[LANES], bounds[LANES];
-  memcpy(distance, b, sizeof distance),
-      memcpy(bounds, c, sizeof bounds);  // any of them may be in the result's register
+  memcpy(distance, operand<u32>(w, i, 3), sizeof distance);
+  memcpy(bounds, operand<u32>(w, i, 4), sizeof bounds);
   for (int lane : each(lanes)) {
     const int by = distance[lane] & 31, clamp = bounds[lane] & 31, segment = bounds[lane] >> 8 & 31;
     const int low = lane & segment, high = low | (clamp & ~segment);
-    int from = i.imm[0] == UP          ? lane - by
-               : i.imm[0] == DOWN      ? lane + by
-               : i.imm[0] == BUTTERFLY ? lane ^ by
-                                       : low | (by & ~segment);
-    const bool inside = i.imm[0] == UP ? from >= high : from <= high;
+    int from = how == UP ? lane - by : how == DOWN ? lane + by : how == BUTTERFLY ? lane ^ by : low | (by & ~segment);
+    const bool inside = how == UP ? from >= high : from <= high;
     if (!inside) from = lane;
     if (!(lanes >> from & 1)) fault(w, "shfl from lane %d, which does not take part", from);
-    result[lane] = value[from];
+    operand<u32>(w, i, 0)[lane] = value[from];
     found |= (u32)inside << lane;
   }
   if (i.at[1] >= 0) set_predicate(operand<u32>(w, i, 1), lanes, found);
@@ -62,27 +59,17 @@ void settle(Warp& w) {  // the lanes that are furthest behind go first; those at
   paths.resize(kept);
 }
 
-void branch(Warp& w, size_t which, u32 lanes, int target) {
-  Path& path = w.paths[which];
-  const u32 others = path.lanes & ~lanes;
-  const int next = path.next + 1;
-  if (!lanes) {
-    path.next = next;
-  } else {
-    path = {target, lanes};
-    if (others) w.paths.push_back({next, others});
+void branch(Warp& w, Path& path, const Instruction& i, u32 lanes) {
+  path = {path.next + 1, path.lanes & ~lanes};
+  if (i.kind == BRANCH) {
+    w.paths.push_back({i.list[0], lanes});
+    return;
   }
-}
-
-void branch_indexed(Warp& w, size_t which, const Instruction& i, u32 lanes) {
-  const u32* index = operand<u32>(w, i, 0);
-  std::map<u32, u32> lanes_of;
   for (int lane : each(lanes)) {
-    if (index[lane] >= i.list.size()) fault(w, "branch to label %u of %zu", index[lane], i.list.size());
-    lanes_of[index[lane]] |= 1u << lane;
+    const u32 label = operand<u32>(w, i, 0)[lane];
+    if (label >= i.list.size()) fault(w, "branch to label %u of %zu", label, i.list.size());
+    w.paths.push_back({i.list[label], 1u << lane});
   }
-  w.paths.erase(w.paths.begin() + which);
-  for (auto [label, some] : lanes_of) w.paths.push_back({i.list[label], some});
 }
 
 void end_warp(Warp& w) {
@@ -126,18 +113,12 @@ void run(Warp& w) {  // until it has to wait, or ends
         if (w.paths.size() == 1 || (which == 0 && path.next < w.paths[1].next)) continue;
         break;
       case BRANCH:
-        branch(w, which, lanes, i.list[0]);
-        break;
       case BRANCH_INDEXED:
-        branch_indexed(w, which, i, lanes);
+        branch(w, path, i, lanes);
         break;
       case EXIT:
         w.living &= ~lanes;
         path.lanes &= ~lanes;
-        ++path.next;
-        break;
-      case TRAP:
-        if (lanes) fault(w, "trap");
         ++path.next;
         break;
       case WAIT: {
@@ -167,8 +148,8 @@ void run(Warp& w) {  // until it has to wait, or ends
           break;
         }
         w.at_barrier = true;
-        w.barrier = i.at[0] < 0 ? (int)i.imm[0] : (int)operand<u32>(w, i, 0)[first_lane(lanes)];
-        w.barrier_warps = i.imm[1] / LANES;
+        w.barrier = operand<u32>(w, i, 0)[first_lane(lanes)];
+        w.barrier_warps = i.imm[0] / LANES;
         return;
     }
     settle(w);
@@ -193,30 +174,20 @@ void start_warp(Block& block, int id, u8* registers) {
   w.clock.at[id] = 1;
   w.flying.assign(module.watched, 0);
   w.unfenced.assign(module.watched, 1);
-  memset(registers, 0xff, module.register_bytes);
-  for (const Constant& c : module.constants) {
-    if (c.width == 0) *at_offset<u32>(w, c.at) = (u32)c.value;
-    for (int lane = 0; lane < LANES && c.width; ++lane) memcpy(registers + c.at + lane * c.width, &c.value, c.width);
-  }
-  for (auto [which, at] : module.special) {
-    for (int lane = 0; lane < LANES; ++lane) {
-      const int thread = LANES * id + lane;
-      const int value[] = {thread % size[0],
-                           thread / size[0] % size[1],
-                           thread / size[0] / size[1],
-                           size[0],
-                           size[1],
-                           size[2],
-                           block.index[0],
-                           block.index[1],
-                           block.index[2],
-                           launch.grid[0],
-                           launch.grid[1],
-                           launch.grid[2],
-                           lane,
-                           id};
-      at_offset<u32>(w, at)[lane] = value[which];
+  memcpy(registers, module.registers.data(), module.registers.size());
+  for (int lane = 0; lane < LANES; ++lane) {
+    const int thread = LANES * id + lane;
+    const int place[] = {thread % size[0], thread / size[0] % size[1], thread / size[0] / size[1]};
+    u32* special = at_offset<u32>(w, 0) + lane;
+    auto set = [&](int value) {  // in the order of SPECIAL in opcodes.py
+      *special = value;
+      special += LANES;
+    };
+    for (const int* three : {place, size, (const int*)block.index, (const int*)launch.grid}) {
+      for (int axis = 0; axis < 3; ++axis) set(three[axis]);
     }
+    set(lane);
+    set(id);
   }
 }
 
@@ -230,8 +201,10 @@ void start_block(Block& block, std::vector<u8>& registers) {
   block.products_done = 0;
   block.mbarriers.clear();
   block.arrived.clear();
+  for (auto& [word, access] : block.accesses) word->settle(access);
+  block.accesses.clear();
   block.time = 1;
-  const size_t bytes = block.launch->module->register_bytes;
+  const size_t bytes = block.launch->module->registers.size();
   u8* aligned = (u8*)(((u64)registers.data() + 63) & ~63ull);
   for (size_t id = 0; id < block.warps.size(); ++id) start_warp(block, id, aligned + bytes * id);
 }
@@ -308,16 +281,12 @@ void run_grid(Launch& launch) {
   const int threads = launch.threads[0] * launch.threads[1] * launch.threads[2];
   const int warps = (threads + LANES - 1) / LANES;
   if (warps > MAX_WARPS) throw Fault("more than 1024 threads in a block");
-  std::vector<u8> registers(launch.module->register_bytes * warps + 64);
+  std::vector<u8> registers(launch.module->registers.size() * warps + 64);
   std::mt19937 random(launch.schedule);
   Block block{};
   block.launch = &launch;
   block.warps.resize(warps);
   block.shared.resize(launch.shared_bytes + 16);
-  if (launch.checks()) {
-    block.words.resize(launch.shared_bytes / 4 + 8);
-    block.reads.resize(block.words.size() * 3 * warps);
-  }
   for (const Instruction& i : launch.module->code) {
     if (i.run && i.run == instructions().at("tcgen05.alloc"))
       block.tensor.resize(128 * 512), block.columns.resize(8 * 512);
@@ -326,6 +295,10 @@ void run_grid(Launch& launch) {
     for (int y = 0; y < launch.grid[1]; ++y) {
       for (int x = 0; x < launch.grid[0]; ++x) {
         block.index[0] = x, block.index[1] = y, block.index[2] = z;
+        if (launch.checks()) {
+          block.words.resize(launch.shared_bytes / 4 + 8);
+          block.reads.resize(block.words.size() * 3 * warps);
+        }
         start_block(block, registers);
         run_block(block, random);
       }
@@ -336,7 +309,11 @@ void run_grid(Launch& launch) {
 }  // namespace
 
 void add_collectives(Table& t) {
-  t["shfl"] = shuffle;
+  t["trap"] = [](Warp& w, const Instruction&, u32) { fault(w, "trap"); };
+  t["shfl.up"] = shuffle<UP>;
+  t["shfl.down"] = shuffle<DOWN>;
+  t["shfl.bfly"] = shuffle<BUTTERFLY>;
+  t["shfl.idx"] = shuffle<INDEX>;
   add_reduction<i32>(t, "min.s32", [](i32 a, i32 b) { return std::min(a, b); });
   add_reduction<i32>(t, "max.s32", [](i32 a, i32 b) { return std::max(a, b); });
   add_reduction<u32>(t, "min.u32", [](u32 a, u32 b) { return std::min(a, b); });
@@ -363,10 +340,8 @@ void add_collectives(Table& t) {
     for (int lane : each(i.at[0] < 0 ? 0 : lanes)) operand<u32>(w, i, 0)[lane] = first;
     set_predicate(operand<u32>(w, i, 1), lanes, 1u << first);
   };
-  // bar.arrive. at[0]: which, or -1: imm[0]
   t["bar.arrive"] = [](Warp& w, const Instruction& i, u32 lanes) {
-    auto& [early, clock] =
-        w.block->arrived[i.at[0] < 0 ? (int)i.imm[0] : (int)operand<u32>(w, i, 0)[first_lane(lanes)]];
+    auto& [early, clock] = w.block->arrived[operand<u32>(w, i, 0)[first_lane(lanes)]];
     ++early;
     release(w, clock);
   };
@@ -393,25 +368,31 @@ using namespace emulator;
 
 extern "C" {
 
-Module* emulator_module(u64 instructions, u64 register_bytes) {
+// The registers with which a warp begins, in a multiple of 64 bytes; how many of them are numbered because a wgmma uses
+// them.
+Module* emulator_module(const u8* registers, u64 register_bytes, int watched) {
   auto* m = new Module;
-  m->code.reserve(instructions);
-  m->register_bytes = (register_bytes + 63) & ~63ull;
+  m->registers.assign(registers, registers + register_bytes);
+  m->watched = watched;
   return m;
 }
 
 void emulator_free(Module* m) { delete m; }
 
-// at and imm have 8 entries; lists has list, uses, reads and writes, each behind its length. 1: there is no such
+// The numbers are the fields of an instruction in their order; lists come behind their lengths. 1: there is no such
 // function.
-int emulator_add(Module* m, const char* name, int kind, int guard, int negated, int line, const int* at, const i64* imm,
-                 const int* lists) {
+int emulator_add(Module* m, const char* name, const i64* numbers) {
   Instruction i;
-  i.kind = (Kind)kind, i.guard = guard, i.negated = negated, i.line = line;
-  memcpy(i.at, at, sizeof i.at), memcpy(i.imm, imm, sizeof i.imm);
+  auto next = [&] { return *numbers++; };
+  i.kind = (Kind)next();
+  i.guard = next();
+  i.negated = next();
+  i.line = next();
+  for (int& at : i.at) at = next();
+  for (i64& imm : i.imm) imm = next();
   for (auto* list : {&i.list, &i.uses, &i.reads, &i.writes}) {
-    list->assign(lists + 1, lists + 1 + lists[0]);
-    lists += 1 + lists[0];
+    list->resize(next());
+    for (int& element : *list) element = next();
   }
   if (*name) {
     auto found = instructions().find(name);
@@ -422,10 +403,6 @@ int emulator_add(Module* m, const char* name, int kind, int guard, int negated, 
   m->code.push_back(i);
   return 0;
 }
-
-void emulator_constant(Module* m, int at, int width, u64 value) { m->constants.push_back({at, width, value}); }
-void emulator_special(Module* m, int which, int at) { m->special.push_back({which, at}); }
-void emulator_watch(Module* m, int count) { m->watched = count; }
 
 // Regions: low, high and the address of a map of valid bytes, or 0, of each. totals: executed warp instructions,
 // products of two numbers, sectors read and written by any block, and summed over the blocks. 1: a fault, 2: races; see
@@ -467,10 +444,6 @@ int emulator_launch(Module* m, const int* grid, const int* threads, u64 shared_b
 
 // Per instruction: executed, lanes, sectors and the fewest there could be, wavefronts and the fewest there could be.
 void emulator_counters(const Module* m, u64* to) {
-  for (const Counter& c : m->counters) {
-    const u64 one[] = {c.executed, c.lanes, c.sectors, c.ideal_sectors, c.wavefronts, c.ideal_wavefronts};
-    memcpy(to, one, sizeof one);
-    to += 6;
-  }
+  memcpy(to, m->counters.data(), m->counters.size() * sizeof(Counter));
 }
 }

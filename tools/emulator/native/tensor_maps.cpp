@@ -29,8 +29,8 @@ void replace(Warp& w, const Instruction& i, u32 lanes) {
     u8* place = shared_memory(w, address, BYTES, true);
     if (address % BYTES) fault(w, "tensor map at %llu, which is misaligned", (unsigned long long)address);
     if (w.block->launch->checks()) {
-      check_shared(w, address, BYTES, false);
-      check_shared(w, address, BYTES, true);
+      check_shared(w, own(w, address, BYTES, READ));
+      check_shared(w, own(w, address, BYTES, WRITE));
     }
     TensorMap map;
     memcpy(&map, place, sizeof map);
@@ -90,8 +90,8 @@ void copy(Warp& w, const Instruction& i, u32 lanes) {
   u8* place = global_memory(w, to, BYTES, true);
   if (to % BYTES || from % BYTES) fault(w, "a tensor map is misaligned");
   if (w.block->launch->checks()) {
-    check_shared(w, from, BYTES, false);
-    check_global(w, to, BYTES, true, false, map);
+    check_shared(w, own(w, from, BYTES, READ));
+    check_global(w, own(w, to, BYTES, WRITE, map));
   }
   TensorMap copied;
   memcpy(&copied, map, sizeof copied);

@@ -24,11 +24,22 @@ void allocate(Warp& w, const Instruction& i, u32 lanes) {
   if (block.tensor_columns > COLUMNS) fault(w, "no tensor memory left");
   u64 address = operand<u32>(w, i, 0)[first_lane(lanes)] + i.imm[0];
   u8* place = shared_memory(w, address, 4, true);
-  if (block.launch->checks()) check_shared(w, address, 4, true, &first);
+  if (block.launch->checks()) check_shared(w, own(w, address, 4, WRITE, &first));
   memcpy(place, &first, 4);
 }
 
-void release_columns(Warp& w, const Instruction& i, u32) { w.block->tensor_columns -= operand<u32>(w, i, 1)[0]; }
+// at: address, columns. Nobody may use them any more, as if they were written.
+void release_columns(Warp& w, const Instruction& i, u32) {
+  Block& block = *w.block;
+  const u32 first = operand<u32>(w, i, 0)[0] & 0xffff, count = operand<u32>(w, i, 1)[0];
+  for (u32 lane = 0; lane < TENSOR_LANES && block.launch->checks(); lane += 16) {
+    for (u32 column = first; column < first + count; ++column) {
+      check_tensor_memory(w, lane, column, true, w.id, w.clock.at[w.id]);
+      block.columns[lane / 16 * COLUMNS + column] = TensorColumn();
+    }
+  }
+  block.tensor_columns -= count;
+}
 
 // The fields of the instruction descriptor of tcgen05.mma.
 struct Shape {
@@ -122,8 +133,8 @@ void mma(Warp& w, const Instruction& i, u32 lanes) {
 // at[0]: mbarrier
 void commit(Warp& w, const Instruction& i, u32 lanes) {
   const int lane = first_lane(lanes);
-  u64 address = i.imm[0] == 8 ? operand<u64>(w, i, 0)[lane] : operand<u32>(w, i, 0)[lane];
-  Mbarrier& b = mbarrier(w, address);
+  u64 address = i.imm[1] == 8 ? operand<u64>(w, i, 0)[lane] : operand<u32>(w, i, 0)[lane];
+  Mbarrier& b = mbarrier(w, address + i.imm[0]);
   if (b.pending <= b.commits.size()) fault(w, "tcgen05.commit to an mbarrier that awaits no more arrivals");
   b.arriving.join(w.clock);
   b.commits.push_back({w.block->products.size(), w.id, ++w.product_groups});
@@ -142,7 +153,8 @@ void move(Warp& w, const Instruction& i, u32 lanes) {
     for (int half = 0; half < 2 && block.launch->checks(); ++half) {  // 16 lanes each
       const u32 at = column + r + (half && split >= 0 ? split : 0), lane = first + (half && split < 0 ? 16 : 0);
       if (at >= block.tensor_columns) fault(w, "tensor memory at column %u of %u", at, block.tensor_columns);
-      check_tensor_memory(w, lane, at, store, w.id, w.clock.at[w.id]);
+      check_tensor_memory(w, lane, at, store, store ? w.id : LOAD + w.id,
+                          store ? w.clock.at[w.id] : w.tensor_loads + 1);
       if (store) w.stored_columns.push_back(&block.columns[lane / 16 * COLUMNS + at]);
     }
     for (u32 lane = 0; lane < LANES; ++lane) {
@@ -193,7 +205,8 @@ void add_tensor_memory(Table& t) {
   t["tcgen05.mma"] = mma;
   t["tcgen05.commit"] = commit;
   t["tcgen05.move"] = move;
-  t["tcgen05.wait"] = wait_for_stores;
+  t["tcgen05.wait.st"] = wait_for_stores;
+  t["tcgen05.wait.ld"] = [](Warp& w, const Instruction&, u32) { w.clock.at[LOAD + w.id] = ++w.tensor_loads; };
 }
 
 }  // namespace emulator
