@@ -16,8 +16,11 @@ from torch import Tensor
 from . import _native
 from ._plain import is_plain, other_derivatives
 
-# a, b, bias, added, c; M, N, K, six strides, dtype
-_matmul = _native.function("mk_matmul", "5Q10q")
+_matmul = _native.function(
+    "mk_matmul",
+    "a b bias added c",
+    "M N K a_stride_row a_stride_column b_stride_row b_stride_column added_stride_row c_stride_row dtype",
+)
 
 
 def product(
@@ -44,8 +47,8 @@ def product(
     if ours and depth:  # without channels (no rows in a gradient), torch gives zeros
         bias = None if bias is None else bias.contiguous()
         added = None if added is None else _native.adjacent_channels(added)
-        strides = (*rows.stride(), *weight.stride()[::-1], 0 if added is None else added.stride(0), result.stride(0))
-        _matmul(rows, weight, bias, added, result, *result.shape, depth, *strides, _native.DTYPES[x.dtype])
+        M, N = result.shape
+        _matmul(a=rows, b=weight.t(), bias=bias, added=added, c=result, M=M, N=N, K=depth, dtype=x.dtype)
     elif bias is None and added is None:
         torch.mm(rows, weight.t(), out=result)
     else:

@@ -117,7 +117,7 @@ def test_views(view, vectors, dtype, on_hopper) -> None:
 def test_strides_of_the_result(on_hopper) -> None:
     x, wide = torch.randn(2, 6, 8), torch.full((2, 21, 12), 7.0)
     y = wide[:, :20, :8]
-    native_impl._cuda_fwd(*native_impl._block(x, None, y, [2, 3], [4, 5]), cuda.CPU, cuda.STREAM)
+    native_impl._cuda_fwd(**native_impl._block(x, None, y, [2, 3], [4, 5]), device=cuda.CPU, stream=cuda.STREAM)
     assert torch.equal(y, native_impl.cuda_forward(x, None, [2, 3], [4, 5]))
     assert (wide[:, 20] == 7).all() and (wide[:, :, 8:] == 7).all()
 
@@ -144,29 +144,26 @@ def test_nothing_to_do_launches_nothing(on_hopper) -> None:
 # ---- Errors ----
 
 
-def call(x: Tensor, y: Tensor, rows: Tensor | None = None, device: int = cuda.CPU, stream: int = cuda.STREAM, **fields):
+def call(x: Tensor, y: Tensor, rows: Tensor | None = None, **fields: object) -> None:
     """mk_feature_resample_cuda_fwd on x (R, 6, C) and y (M, 20, C), with other fields of its block."""
-    block = {
-        "M": len(y), "in_h": 2, "in_w": 3, "out_h": 4, "out_w": 5, "C": x.shape[2],
-        "x_stride_row": x.stride(0), "x_stride_token": x.stride(1),
-        "y_stride_row": y.stride(0), "y_stride_token": y.stride(1), "dtype": 0,
-    }  # fmt: skip
-    native_impl._cuda_fwd(x, rows, y, *(block | fields).values(), device, stream)
+    block = native_impl._block(x, rows, y, [2, 3], [4, 5]) | {"device": cuda.CPU, "stream": cuda.STREAM}
+    native_impl._cuda_fwd(**block | fields)
 
 
 X, Y = torch.zeros(3, 6, 8), torch.zeros(3, 20, 8)
 
 
-def test_errors_of_the_library(on_hopper) -> None:
+def test_errors_of_the_library(on_hopper, monkeypatch) -> None:
     call(X, Y)
     with pytest.raises(ValueError, match=r"^mk_feature_resample_cuda_fwd: in_h must be in \[1, 32767\], got 0$"):
         call(X, Y, in_h=0)
+    monkeypatch.setitem(_native.DTYPES, torch.float64, 3)
     with pytest.raises(ValueError, match=r"dtype must be in \[0, 2\], got 3"):
-        call(X, Y, dtype=3)
+        call(X, Y, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
         call(X, Y, device=5)
-    with pytest.raises(ValueError, match=r"the argument block must have 128 bytes, got 112"):
-        _native.function("mk_feature_resample_cuda_fwd", "3Q11q", "cuda")(*[None] * 3, *[0] * 11)
+    with pytest.raises(ValueError, match=r"the argument block must have 128 bytes, got 8"):
+        _native.function("mk_feature_resample_cuda_fwd", "x", "", "cuda")(x=None)
     assert len(on_hopper.launches) == 1
 
 
@@ -180,8 +177,6 @@ WRONG = {
     "a row that does not exist": {"rows": torch.tensor([0, 3, 1])},
     "fewer rows than results": {"rows": torch.tensor([0, 1])},
     "more results than there is memory for": {"M": 4},
-    "tokens too far apart": {"x_stride_token": 16},
-    "results before the memory": {"y_stride_row": -160},
     "more channels than there are": {"C": 12},
 }
 
@@ -193,13 +188,27 @@ def test_accesses_outside_of_the_tensors(wrong, on_hopper) -> None:
     call(X, Y)  # a fault leaves nothing behind
 
 
+WRONG_STRIDES = {"tokens too far apart": ("x", (48, 16)), "results before the memory": ("y", (-160, 8))}
+
+
+@pytest.mark.parametrize(("tensor", "strides"), WRONG_STRIDES.values(), ids=WRONG_STRIDES)
+def test_strides_that_leave_the_tensors(tensor, strides, on_hopper, monkeypatch) -> None:
+    x, y = X.clone(), Y.clone()
+    wrong = {"x": x, "y": y}[tensor]
+    true = _native._strides
+    with monkeypatch.context() as patch, pytest.raises(cuda.Fault):
+        patch.setattr(_native, "_strides", lambda t, count: strides if t is wrong else true(t, count))
+        call(x, y)
+    call(X, Y)  # a fault leaves nothing behind
+
+
 def test_work_on_another_stream(on_hopper) -> None:
     with pytest.raises(cuda.Fault, match="on stream 0x0, but the caller's stream is 0x57ea00"):
         call(X, Y, stream=0)
 
 
 def test_afterwards_the_library_is_the_ordinary_one() -> None:
-    before = _native.function, _native._cuda, _native.cuda_reason, native_impl._cuda_fwd
+    before = _native._call, _native._cuda, _native.cuda_reason
     with cuda.library("80"):
-        assert _native.cuda_reason() is None and native_impl._cuda_fwd is not before[-1]
-    assert (_native.function, _native._cuda, _native.cuda_reason, native_impl._cuda_fwd) == before
+        assert _native.cuda_reason() is None and _native._call is not before[0]
+    assert (_native._call, _native._cuda, _native.cuda_reason) == before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,9 +37,9 @@ def calls(monkeypatch) -> list[int]:
     seen = []
     matmul = _linear._matmul
 
-    def spy(*fields: int) -> None:
-        seen.append(fields[7])
-        matmul(*fields)
+    def spy(**fields: Any) -> None:
+        seen.append(fields["K"])
+        matmul(**fields)
 
     monkeypatch.setattr(_linear, "_matmul", spy)
     return seen

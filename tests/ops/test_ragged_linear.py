@@ -383,12 +383,11 @@ def test_cpp_does_not_depend_on_threads(monkeypatch) -> None:
 def test_bad_arguments_of_cpp() -> None:
     if _native.cpu_reason() is not None:
         pytest.skip(str(_native.cpu_reason()))
-    with pytest.raises(ValueError, match="must have 48 bytes, got 40"):
-        _native.function("mk_ragged_linear_sum", "2Q3q")(*[None] * 2, *[0] * 3)
     with pytest.raises(ValueError, match=r"C must be in \[0, .*\], got -1"):
-        native_impl._sum(None, None, 1, -1, 1, 0)
+        native_impl._sum(x=None, sum=None, R=1, C=-1, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):
-        native_impl._unfold(*[None] * 8, *[0] * 4, 2)
+        x = torch.zeros(1, 1, dtype=torch.float16)
+        native_impl.weight_gradients(x, x[0], x, x[0], x[0], x)
 
 
 PAIRS = RaggedPairs.from_routing(mask("x.", "xx"))

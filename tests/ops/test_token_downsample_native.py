@@ -199,8 +199,6 @@ def test_nothing_to_do():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="must have 160 bytes, got 152"):
-        _native.function("mk_token_downsample", "11Q8q")(*[None] * 11, *[0] * 8)
     x = torch.zeros(1, 4, 8)
     for arguments, message in (
         ((8, x, 2), r"step must be in \[0, 7\], got 8"),

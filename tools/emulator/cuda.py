@@ -14,16 +14,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import inspect
 import math
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,7 +29,6 @@ from unittest import mock
 import torch
 
 from mova_kernels import _native
-from mova_kernels._plain import address
 
 from .machine import BUILD, Fault, Kernel, Launch, Memory, run
 from .memory import memory_of
@@ -308,22 +305,21 @@ def library(architecture: str) -> Iterator[Library]:
     """
     emulated = _library(architecture)
     emulated.launches.clear()
-    function = _native.function
+    call = _native._call
 
-    def emulated_function(name: str, layout: str, library: str = "cpu") -> Callable[..., None]:
-        original = function(name, layout, library)
-        return _twin(original, emulated) if library == "cuda" else original
+    def emulated_call(name: str, library: str, block: bytes, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        if library == "cuda":
+            emulated.call(name, block, [x for x in tensors if x is not None])
+        else:
+            call(name, library, block, tensors)
 
-    replacements = [
-        (_native, "function", emulated_function),
-        (_native, "_cuda", lambda: emulated.loaded),
-        (_native, "cuda_reason", lambda: None),
-        (_native, "cuda_stream", lambda device: STREAM),
-        *((module, name, _twin(original, emulated)) for module, name, original in _cuda_functions()),
-    ]
-    with ExitStack() as stack:
-        for replacement in replacements:
-            stack.enter_context(mock.patch.object(*replacement))
+    with mock.patch.multiple(
+        _native,
+        _call=emulated_call,
+        _cuda=lambda: emulated.loaded,
+        cuda_reason=lambda: None,
+        cuda_stream=lambda device: STREAM,
+    ):
         yield emulated
 
 
@@ -333,26 +329,3 @@ def _library(architecture: str) -> Library:
     if emulated.loaded.mk_abi_version() != _native.ABI_VERSION:
         raise ImportError("csrc and mova_kernels have different ABI versions")
     return emulated
-
-
-def _cuda_functions() -> Iterator[tuple[Any, str, Callable[..., None]]]:
-    """The C functions of the CUDA library that modules of mova_kernels hold: module, attribute, function."""
-    made_here = f"{_native.function.__qualname__}.<locals>"
-    for module in [m for name, m in sys.modules.items() if name.startswith("mova_kernels.")]:
-        for name, value in vars(module).items():
-            if inspect.isfunction(value) and value.__qualname__.startswith(made_here):
-                if inspect.getclosurevars(value).nonlocals["library"] == "cuda":
-                    yield module, name, value
-
-
-def _twin(original: Callable[..., None], emulated: Library) -> Callable[..., None]:
-    """What a function made by _native.function does, on the emulator: it knows its tensors."""
-    made_with = inspect.getclosurevars(original).nonlocals
-    name, pack, pointers = made_with["name"], made_with["pack"], made_with["pointers"]
-
-    def call(*fields: Any) -> None:
-        tensors = fields[:pointers]
-        block = pack(*map(address, tensors), *fields[pointers:])
-        emulated.call(name, block, [x for x in tensors if x is not None])
-
-    return call

@@ -7,11 +7,17 @@ from torch import Tensor
 
 from ... import _native
 
-# q, k, v, cos, sin, out, lse; P, L, H, D, six strides, dtype
-_fwd = _native.function("mk_expert_attention_fwd", "7Q11q")
-
-# grad, q, k, v, out, lse, cos, sin, grad_q, grad_k, grad_v; P, L, H, D, eight strides, dtype
-_bwd = _native.function("mk_expert_attention_bwd", "11Q13q")
+_fwd = _native.function(
+    "mk_expert_attention_fwd",
+    "q k v cos sin out lse",
+    "P L H D q_stride_pair q_stride_token k_stride_pair k_stride_token v_stride_pair v_stride_token dtype",
+)
+_bwd = _native.function(
+    "mk_expert_attention_bwd",
+    "grad q k v out lse cos sin grad_q grad_k grad_v",
+    "P L H D grad_stride_pair grad_stride_token q_stride_pair q_stride_token"
+    " k_stride_pair k_stride_token v_stride_pair v_stride_token dtype",
+)
 
 
 def forward(
@@ -26,8 +32,8 @@ def forward(
     if used < num_pairs:
         out[used:], lse[used:] = 0, 0
     _fwd(
-        q, k, v, cos.contiguous(), sin.contiguous(), out, lse,
-        used, length, num_heads, width // num_heads, *_strides(q, k, v), _native.DTYPES[q.dtype],
+        q=q, k=k, v=v, cos=cos.contiguous(), sin=sin.contiguous(), out=out, lse=lse,
+        P=used, L=length, H=num_heads, D=width // num_heads, dtype=q.dtype,
     )  # fmt: skip
     return out, lse
 
@@ -40,16 +46,12 @@ def backward(
     grad, q, k, v = (_native.adjacent_channels(t) for t in (grad, q, k, v))
     num_pairs, length, width = q.shape
     used = num_pairs if count is None else int(count)
-    grads = _native.empty(q, *q.shape), _native.empty(q, *q.shape), _native.empty(q, *q.shape)
+    grad_q, grad_k, grad_v = (_native.empty(q, *q.shape) for _ in range(3))
     if used < num_pairs:
-        for g in grads:
-            g[used:] = 0
+        grad_q[used:], grad_k[used:], grad_v[used:] = 0, 0, 0
     _bwd(
-        grad, q, k, v, out.contiguous(), lse.contiguous(), cos.contiguous(), sin.contiguous(), *grads,
-        used, length, num_heads, width // num_heads, *_strides(grad, q, k, v), _native.DTYPES[q.dtype],
+        grad=grad, q=q, k=k, v=v, out=out.contiguous(), lse=lse.contiguous(),
+        cos=cos.contiguous(), sin=sin.contiguous(), grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
+        P=used, L=length, H=num_heads, D=width // num_heads, dtype=q.dtype,
     )  # fmt: skip
-    return grads
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for t in tensors for stride in t.stride()[:2]]
+    return grad_q, grad_k, grad_v

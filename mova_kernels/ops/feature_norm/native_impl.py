@@ -10,12 +10,12 @@ from torch import Tensor
 from ... import _native
 from ..feature_resample import native_impl as feature_resample
 
-# x, rows, y, rstd; M, in_h, in_w, out_h, out_w, C, two strides; eps; dtype
-_fwd = _native.function("mk_feature_norm_fwd", "4Q8qdq")
-# x, rows, n, rstd; as above
-_centre = _native.function("mk_feature_norm_centre", "4Q8qdq")
-# grad, rows, y, rstd, grad_t; M, L, C, two strides, dtype
-_bwd = _native.function("mk_feature_norm_bwd", "5Q6q")
+_NUMBERS = "M in_h in_w out_h out_w C x_stride_row x_stride_token eps:double dtype"
+_fwd = _native.function("mk_feature_norm_fwd", "x rows y rstd", _NUMBERS)
+_centre = _native.function("mk_feature_norm_centre", "x rows n rstd", _NUMBERS)
+_bwd = _native.function(
+    "mk_feature_norm_bwd", "grad rows y rstd grad_t", "M L C grad_stride_row grad_stride_token dtype"
+)
 
 
 def forward(
@@ -48,10 +48,11 @@ def centred(
     rows = None if rows is None else rows.contiguous()
     m = x.shape[0] if rows is None else rows.shape[0]
     n = x.new_empty(m, *x.shape[1:])
-    rstd = x.new_empty((m, out_size[0] * out_size[1]), dtype=torch.float32)
+    (in_h, in_w), (out_h, out_w) = in_size, out_size
+    rstd = x.new_empty((m, out_h * out_w), dtype=torch.float32)
     _centre(
-        x, rows, n, rstd,
-        m, *in_size, *out_size, x.shape[2], *x.stride()[:2], eps, _native.DTYPES[x.dtype],
+        x=x, rows=rows, n=n, rstd=rstd,
+        M=m, in_h=in_h, in_w=in_w, out_h=out_h, out_w=out_w, C=x.shape[2], eps=eps, dtype=x.dtype,
     )  # fmt: skip
     return n, rstd
 
@@ -64,9 +65,10 @@ def _forward(
     x, rows, y = feature_resample.forward_operands(x, rows, out_size)
     m, tokens, channels = y.shape
     rstd = y.new_empty((m, tokens), dtype=torch.float32)
+    (in_h, in_w), (out_h, out_w) = in_size, out_size
     _fwd(
-        x, rows, y, rstd,
-        m, *in_size, *out_size, channels, *x.stride()[:2], eps, _native.DTYPES[x.dtype],
+        x=x, rows=rows, y=y, rstd=rstd,
+        M=m, in_h=in_h, in_w=in_w, out_h=out_h, out_w=out_w, C=channels, eps=eps, dtype=x.dtype,
     )  # fmt: skip
     return y, rstd
 
@@ -77,10 +79,8 @@ def _backward(
     grad, rows = _native.adjacent_channels(grad), None if rows is None else rows.contiguous()
     y, rstd = y.contiguous(), rstd.contiguous()
     resampled = torch.empty_like(y)  # its gradient, rounded to the dtype as in torch
-    _bwd(
-        grad, rows, y, rstd, resampled,
-        *y.shape, *grad.stride()[:2], _native.DTYPES[y.dtype],
-    )  # fmt: skip
+    M, L, C = y.shape
+    _bwd(grad=grad, rows=rows, y=y, rstd=rstd, grad_t=resampled, M=M, L=L, C=C, dtype=y.dtype)
     found = resampled if in_size == out_size else feature_resample.cpu_backward(resampled, in_size, out_size)
     if rows is None:
         return found

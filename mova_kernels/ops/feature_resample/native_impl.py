@@ -8,11 +8,12 @@ from torch import Tensor
 
 from ... import _native
 
-# x, rows, y; M, in_h, in_w, out_h, out_w, C, four strides, dtype; for CUDA also device, stream
-_cpu_fwd = _native.function("mk_feature_resample_fwd", "3Q11q")
-_cpu_bwd = _native.function("mk_feature_resample_bwd", "3Q11q")
-_cuda_fwd = _native.function("mk_feature_resample_cuda_fwd", "3Q11qqQ", "cuda")
-_cuda_bwd = _native.function("mk_feature_resample_cuda_bwd", "3Q11qqQ", "cuda")
+_TENSORS = "x rows y"
+_NUMBERS = "M in_h in_w out_h out_w C x_stride_row x_stride_token y_stride_row y_stride_token dtype"
+_cpu_fwd = _native.function("mk_feature_resample_fwd", _TENSORS, _NUMBERS)
+_cpu_bwd = _native.function("mk_feature_resample_bwd", _TENSORS, _NUMBERS)
+_cuda_fwd = _native.function("mk_feature_resample_cuda_fwd", _TENSORS, f"{_NUMBERS} device stream:uint64", "cuda")
+_cuda_bwd = _native.function("mk_feature_resample_cuda_bwd", _TENSORS, f"{_NUMBERS} device stream:uint64", "cuda")
 
 
 def cpu_forward(x: Tensor, rows: Tensor | None, in_size: list[int], out_size: list[int]) -> Tensor:
@@ -21,14 +22,14 @@ def cpu_forward(x: Tensor, rows: Tensor | None, in_size: list[int], out_size: li
     Strides of rows and tokens are free; channels that are not adjacent are copied first. Rows are not range-checked.
     """
     x, rows, y = forward_operands(x, rows, out_size)
-    _cpu_fwd(*_block(x, rows, y, in_size, out_size))
+    _cpu_fwd(**_block(x, rows, y, in_size, out_size))
     return y
 
 
 def cpu_backward(grad: Tensor, in_size: list[int], out_size: list[int]) -> Tensor:
     """The adjoint: (M, H*W, C), strides as above -> (M, h*w, C), contiguous."""
     grad, grad_x = _backward_operands(grad, in_size)
-    _cpu_bwd(*_block(grad_x, None, grad, in_size, out_size))
+    _cpu_bwd(**_block(grad_x, None, grad, in_size, out_size))
     return grad_x
 
 
@@ -36,7 +37,7 @@ def cuda_forward(x: Tensor, rows: Tensor | None, in_size: list[int], out_size: l
     """As :func:`cpu_forward`, on torch's current stream of the tensor's device."""
     x, rows, y = forward_operands(x, rows, out_size)
     device = x.get_device()
-    _cuda_fwd(*_block(x, rows, y, in_size, out_size), device, _native.cuda_stream(device))
+    _cuda_fwd(**_block(x, rows, y, in_size, out_size), device=device, stream=_native.cuda_stream(device))
     return y
 
 
@@ -44,7 +45,7 @@ def cuda_backward(grad: Tensor, in_size: list[int], out_size: list[int]) -> Tens
     """As :func:`cpu_backward`, on torch's current stream of the tensor's device."""
     grad, grad_x = _backward_operands(grad, in_size)
     device = grad.get_device()
-    _cuda_bwd(*_block(grad_x, None, grad, in_size, out_size), device, _native.cuda_stream(device))
+    _cuda_bwd(**_block(grad_x, None, grad, in_size, out_size), device=device, stream=_native.cuda_stream(device))
     return grad_x
 
 
@@ -60,18 +61,10 @@ def _backward_operands(grad: Tensor, in_size: list[int]) -> tuple[Tensor, Tensor
     return _native.adjacent_channels(grad), grad_x
 
 
-def _block(x: Tensor, rows: Tensor | None, y: Tensor, in_size: list[int], out_size: list[int]) -> tuple[Any, ...]:
+def _block(x: Tensor, rows: Tensor | None, y: Tensor, in_size: list[int], out_size: list[int]) -> dict[str, Any]:
     """The fields of mk_feature_resample_args."""
-    m, _, channels = y.shape
-    return (
-        x,
-        rows,
-        y,
-        m,
-        *in_size,
-        *out_size,
-        channels,
-        *x.stride()[:2],
-        *y.stride()[:2],
-        _native.DTYPES[x.dtype],
-    )
+    (in_h, in_w), (out_h, out_w) = in_size, out_size
+    return {
+        "x": x, "rows": rows, "y": y,
+        "M": y.shape[0], "in_h": in_h, "in_w": in_w, "out_h": out_h, "out_w": out_w, "C": y.shape[2], "dtype": x.dtype,
+    }  # fmt: skip

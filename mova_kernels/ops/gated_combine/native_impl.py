@@ -19,10 +19,14 @@ from ..ragged_linear.native_impl import column_sums
 
 TOKENS_PER_PART = 64  # mk::tokens_per_part of csrc/gated_combine/gated_combine_cpu.h
 
-# x, scale, shift, z; L, I, two strides; eps, gate; dtype
-_fwd = _native.function("mk_gated_combine_fwd", "4Q4q2dq")
-# x, dz, scale, shift, dx, z, dscale, dshift, dgate; L, I, stride; eps, gate; dtype
-_bwd = _native.function("mk_gated_combine_bwd", "9Q3q2dq")
+_fwd = _native.function(
+    "mk_gated_combine_fwd", "x scale shift z", "L I x_stride_token z_stride_token eps:double gate:double dtype"
+)
+_bwd = _native.function(
+    "mk_gated_combine_bwd",
+    "x dz scale shift grad_x z grad_scale grad_shift grad_gate",
+    "L I x_stride_token eps:double gate:double dtype",
+)
 
 
 def forward(
@@ -142,7 +146,7 @@ def _of_samples(tables: PairTables) -> list[list[int]]:
 def _weigh(x: Tensor, scale: Tensor, shift: Tensor, gate: float, z: Tensor, eps: float) -> None:
     """z = gate * (normalised(x) * scale + shift) for (L, I), all of one dtype; z may be a slice of channels."""
     x, scale, shift = _native.adjacent_channels(x), scale.contiguous(), shift.contiguous()
-    _fwd(x, scale, shift, z, *x.shape, x.stride(0), z.stride(0), eps, gate, _native.DTYPES[x.dtype])
+    _fwd(x=x, scale=scale, shift=shift, z=z, L=x.shape[0], I=x.shape[1], eps=eps, gate=gate, dtype=x.dtype)
 
 
 def _weigh_backward(
@@ -151,5 +155,8 @@ def _weigh_backward(
 ) -> None:  # fmt: skip
     """What follows ``gate`` is written; the sums over tokens are partial, (parts, I) and (L,)."""
     x, dz, scale, shift = _native.adjacent_channels(x), dz.contiguous(), scale.contiguous(), shift.contiguous()
-    written = (grad_x, z, grad_scale, grad_shift, grad_gate)
-    _bwd(x, dz, scale, shift, *written, *x.shape, x.stride(0), eps, gate, _native.DTYPES[x.dtype])
+    _bwd(
+        x=x, dz=dz, scale=scale, shift=shift,
+        grad_x=grad_x, z=z, grad_scale=grad_scale, grad_shift=grad_shift, grad_gate=grad_gate,
+        L=x.shape[0], I=x.shape[1], eps=eps, gate=gate, dtype=x.dtype,
+    )  # fmt: skip

@@ -17,13 +17,13 @@ from ...ragged import PairTables
 from ..feature_resample import native_impl as feature_resample
 from . import reference
 
-# x, sum; R, C, stride, dtype
-_sum = _native.function("mk_ragged_linear_sum", "2Q4q")
-# dV, W, total, scale, shift, dW, dscale, dshift; O, C, two strides, dtype
-_unfold = _native.function("mk_ragged_linear_unfold", "8Q5q")
-
-# x, scale, shift, y; M, in_h, in_w, out_h, out_w, C, dtype
-_resample = _native.function("mk_ragged_linear_resample", "4Q7q")
+_sum = _native.function("mk_ragged_linear_sum", "x sum", "R C x_stride_row dtype")
+_unfold = _native.function(
+    "mk_ragged_linear_unfold",
+    "grad_folded weight total scale shift grad_weight grad_scale grad_shift",
+    "O C grad_folded_stride_row weight_stride_row dtype",
+)
+_resample = _native.function("mk_ragged_linear_resample", "x scale shift y", "M in_h in_w out_h out_w C dtype")
 
 
 class Resampling(NamedTuple):
@@ -35,8 +35,11 @@ class Resampling(NamedTuple):
 
     def forward(self, x: Tensor, rows: Tensor, constant: Tensor, out: Tensor) -> None:
         """(n, h*w, O), (n,), (O,) -> (n, H*W, O)."""
-        rstd, constant = self.rstd[rows], constant.float()
-        _resample(x, rstd, constant, out, len(x), *self.in_size, *self.out_size, x.shape[2], _native.DTYPES[x.dtype])
+        (in_h, in_w), (out_h, out_w) = self.in_size, self.out_size
+        _resample(
+            x=x, scale=self.rstd[rows], shift=constant.float(), y=out,
+            M=len(x), in_h=in_h, in_w=in_w, out_h=out_h, out_w=out_w, C=x.shape[2], dtype=x.dtype,
+        )  # fmt: skip
 
     def adjoint(self, dy: Tensor, rows: Tensor) -> Tensor:
         """(n, H*W, O), (n,) -> (n, h*w, O)."""
@@ -117,10 +120,10 @@ def weight_gradients(
     scale, shift = scale.contiguous(), shift.contiguous()
     grad_weight = torch.empty_like(grad_folded, memory_format=torch.contiguous_format)
     grad_scale, grad_shift = (grad_folded.new_empty(len(scale), dtype=torch.float32) for _ in range(2))
-    tensors = (grad_folded, weight, total, scale, shift, grad_weight, grad_scale, grad_shift)
     _unfold(
-        *tensors, *weight.shape, grad_folded.stride(0), weight.stride(0),
-        _native.DTYPES[weight.dtype],
+        grad_folded=grad_folded, weight=weight, total=total, scale=scale, shift=shift,
+        grad_weight=grad_weight, grad_scale=grad_scale, grad_shift=grad_shift,
+        O=weight.shape[0], C=weight.shape[1], dtype=weight.dtype,
     )  # fmt: skip
     return grad_weight, grad_scale, grad_shift, total
 
@@ -129,5 +132,5 @@ def column_sums(x: Tensor) -> Tensor:
     """(R, C) -> (C,) fp32."""
     x = _native.adjacent_channels(x)
     total = x.new_empty(x.shape[1], dtype=torch.float32)
-    _sum(x, total, *x.shape, x.stride(0), _native.DTYPES[x.dtype])
+    _sum(x=x, sum=total, R=x.shape[0], C=x.shape[1], dtype=x.dtype)
     return total

@@ -7,11 +7,17 @@ from torch import Tensor
 
 from ... import _native
 
-# gate, up, weight, bias, y, mean, rstd; B, L, width, F, four strides; eps; dtype
-_fwd = _native.function("mk_swiglu_norm_fwd", "7Q8qdq")
-# grad, gate, up, weight, mean, rstd, grad_gate, grad_up, sums, grad_weight, grad_bias; B, L, width, F, blocks, six
-# strides, dtype
-_bwd = _native.function("mk_swiglu_norm_bwd", "11Q12q")
+_fwd = _native.function(
+    "mk_swiglu_norm_fwd",
+    "gate up weight bias y mean rstd",
+    "B L width F gate_stride_sample gate_stride_token up_stride_sample up_stride_token eps:double dtype",
+)
+_bwd = _native.function(
+    "mk_swiglu_norm_bwd",
+    "grad gate up weight mean rstd grad_gate grad_up sums grad_weight grad_bias",
+    "B L width F blocks grad_stride_sample grad_stride_token"
+    " gate_stride_sample gate_stride_token up_stride_sample up_stride_token dtype",
+)
 
 # The gradients of weight and bias are summed in up to BLOCKS blocks of tokens, which threads share.
 BLOCKS, LEAST_TOKENS = 128, 16
@@ -26,9 +32,10 @@ def forward(
     weight, bias = _parameter(weight), _parameter(bias)
     out = _native.empty(gate, *gate.shape)
     mean, rstd = (gate.new_empty(gate.shape[:2], dtype=torch.float32) for _ in range(2))
+    B, L, width = gate.shape
     _fwd(
-        gate, up, weight, bias, out, mean, rstd,
-        *gate.shape, channels, *gate.stride()[:2], *up.stride()[:2], eps, _native.DTYPES[common],
+        gate=gate, up=up, weight=weight, bias=bias, y=out, mean=mean, rstd=rstd,
+        B=B, L=L, width=width, F=channels, eps=eps, dtype=common,
     )  # fmt: skip
     return out.to(dtype), mean, rstd
 
@@ -40,14 +47,14 @@ def backward(
     dtypes, common = (gate.dtype, up.dtype), _common_dtype(gate, up)
     grad, gate, up = (_native.adjacent_channels(t.to(common)) for t in (grad, gate, up))
     weight, mean, rstd = _parameter(weight), mean.contiguous(), rstd.contiguous()
-    width, blocks = gate.shape[2], max(1, min(BLOCKS, mean.numel() // LEAST_TOKENS))
+    (B, L, width), blocks = gate.shape, max(1, min(BLOCKS, mean.numel() // LEAST_TOKENS))
     grad_gate, grad_up = _native.empty(gate, *gate.shape), _native.empty(up, *up.shape)
     sums = weight.new_empty((blocks, 2, width))
     grad_weight, grad_bias = weight.new_empty(width), weight.new_empty(width)
     _bwd(
-        grad, gate, up, weight, mean, rstd, grad_gate, grad_up, sums, grad_weight, grad_bias,
-        *gate.shape, channels, blocks, *grad.stride()[:2], *gate.stride()[:2], *up.stride()[:2],
-        _native.DTYPES[common],
+        grad=grad, gate=gate, up=up, weight=weight, mean=mean, rstd=rstd,
+        grad_gate=grad_gate, grad_up=grad_up, sums=sums, grad_weight=grad_weight, grad_bias=grad_bias,
+        B=B, L=L, width=width, F=channels, blocks=blocks, dtype=common,
     )  # fmt: skip
     return grad_gate.to(dtypes[0]), grad_up.to(dtypes[1]), grad_weight, grad_bias
 

@@ -16,8 +16,11 @@ from ... import _native
 from ..._linear import product
 from .reference import StageWeights
 
-# x, grad, outer, weight, bias, taps, gate, grad_mean, y, partial, sums; B, R, C, two strides, pool, step, dtype; eps
-_call = _native.function("mk_token_downsample", "11Q8qd")
+_call = _native.function(
+    "mk_token_downsample",
+    "x grad outer weight bias taps gate grad_mean y partial sums",
+    "B R C outer_stride_sample outer_stride_token pool step dtype eps:double",
+)
 # mk_token_downsample_step
 NORM_SILU, CONV, NORM_ADD, NORM_ADD_BWD, GATE_BWD, NORM_SILU_BWD, CONV_BWD, ADD_BWD = range(8)
 _ROWS_OF_SUMS = {CONV: 1, NORM_ADD_BWD: 2, GATE_BWD: 1, NORM_SILU_BWD: 2, CONV_BWD: 11}
@@ -96,13 +99,14 @@ def step(
 ) -> Tensor:  # fmt: skip
     """One pass; the tensors are described in the header. Returns the sums over tokens, (B, C) or (rows, C) fp32."""
     num_samples, _, channels = x.shape
+    weight, bias = norm
     rows = _ROWS_OF_SUMS.get(which, 0)
     partial = x.new_empty((num_samples, resolution, rows, channels), dtype=torch.float32)
     sums = x.new_empty((num_samples if rows == 1 else rows, channels), dtype=torch.float32)
     _call(
-        x, grad, outer, *norm, taps, gate, grad_mean, y, partial, sums,
-        num_samples, resolution, channels, *((0, 0) if outer is None else outer.stride()[:2]), pool, which,
-        _native.DTYPES[x.dtype], eps,
+        x=x, grad=grad, outer=outer, weight=weight, bias=bias, taps=taps, gate=gate, grad_mean=grad_mean, y=y,
+        partial=partial, sums=sums, B=num_samples, R=resolution, C=channels, pool=pool, step=which, dtype=x.dtype,
+        eps=eps,
     )  # fmt: skip
     return sums
 

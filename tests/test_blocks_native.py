@@ -1,0 +1,117 @@
+"""Argument blocks: every C function gets the fields that its header declares, in their order and of their kinds."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mova_kernels import _native, ops
+
+HEADERS = "".join(path.read_text() for path in sorted(Path(__file__).parents[1].glob("csrc/*/*.h")))
+LETTERS = {"uint64_t": "Q", "int64_t": "q", "double": "d"}
+DECLARATION = r"(struct )?(\w+) ([\w, ]+);"
+
+
+def structs() -> dict[str, dict[str, str]]:
+    """The fields of every argument block in their order, with their C types; those of nested blocks in their place."""
+    found: dict[str, dict[str, str]] = {}
+    for name, body in re.findall(r"^struct (mk_\w+_args) \{$(.*?)^\};$", HEADERS, re.MULTILINE | re.DOTALL):
+        fields = found[name] = {}
+        for line in re.sub(r"//.*", "", body).split("\n"):
+            if line.strip():
+                nested, kind, names = re.fullmatch(DECLARATION, line.strip()).groups()
+                fields |= found[kind] if nested else dict.fromkeys(names.split(", "), kind)
+    return found
+
+
+STRUCTS = structs()
+DECLARED = re.findall(r"^MK_API int (mk_\w+)\(const void\* \w+, uint64_t nbytes\);", HEADERS, re.MULTILINE)
+FUNCTIONS = {
+    value.__name__: value
+    for name, module in list(sys.modules.items())
+    if name.startswith("mova_kernels.")
+    for value in vars(module).values()
+    if callable(value) and getattr(value, "__name__", "") in DECLARED
+}
+
+
+def fields_of(function: str) -> dict[str, str]:
+    """Both passes of an op may share a struct."""
+    return STRUCTS.get(f"{function}_args") or STRUCTS[re.sub("_(fwd|bwd)$", "_args", function)]
+
+
+def is_tensor(field: str, kind: str) -> bool:
+    return kind == "uint64_t" and field != "stream"
+
+
+def test_headers_are_understood() -> None:
+    assert STRUCTS["mk_rope2d_args"] == {
+        **dict.fromkeys(("x", "cos", "sin", "y"), "uint64_t"),
+        **dict.fromkeys(("B", "L", "H", "D", "x_stride_sample", "x_stride_token", "x_stride_head"), "int64_t"),
+        **dict.fromkeys(("adjoint", "dtype"), "int64_t"),
+    }
+    assert list(STRUCTS["mk_feature_resample_cuda_args"])[-3:] == ["dtype", "device", "stream"]
+    assert len(STRUCTS) == len(re.findall(r"struct \w+_args \{", HEADERS))
+    assert {name for function in DECLARED for name in STRUCTS if STRUCTS[name] is fields_of(function)} == set(STRUCTS)
+    assert ops.__all__ and set(FUNCTIONS) == set(DECLARED)
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_block_is_what_the_header_says(name, monkeypatch) -> None:
+    """Every field gets a value of its own, and is found where the C struct has it."""
+    fields, values, expected = fields_of(name), itertools.count(1), {}
+    names = sorted(fields, key=lambda field: "_stride_" in field)  # strides are no parameters, but local variables
+    assert FUNCTIONS[name].__code__.co_varnames == (*names, "block")
+    for field, kind in fields.items():
+        if is_tensor(field, kind):
+            expected[field] = torch.empty(0).as_strided((0,) * 4, [next(values) for _ in range(4)])
+        elif "_stride_" not in field:
+            expected[field] = {"uint64_t": next(values), "int64_t": -next(values), "double": next(values) / 2}[kind]
+    expected["dtype"] = torch.bfloat16
+    blocks, tensors = [], {f: t for f, t in expected.items() if isinstance(t, torch.Tensor)}
+    addresses = {id(t): next(values) for t in tensors.values()}
+    monkeypatch.setattr(_native, "address", lambda t: addresses[id(t)])
+    monkeypatch.setattr(_native, "_call", lambda *arguments: blocks.append(arguments))
+    FUNCTIONS[name](**expected)
+
+    ((called, library, block, given),) = blocks
+    assert (called, library) == (name, "cuda" if "_cuda_" in name else "cpu")
+    assert [id(t) for t in given] == [id(t) for t in tensors.values()]
+    found = dict(zip(fields, struct.unpack("=" + "".join(map(LETTERS.get, fields.values())), block), strict=True))
+    for field, t in tensors.items():
+        expected[field] = addresses[id(t)]
+        expected |= zip([f for f in fields if f.startswith(f"{field}_stride_")], t.stride(), strict=False)
+    assert found == expected | {"dtype": _native.DTYPES[torch.bfloat16]}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_missing_and_unknown_fields_are_named(name) -> None:
+    given = dict.fromkeys(f for f in fields_of(name) if "_stride_" not in f)
+    for field in given:
+        with pytest.raises(TypeError, match=rf"{name}\(\) missing 1 required keyword-only argument: '{field}'"):
+            FUNCTIONS[name](**{f: value for f, value in given.items() if f != field})
+    with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'other'"):
+        FUNCTIONS[name](**given, other=1)
+
+
+@pytest.mark.parametrize("name", [name for name in DECLARED if "_cuda_" not in name])
+def test_block_of_another_size_is_refused(name) -> None:
+    if _native.cpu_reason() is not None:
+        pytest.skip(str(_native.cpu_reason()))
+    message = f"{name}: the argument block must have {8 * len(fields_of(name))} bytes, got 8"
+    with pytest.raises(ValueError, match=message):
+        _native.function(name, "x", "")(x=None)
+
+
+def test_fields_of_none() -> None:
+    """No tensor is address 0, with strides of 0."""
+    if _native.cpu_reason() is not None:
+        pytest.skip(str(_native.cpu_reason()))
+    fields = {**dict.fromkeys(("x", "cos", "sin", "y")), **dict.fromkeys("BLHD", 0)}
+    FUNCTIONS["mk_rope2d"](**fields, adjoint=False, dtype=torch.float32)
