@@ -1,20 +1,21 @@
 """mova: the MoVA model around mova_kernels, as a citizen of transformers; importing it registers the Auto classes."""
 
 try:
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 except ImportError as error:
     raise ImportError(f'mova needs transformers: pip install "mova-kernels[mova]" ({error})') from error
 
 from . import experts
 from .cache import FeatureCache
-from .configuration import MoVAConfig
+from .configuration_mova import MoVAConfig
 from .encoders import VisionEncoder
 from .experts import VisionExpert
-from .modeling import MoVAForConditionalGeneration
+from .image_processing_mova import MoVAImageProcessor
+from .modeling_mova import MoVAForConditionalGeneration
 from .official import official_system_prompt, official_template
 from .pipeline import Answer, Fusion, MoVAPipeline, Route
 from .pool import ExpertPool, Placement
-from .processing import MoVAProcessor
+from .processing_mova import MoVAProcessor
 from .routing import (
     Prompts,
     RoutingPrompt,
@@ -29,6 +30,7 @@ from .routing import (
 AutoConfig.register(MoVAConfig.model_type, MoVAConfig)
 AutoModel.register(MoVAConfig, MoVAForConditionalGeneration)
 AutoModelForImageTextToText.register(MoVAConfig, MoVAForConditionalGeneration)
+AutoImageProcessor.register(MoVAConfig, MoVAImageProcessor)
 AutoProcessor.register(MoVAConfig, MoVAProcessor)
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Fusion",
     "MoVAConfig",
     "MoVAForConditionalGeneration",
+    "MoVAImageProcessor",
     "MoVAPipeline",
     "MoVAProcessor",
     "Placement",

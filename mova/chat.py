@@ -15,8 +15,8 @@ from .images import PreparedImage
 from .routing import is_unicode, prompts
 
 if TYPE_CHECKING:
-    from .modeling import MoVAForConditionalGeneration
-    from .processing import MoVAProcessor
+    from .modeling_mova import MoVAForConditionalGeneration
+    from .processing_mova import MoVAProcessor
 
 IMAGE_TOKEN = "<image>"
 _KINDS = ("image", "image_url", "text")

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from . import experts as known
 from ._checks import check, check_int
-from .configuration import MoVAConfig
+from .configuration_mova import MoVAConfig
 from .convert import convert
 from .demo import run as run_demo
 from .images import open_image

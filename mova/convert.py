@@ -21,13 +21,13 @@ from mova_kernels.ops import rope2d_table
 
 from ._checks import check, check_weights
 from .checkpoint import read_state
-from .configuration import MoVAConfig
+from .configuration_mova import MoVAConfig
 from .encoders import VisionEncoder
 from .encoders.keys import from_official, from_public, to_official, to_public
 from .experts import BASE, OFFICIAL, VisionExpert
-from .modeling import ROUTING_LORA, MoVAForConditionalGeneration
+from .modeling_mova import ROUTING_LORA, MoVAForConditionalGeneration
 from .official import official_system_prompt, official_template
-from .processing import IMAGE_TOKEN, MoVAProcessor
+from .processing_mova import IMAGE_TOKEN, MoVAProcessor
 
 Directory = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 

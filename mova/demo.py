@@ -13,12 +13,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import trange
 from transformers import BertConfig, BertTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from .configuration import MoVAConfig
+from .configuration_mova import MoVAConfig
 from .experts import BASE, OFFICIAL, VisionExpert
-from .modeling import MoVAForConditionalGeneration
+from .modeling_mova import MoVAForConditionalGeneration
 from .pictures import Picture, pictures
 from .pipeline import MoVAPipeline
-from .processing import IMAGE_TOKEN, MoVAProcessor
+from .processing_mova import IMAGE_TOKEN, MoVAProcessor
 from .routing import prompts
 from .visualize import routing_figure
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from ._checks import check
 from ._lock import Lock, locked
 from .cache import FeatureCache
-from .configuration import MoVAConfig
+from .configuration_mova import MoVAConfig
 from .experts import VisionExpert
 from .generating import check_positions, generate_arguments, length_limits
 from .hub import loading_arguments, pinned
 from .images import PreparedImage
 from .inspection import attention_maps, recorded
-from .modeling import MoVAForConditionalGeneration
-from .processing import MoVAProcessor, per_image
+from .modeling_mova import MoVAForConditionalGeneration
+from .processing_mova import MoVAProcessor, per_image
 from .routing import TEMPLATE, Prompts, parse_routing, prompts, routing_mask
 
 ROUTER_TOKENS = 16  # of the router's answer, as in the official code

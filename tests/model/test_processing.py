@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
 
-from mova import MoVAProcessor, experts, prompts
+from mova import MoVAImageProcessor, MoVAProcessor, experts, prompts
 from mova.demo import small_model
 from mova.images import prepare
 from mova.pictures import pictures
@@ -137,6 +139,22 @@ def test_saved_and_found_again(processor, tmp_path):
         found = again(*arguments, experts="all", questions=question)[key]
         pairs = zip(value.values(), found.values(), strict=True) if isinstance(value, dict) else [(value, found)]
         assert all(torch.equal(a, b) for a, b in pairs), key
+
+
+def test_the_image_processor_is_found_by_itself(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    found = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(found) is MoVAImageProcessor
+    assert torch.equal(found(IMAGE)["pixel_values"], processor.image_processor(IMAGE)["pixel_values"])
+
+
+def test_a_folder_from_before_image_processors_were_saved(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    fields = json.loads(file.read_text())
+    del fields["image_processor"]
+    file.write_text(json.dumps(fields))
+    assert AutoProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
 
 
 def test_a_tokenizer_must_number_the_placeholder_as_the_model_does(processor):

@@ -20,7 +20,7 @@ from ._lock import Lock, locked, locked_with_lora
 from ._wrapped import compute_device, compute_dtype
 from .chat import RoutingRequest, route_requested
 from .checkpoint import check_files, read_json, weight_files
-from .configuration import MoVAConfig
+from .configuration_mova import MoVAConfig
 from .encoders import VisionEncoder
 from .generating import PromptGenerationMixin, cache_length, check_values
 from .hub import UploadsFolders, elsewhere, folder, loading_arguments, pinned

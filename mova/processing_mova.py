@@ -11,16 +11,16 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from ._checks import check, check_int
 from ._lock import Lock
 from .chat import IMAGE_TOKEN, RoutingRequest, chat_images, chat_questions, check_chats, gate_texts, message_text
 from .checkpoint import read_json
-from .configuration import MoVAConfig
+from .configuration_mova import MoVAConfig
 from .experts import VisionExpert
 from .hub import UploadsFolders, loading_arguments, small_files
+from .image_processing_mova import MoVAImageProcessor, flat_images
 from .images import PreparedImage
 from .routing import routing_mask
 
@@ -42,35 +42,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-
-
-class MoVAImageProcessor(BaseImageProcessor):
-    """Images as the base encoder takes them, for those who know the image processors of transformers.
-
-    Args:
-        base: the base encoder's VisionExpert as the config has it.
-    """
-
-    model_input_names = ["pixel_values"]  # noqa: RUF012  # as in transformers
-
-    def __init__(self, base: Mapping[str, Any], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.base = dict(base)
-        expert = VisionExpert(**self.base)
-        self.size = {"height": expert.image_size, "width": expert.image_size}
-        self.image_mean, self.image_std = expert.mean, expert.std
-
-    def preprocess(self, images: Any, return_tensors: str = "pt", **kwargs: Any) -> BatchFeature:
-        """pixel_values (M, 3, S, S) of one image, a list, or a list of lists, as the processor takes them.
-
-        Raises:
-            TypeError, ValueError: an argument breaks its rule, or an image cannot be read.
-        """
-        check(return_tensors == "pt", "return_tensors", "must be 'pt'", return_tensors)
-        check(not kwargs, "preprocess", "must have no other argument", sorted(kwargs), TypeError)
-        expert, flat = VisionExpert(**self.base), _flat(images)
-        check(flat, "images", "must not be empty", images)
-        return BatchFeature({"pixel_values": torch.stack([PreparedImage(x).view(expert) for x in flat])})
 
 
 class MoVAProcessor(UploadsFolders, ProcessorMixin):
@@ -132,6 +103,10 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         """As in transformers."""
         self.question_words = len(self.question_tokenizer)
         return super().save_pretrained(os.fspath(save_directory), push_to_hub, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; the image processor stands in it, where ``AutoImageProcessor`` looks for it."""
+        return {**super().to_dict(), "image_processor": self.image_processor.to_dict()}
 
     def _folders(self) -> list[str]:
         return [_QUESTIONS, "additional_chat_templates"]
@@ -325,7 +300,7 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
             isinstance(text, str | list | tuple) and text, "text", "must be a text or a list of texts", text, TypeError
         )
         texts = [text] if isinstance(text, str) else list(text)  # type: ignore[arg-type]
-        opened = [image if isinstance(image, PreparedImage) else PreparedImage(image) for image in _flat(images)]
+        opened = [image if isinstance(image, PreparedImage) else PreparedImage(image) for image in flat_images(images)]
         places = [t.count(IMAGE_TOKEN) for t in texts]
         total = sum(places)
         check(total == len(opened), "images", f"must be {total}, as many as {IMAGE_TOKEN} in text", len(opened))
@@ -414,14 +389,6 @@ def per_image(experts: Any, count: int, pool: Sequence[str]) -> list[Any]:
         return [experts] * count
     check(len(experts) == count, "experts", f"must be names ({', '.join(pool)}) or {count} entries", experts)
     return list(experts)
-
-
-def _flat(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    if not isinstance(images, list | tuple):
-        return [images]
-    return [image for entry in images for image in (entry if isinstance(entry, list | tuple) else [entry])]
 
 
 def _check_words(tokenizer: Any, expected: int | None) -> int:
