@@ -11,7 +11,7 @@ from .configuration_mova import MoVAConfig
 from .encoders import VisionEncoder
 from .experts import VisionExpert
 from .image_processing_mova import MoVAImageProcessor
-from .modeling_mova import MoVAForConditionalGeneration
+from .modeling_mova import MoVAForConditionalGeneration, MoVAModel, MoVAPreTrainedModel
 from .official import official_system_prompt, official_template
 from .pipeline import Answer, Fusion, MoVAPipeline, Route
 from .pool import ExpertPool, Placement
@@ -28,7 +28,7 @@ from .routing import (
 )
 
 AutoConfig.register(MoVAConfig.model_type, MoVAConfig)
-AutoModel.register(MoVAConfig, MoVAForConditionalGeneration)
+AutoModel.register(MoVAConfig, MoVAModel)
 AutoModelForImageTextToText.register(MoVAConfig, MoVAForConditionalGeneration)
 AutoImageProcessor.register(MoVAConfig, MoVAImageProcessor)
 AutoProcessor.register(MoVAConfig, MoVAProcessor)
@@ -41,7 +41,9 @@ __all__ = [
     "MoVAConfig",
     "MoVAForConditionalGeneration",
     "MoVAImageProcessor",
+    "MoVAModel",
     "MoVAPipeline",
+    "MoVAPreTrainedModel",
     "MoVAProcessor",
     "Placement",
     "Prompts",

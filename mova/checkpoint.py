@@ -12,8 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ._checks import check
+from .generating import check_values
 
 
 def read_state(source: Path, variant: str | None = None) -> dict[str, Tensor]:
@@ -100,6 +102,18 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
+def check_model_directory(directory: Path, variant: str | None) -> None:
+    """Raise where a file of a model's directory is damaged or cut off, and name it: transformers does not always."""
+    if not (directory / "config.json").is_file():
+        return  # on the hub, or no model: transformers says so
+    read_json(directory / "config.json")
+    if (directory / "generation_config.json").exists():
+        _check_generation(directory / "generation_config.json")
+    for index in directory.glob("*.index*.json"):
+        check(isinstance(read_json(index).get("metadata"), dict), f"metadata in {index}", "must be an object", None)
+    check_files(weight_files(directory, variant))
+
+
 def _shards(index: Path) -> list[str]:
     """The files that an index names, which lie beside it."""
     names = read_json(index).get("weight_map")
@@ -135,3 +149,19 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     is_state = is_state and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
     check(is_state, "source", "must hold tensors by name", str(file))
     return found
+
+
+def _check_generation(file: Path) -> None:
+    """Raise where a generation config has a value of another type: transformers reports some of them, without the file,
+    when it generates."""
+    fields = read_json(file)
+    try:
+        check_values(fields)
+        GenerationConfig.from_dict(fields)
+    except Exception as error:  # whatever a comparison makes of a value of another type
+        raise ValueError(f"{file} cannot be used: {error}") from error
+    for name, value in fields.items():
+        if name.endswith("_token_id") and value is not None:
+            numbers = value if isinstance(value, list) else [value]
+            fits = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+            check(fits, f"{name} in {file}", "must be an int or ints", value)

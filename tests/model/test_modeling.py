@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     LlamaConfig,
@@ -16,6 +17,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import mova
 from mova import MoVAConfig, MoVAForConditionalGeneration, MoVAPipeline, MoVAProcessor, prompts
@@ -169,6 +171,35 @@ def test_one_beam_of_several_is_the_search_without_images_in_the_embeddings(pipe
         eos_token_id=511,
     )  # fmt: skip
     assert torch.equal(new_tokens(pipeline.model, inputs, num_beams=3), expected)
+
+
+def test_the_model_without_its_head(pipeline, saved_model, tmp_path):
+    whole = MoVAForConditionalGeneration.from_pretrained(saved_model)
+    inputs = inputs_for(pipeline)
+    model = AutoModel.from_pretrained(saved_model)
+    assert type(model) is mova.MoVAModel and model.get_input_embeddings() is not None
+    assert whole.state_dict().keys() - model.state_dict().keys() == {"language_model.lm_head.weight"}
+    assert model.state_dict().keys() < whole.state_dict().keys()
+    with torch.no_grad():
+        found, expected = model(**inputs), whole(**inputs, output_hidden_states=True)
+    assert isinstance(found, BaseModelOutputWithPast)
+    torch.testing.assert_close(found.last_hidden_state, expected.hidden_states[-1])
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = AutoModel.from_pretrained(tmp_path)(**inputs)
+    torch.testing.assert_close(again.last_hidden_state, found.last_hidden_state)
+
+
+def test_the_model_without_its_head_picks_no_experts(pipeline, saved_model):
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": pictures()[0].image}, {"type": "text", "text": "What?"}],
+        }
+    ]
+    inputs = pipeline.processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    with pytest.raises(TypeError, match="routing must be a bool tensor"):
+        AutoModel.from_pretrained(saved_model)(**inputs)
 
 
 def test_the_output_object_of_generate(pipeline):

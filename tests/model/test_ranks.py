@@ -195,7 +195,7 @@ def test_the_gradients_are_those_of_one_process(tmp_path):
 def test_under_zero2_gradients_come_in_an_order_that_does_not_depend_on_the_batch(free_text, monkeypatch):
     """DeepSpeed's ZeRO-2 adds up the gradients of all processes as they come; this stands in for its marks."""
     monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
-    monkeypatch.setattr("mova.modeling_mova.runs_every_part", lambda _: True)
+    monkeypatch.setattr("mova.image_features.runs_every_part", lambda _: True)
     model = tiny(free_text)
     order: list[str] = []
     for number, (name, parameter) in enumerate(model.named_parameters()):
