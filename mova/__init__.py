@@ -1,7 +1,10 @@
 """mova: the MoVA model around mova_kernels, as a citizen of transformers; importing it registers the Auto classes."""
 
 try:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+    # Without torchvision, old versions of transformers keep the class back, which does not need it here.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 except ImportError as error:
     raise ImportError(f'mova needs transformers: pip install "mova-kernels[mova]" ({error})') from error
 

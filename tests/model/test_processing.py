@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mova import MoVAImageProcessor, MoVAProcessor, experts, prompts
 from mova.demo import small_model
