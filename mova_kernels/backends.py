@@ -169,8 +169,15 @@ def _beyond_limits(op: str, sizes: Mapping[str, int]) -> dict[str, str]:
         b.name: f"it takes {name} {_text(values)}, not {sizes[name]}"
         for b in _TABLE[op].values()
         for name, values in b.takes.items()
-        if name in sizes and sizes[name] not in values
+        if name in sizes and not _takes(values, sizes[name])
     }
+
+
+def _takes(values: Sequence[int], size: int) -> bool:
+    """``size in values``, which torch.compile cannot ask of a size that may change."""
+    if not isinstance(values, range):
+        return any(size == value for value in values)
+    return values[0] <= size <= values[-1] and (values.step == 1 or (size - values[0]) % values.step == 0)
 
 
 def _text(values: Sequence[int]) -> str:
