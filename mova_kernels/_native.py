@@ -129,7 +129,10 @@ def function(name: str, tensors: str, numbers: str, library: str = "cpu") -> Cal
     for tensor in pointers:
         of_tensor = [field for field in values if field.startswith(f"{tensor}_stride_")]
         if of_tensor:
-            lines.append(f"{', '.join(of_tensor)}, = _strides({tensor}, {len(of_tensor)})")
+            count = len(of_tensor)
+            lines.append(
+                f"{', '.join(of_tensor)}, = {tensor}.stride()[:{count}] if {tensor} is not None else {(0,) * count}"
+            )
             strides.update(of_tensor)
     parameters = [*pointers, *(field for field in values if field not in strides)]
     fields = [*(f"address({tensor})" for tensor in pointers), *values.values()]
@@ -140,11 +143,7 @@ def function(name: str, tensors: str, numbers: str, library: str = "cpu") -> Cal
     return made[name]
 
 
-_pack = struct.pack  # the generated functions call this and the two functions below
-
-
-def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:
-    return (0,) * count if x is None else x.stride()[:count]
+_pack = struct.pack  # the generated functions call this and _call
 
 
 def _call(name: str, library: str, block: bytes, tensors: tuple[Tensor | None, ...]) -> None:

@@ -115,25 +115,21 @@ def choose(
     """
     name = requested(op, backend)
     only = None if tensors is None else only_reference(tensors)
-    unfit = {**_beyond_limits(op, sizes or {}), **(unfit or {})}
-    if only:
-        unfit = {**dict.fromkeys(_TABLE[op], only), "reference": unfit.get("reference", "")}
+
+    def refusal(b: Backend) -> str | None:
+        reason = b.declines(device, dtype) or (only if b.name != "reference" else None)
+        return reason or (unfit or {}).get(b.name) or _beyond_limits(b, sizes or {})
+
     if name == "auto":
         for b in _TABLE[op].values():
-            if not unfit.get(b.name) and not b.only_when_asked(device) and not b.declines(device, dtype):
+            if not b.only_when_asked(device) and not refusal(b):
                 if b.caution and not torch.compiler.is_compiling():
                     _warn(b.caution)
                 return b.name
-        reasons = (
-            f"{b.name}: {unfit.get(b.name) or b.only_when_asked(device) or b.declines(device, dtype)}"
-            for b in _TABLE[op].values()
-        )
+        reasons = (f"{b.name}: {refusal(b) or b.only_when_asked(device)}" for b in _TABLE[op].values())
         raise BackendError(f"no backend can run {op} on {device.type} {dtype}: {'; '.join(reasons)}")
     candidate = _TABLE[op].get(name)
-    if candidate is None:
-        reason: str | None = f"it has no such implementation ({_names(op)})"
-    else:
-        reason = candidate.declines(device, dtype) or unfit.get(name)
+    reason = refusal(candidate) if candidate else f"it has no such implementation ({_names(op)})"
     if reason:
         raise BackendError(f"backend {name!r} cannot run {op} on {device.type} {dtype}: {reason}")
     return name
@@ -154,7 +150,8 @@ def implementation(
         ValueError: ``backend`` is none with kernels.
         BackendError: it cannot run the op here.
     """
-    check(backend in _MODULES, "backend", f"must be one of {', '.join(_MODULES)}", backend)
+    if backend not in _MODULES:  # the rule is not written out for every call
+        check(False, "backend", f"must be one of {', '.join(_MODULES)}", backend)
     return _module(op, choose(op, backend, x.device, x.dtype, sizes, unfit=unfit))
 
 
@@ -163,21 +160,19 @@ def _module(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f"mova_kernels.ops.{op}.{_MODULES[backend]}")
 
 
-def _beyond_limits(op: str, sizes: Mapping[str, int]) -> dict[str, str]:
-    """The reason for each backend that does not take one of the sizes."""
-    return {
-        b.name: f"it takes {name} {_text(values)}, not {sizes[name]}"
-        for b in _TABLE[op].values()
-        for name, values in b.takes.items()
-        if name in sizes and not _takes(values, sizes[name])
-    }
+def _beyond_limits(b: Backend, sizes: Mapping[str, int]) -> str | None:
+    """The reason if the backend does not take one of the sizes."""
+    for name, values in b.takes.items():
+        if name in sizes and not _takes(values, sizes[name]):
+            return f"it takes {name} {_text(values)}, not {sizes[name]}"
+    return None
 
 
 def _takes(values: Sequence[int], size: int) -> bool:
     """``size in values``, which torch.compile cannot ask of a size that may change."""
     if not isinstance(values, range):
         return any(size == value for value in values)
-    return values[0] <= size <= values[-1] and (values.step == 1 or (size - values[0]) % values.step == 0)
+    return values.start <= size < values.stop and (values.step == 1 or (size - values.start) % values.step == 0)
 
 
 def _text(values: Sequence[int]) -> str:

@@ -335,23 +335,17 @@ _TENSOR_MAP_FIELDS = (
 
 def _tensor_map_field(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: address, value; imm: offset, bytes of both, which field, and of which dimension."""
-    base, offset = _base_and_offset(s.operands[0])
-    width = _register_bits(d, base, "32")
     dimension = int(s.operands[1], 0) if len(s.operands) == 3 else 0
-    i.at = [d.operand(i, base, width), d.operand(i, s.operands[-1], m[2])]
-    i.imm = [offset, int(width) // 8, int(m[2]) // 8, _TENSOR_MAP_FIELDS.index(m[1]), dimension]
+    d.add(i, f"[] {m[2]}", s.operands[0], s.operands[-1])
+    i.imm += [int(m[2]) // 8, _TENSOR_MAP_FIELDS.index(m[1]), dimension]
     i.name = "tensormap.replace"
 
 
 def _tensor_map_copy(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: to, from; imm: their offsets, bytes of the latter's register."""
-    base, _ = _base_and_offset(s.operands[1])
-    width = _register_bits(d, base, "32")
-    d.add(i, "[64]", s.operands[0])
-    d.add(i, f"[{width}]", s.operands[1])
     if int(s.operands[2], 0) != 128:
         raise Unsupported("a tensor map has 128 bytes")
-    i.imm.append(int(width) // 8)
+    d.add(i, "[64] []", *s.operands[:2])
     i.name = "tensormap.copy"
 
 

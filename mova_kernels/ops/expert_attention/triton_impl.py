@@ -114,7 +114,8 @@ def _forward_kernel(
         v_tile += v_step
     result = acc / total[:, None]
     store_tile(o_tile, result, rows, L, TILES_CUT)
-    fits = tl.sum(result * 0.0, 1) == 0.0  # else the sum of values did not, though their mean does
+    # A sum of values may overflow although their mean does not. NaN hands such a query to triton_wide.py.
+    fits = tl.sum(result * 0.0, 1) == 0.0
     tl.store(lse_row, tl.where(fits, (largest + tl.log2(total)) / LOG2_E, float("nan")), mask=rows < L)
 
 

@@ -11,7 +11,7 @@ from ..._gradients import need_reference, of_reference
 from ..._library import define
 from . import reference
 
-# The widest F: Triton keeps a token in the registers of one program, C++ on the stack.
+# Triton keeps a token in the registers of one program, C++ on the stack.
 LIMITS = {"F": {"triton": range(4097), "cpu": range(8193)}}
 
 backends.register("swiglu_norm", _triton.BACKEND, _native.BACKEND, limits=LIMITS)

@@ -13,7 +13,7 @@ from ..._plain import autocast
 from . import reference
 from .reference import StageWeights
 
-# So many fit into the registers of a program, or into a buffer of the C++ code.
+# Triton keeps the channels of a token in the registers of one program, C++ in a buffer.
 LIMITS = {"channels": {"triton": range(2049), "cpu": range(8193)}}
 
 backends.register("token_downsample", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
