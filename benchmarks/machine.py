@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import mova_kernels
-from mova_kernels import _native
+from mova_kernels import _compiled
 from mova_kernels._linear import product
 from mova_kernels.info import cpu_name
 
@@ -67,8 +67,8 @@ def versions() -> dict[str, str]:
         "mova_kernels": mova_kernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "compiler": _native.build_info().get("compiler", "not built"),
-        "instruction set": "none" if _native.cpu_reason() else _native.cpu_isa(),
+        "compiler": _compiled.build_info().get("compiler", "not built"),
+        "instruction set": "none" if _compiled.cpu_reason() else _compiled.cpu_isa(),
         "kernel": platform.release(),
     }
     if torch.version.cuda:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _native
+from . import _compiled
 from ._plain import is_plain, other_derivatives
 
-_matmul = _native.function(
+_matmul = _compiled.function(
     "mk_matmul",
     "a b bias added c",
     "M N K a_stride_row a_stride_column b_stride_row b_stride_column added_stride_row c_stride_row dtype",
@@ -40,13 +40,13 @@ def product(
     """
     ours = _is_ours(x, weight)
     if out is None:
-        out = (_native.empty if ours else Tensor.new_empty)(x, *x.shape[:-1], weight.shape[0])
+        out = (_compiled.empty if ours else Tensor.new_empty)(x, *x.shape[:-1], weight.shape[0])
     rows, result = _rows(x), _rows(out)
     added = None if added is None else _rows(added)
     depth = x.shape[-1]
     if ours and depth:  # without channels (no rows in a gradient), torch gives zeros
         bias = None if bias is None else bias.contiguous()
-        added = None if added is None else _native.adjacent_channels(added)
+        added = None if added is None else _compiled.adjacent_channels(added)
         M, N = result.shape
         _matmul(a=rows, b=weight.t(), bias=bias, added=added, c=result, M=M, N=N, K=depth, dtype=x.dtype)
     elif bias is None and added is None:
@@ -98,7 +98,7 @@ def _is_ours(*operands: Tensor) -> bool:
     for t in operands:
         if t.dtype != dtype or not t.is_cpu:
             return False
-    if _native.cpu_reason() is not None or _native.cpu_isa() == "base":
+    if _compiled.cpu_reason() is not None or _compiled.cpu_isa() == "base":
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and not _has_amx())
 

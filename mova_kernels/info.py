@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import _native, backends
+from . import _compiled, backends
 from ._version import __version__
 
 
@@ -36,14 +36,14 @@ def collect() -> dict[str, Any]:
         "cpu": {
             "name": _probe(cpu_name),
             "threads": torch.get_num_threads(),
-            "instruction sets": _probe(lambda: ", ".join(_native.cpu_isas())),
-            "chosen": _probe(_native.cpu_isa),
+            "instruction sets": _probe(lambda: ", ".join(_compiled.cpu_isas())),
+            "chosen": _probe(_compiled.cpu_isa),
         },
         "cuda": _probe(_cuda),
         "native": {
-            "build": _probe(_native.build_info),
-            "cpu library": _probe(lambda: _native.cpu_reason() or "usable"),
-            "cuda library": _probe(lambda: _native.cuda_reason() or "usable"),
+            "build": _probe(_compiled.build_info),
+            "cpu library": _probe(lambda: _compiled.cpu_reason() or "usable"),
+            "cuda library": _probe(lambda: _compiled.cuda_reason() or "usable"),
         },
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MOVA_")},
         "backends": _probe(_backends),

@@ -10,7 +10,8 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # a cached graph would t
 import pytest
 import torch
 
-from mova_kernels import _native, _triton
+from mova_kernels import _compiled
+from mova_kernels._triton import availability
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +40,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-@pytest.fixture(params=() if _native.cpu_reason() else _native.cpu_isas())
+@pytest.fixture(params=() if _compiled.cpu_reason() else _compiled.cpu_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set of this processor, one after the other; skips where there is no native library."""
-    before = _native.cpu_isa()
-    _native.set_cpu_isa(request.param)
+    """Every instruction set of this processor, one after the other; skips where there is no compiled library."""
+    before = _compiled.cpu_isa()
+    _compiled.set_cpu_isa(request.param)
     yield request.param
-    _native.set_cpu_isa(before)
+    _compiled.set_cpu_isa(before)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -82,7 +83,7 @@ def triton_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if interpreted:
         from interpreter import strict
 
-        monkeypatch.setattr(_triton, "INTERPRETED_DTYPES", _triton.DTYPES)
+        monkeypatch.setattr(availability, "INTERPRETED_DTYPES", availability.DTYPES)
         with strict():
             yield
     else:

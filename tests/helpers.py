@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mova_kernels import RaggedPairs
@@ -175,3 +176,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 def _name(i: int) -> str:
     return "value" if i == 0 else f"gradient of input {i - 1}"
+
+
+def interpolate(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """torch's own resampling, computed in ``dtype`` on a (M, h*w, C) tensor."""
+    grid = x.to(dtype).unflatten(1, in_size).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=out_size, mode="bilinear", align_corners=False)
+    return grid.permute(0, 2, 3, 1).flatten(1, 2)

@@ -8,7 +8,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from mova_kernels import BackendError, _native, _triton, backends, ops, use_backend
+from mova_kernels import BackendError, _compiled, backends, ops, use_backend
+from mova_kernels._triton import availability
 from mova_kernels.backends import ENVIRONMENT_VARIABLE, Backend, choose, explain
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -169,7 +170,7 @@ def test_ops_obey() -> None:
 
 def test_auto_never_takes_cuda(monkeypatch) -> None:
     """Also where the library, the driver and the device are there."""
-    monkeypatch.setattr(_native, "cuda_reason", lambda: None)
+    monkeypatch.setattr(_compiled, "cuda_reason", lambda: None)
     for op in backends.ops():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert choose(op, None, CUDA, dtype) != "cuda"
@@ -178,8 +179,8 @@ def test_auto_never_takes_cuda(monkeypatch) -> None:
 
 
 def test_missing_libraries_are_the_reason(monkeypatch) -> None:
-    monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
-    monkeypatch.setattr(_native, "cuda_reason", lambda: "there is no driver")
+    monkeypatch.setattr(_compiled, "cpu_reason", lambda: "it was never built")
+    monkeypatch.setattr(_compiled, "cuda_reason", lambda: "there is no driver")
     assert choose(OP, None, CPU, F32) == "reference"
     for backend, device, reason in (("cpu", CPU, "it was never built"), ("cuda", CUDA, "there is no driver")):
         assert explain(device)[OP][backend] == reason
@@ -221,8 +222,8 @@ def test_explanation_of_a_request_that_cannot_be_met_has_nothing_that_runs() -> 
 
 def test_old_triton_is_refused_with_a_reason(monkeypatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(_triton, "_version", lambda: (3, 5))
-    assert _triton.declines(CUDA, F32) == "it needs triton 3.6, not 3.5"
+    monkeypatch.setattr(availability, "_version", lambda: (3, 5))
+    assert availability.declines(CUDA, F32) == "it needs triton 3.6, not 3.5"
 
 
 @pytest.mark.parametrize(
@@ -237,9 +238,9 @@ def test_old_triton_is_refused_with_a_reason(monkeypatch) -> None:
 )
 def test_loops_are_not_pipelined_where_triton_forgets_fences(monkeypatch, version, arch, kind, expected) -> None:
     pytest.importorskip("triton")
-    from mova_kernels import _jit
+    from mova_kernels._triton import device
 
-    monkeypatch.setattr(_jit, "VERSION", version)
-    monkeypatch.setattr(_jit, "target", lambda: arch)
-    monkeypatch.setattr(_jit, "_warn_of_one_stage", lambda: None)
-    assert _jit.stages_with_fences(3, kind) == expected
+    monkeypatch.setattr(device, "VERSION", version)
+    monkeypatch.setattr(device, "target", lambda: arch)
+    monkeypatch.setattr(device, "_warn_of_one_stage", lambda: None)
+    assert device.stages_with_fences(3, kind) == expected

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mova_kernels import _native
+from mova_kernels import _compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTS = ROOT / "build" / "cmake" / "CMakeFiles"
@@ -44,7 +44,7 @@ def objects(isa: str) -> list[Path]:
 
 def test_abi_version_is_the_same_on_both_sides():
     header = (ROOT / "csrc" / "common" / "mova_kernels.h").read_text()
-    assert re.findall(r"#define MK_ABI_VERSION (\d+)", header) == [str(_native.ABI_VERSION)]
+    assert re.findall(r"#define MK_ABI_VERSION (\d+)", header) == [str(_compiled.ABI_VERSION)]
 
 
 def test_dtypes_are_the_same_on_both_sides():
@@ -52,12 +52,12 @@ def test_dtypes_are_the_same_on_both_sides():
     enumeration = re.search(r"enum mk_dtype \{(.*?)\}", header)[1]
     names = {"torch.float32": "MK_F32", "torch.bfloat16": "MK_BF16", "torch.float16": "MK_F16"}
     assert dict(re.findall(r"(MK_\w+) = (\d+)", enumeration)) == {
-        names[str(dtype)]: str(value) for dtype, value in _native.DTYPES.items()
+        names[str(dtype)]: str(value) for dtype, value in _compiled.DTYPES.items()
     }
 
 
 def test_build_info():
-    info = _native.build_info()
+    info = _compiled.build_info()
     if not info:
         pytest.skip("nothing was built")
     assert {"version", "native", "cuda", "cuda_archs", "cuda_why"} <= info.keys()

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mova_kernels import _native
+from mova_kernels import _compiled
 from mova_kernels.ops import feature_norm
 
-if _native.cpu_reason() is not None:
-    pytest.skip(str(_native.cpu_reason()), allow_module_level=True)
+if _compiled.cpu_reason() is not None:
+    pytest.skip(str(_compiled.cpu_reason()), allow_module_level=True)
 
-ISAS = [isa for isa in _native.cpu_isas() if isa != "avx512_bf16"]  # which computes here as avx512 does
+ISAS = [isa for isa in _compiled.cpu_isas() if isa != "avx512_bf16"]  # which computes here as avx512 does
 PROGRAM = """
 import sys, torch
 from mova_kernels.ops import feature_norm
@@ -34,11 +34,11 @@ def x() -> Tensor:
 @pytest.fixture(scope="module")
 def by_isa(x) -> dict[str, Tensor]:
     """What each instruction set computes in this process: sums in an order of its own, hence other bits."""
-    before, results = _native.cpu_isa(), {}
+    before, results = _compiled.cpu_isa(), {}
     for isa in ISAS:
-        _native.set_cpu_isa(isa)
+        _compiled.set_cpu_isa(isa)
         results[isa] = feature_norm([x], [(4, 4)], (5, 5), [None], backend="cpu")[0]
-    _native.set_cpu_isa(before)
+    _compiled.set_cpu_isa(before)
     assert not any(torch.equal(a, b) for a, b in combinations(results.values(), 2))
     return results
 

@@ -154,7 +154,7 @@ def test_explain_says_so() -> None:
     answers: list[dict] = []
     torch.func.grad(asked)(torch.ones(2))
     assert all(answer["reference"] == "runs" for answer in answers[0].values())
-    assert "torch.func transforms" in answers[0]["rope2d"]["cpu"] or "native" in answers[0]["rope2d"]["cpu"]
+    assert "torch.func transforms" in answers[0]["rope2d"]["cpu"] or "compiled" in answers[0]["rope2d"]["cpu"]
 
 
 BASE, EXPERTS, TEXT = tiny.inputs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -12,8 +13,8 @@ from emulator import cuda
 from helpers import check_budget
 from torch import Tensor
 
-from mova_kernels import _native
-from mova_kernels.ops.feature_resample import native_impl, reference
+from mova_kernels import _compiled
+from mova_kernels.ops.feature_resample import cuda_impl, reference
 
 if cuda.reason():
     pytest.skip(f"nothing to emulate with: {cuda.reason()}", allow_module_level=True)
@@ -55,14 +56,14 @@ def tensor_rows(rows: list[int] | None) -> Tensor | None:
 
 def check_forward(x: Tensor, rows: list[int] | None, in_size: tuple[int, int], out_size: tuple[int, int]) -> None:
     arguments = tensor_rows(rows), list(in_size), list(out_size)
-    actual = native_impl.cuda_forward(x, *arguments)
+    actual = cuda_impl.forward(x, *arguments)
     truth, plain = reference.feature_resample(x.double(), *arguments), reference.feature_resample(x, *arguments)
     check_budget("value", actual, truth, plain)
 
 
 def check_backward(grad: Tensor, in_size: tuple[int, int], out_size: tuple[int, int]) -> None:
     sizes = list(in_size), list(out_size)
-    actual = native_impl.cuda_backward(grad, *sizes)
+    actual = cuda_impl.backward(grad, *sizes)
     truth, plain = (reference.feature_resample_backward(g, *sizes) for g in (grad.double(), grad))
     check_budget("gradient", actual, truth, plain)
 
@@ -117,14 +118,14 @@ def test_views(view, vectors, dtype, on_hopper) -> None:
 def test_strides_of_the_result(on_hopper) -> None:
     x, wide = torch.randn(2, 6, 8), torch.full((2, 21, 12), 7.0)
     y = wide[:, :20, :8]
-    native_impl._cuda_fwd(**native_impl._block(x, None, y, [2, 3], [4, 5]), device=cuda.CPU, stream=cuda.STREAM)
-    assert torch.equal(y, native_impl.cuda_forward(x, None, [2, 3], [4, 5]))
+    cuda_impl._fwd(**cuda_impl.fields(x, None, y, [2, 3], [4, 5]), device=cuda.CPU, stream=cuda.STREAM)
+    assert torch.equal(y, cuda_impl.forward(x, None, [2, 3], [4, 5]))
     assert (wide[:, 20] == 7).all() and (wide[:, :, 8:] == 7).all()
 
 
 def test_more_rows_than_a_grid_has(on_hopper) -> None:
     rows = torch.arange(65_537) % 3
-    y = native_impl.cuda_forward(torch.arange(3.0)[:, None, None], rows, [1, 1], [1, 1])
+    y = cuda_impl.forward(torch.arange(3.0)[:, None, None], rows, [1, 1], [1, 1])
     assert on_hopper.launches[0].grid == (1, 65_535, 1)
     assert torch.equal(y.flatten(), rows.float())
 
@@ -137,7 +138,7 @@ def test_all_sources_and_architectures_are_emulated() -> None:
 
 def test_nothing_to_do_launches_nothing(on_hopper) -> None:
     for shape in ((0, 6, 8), (2, 6, 0)):
-        assert native_impl.cuda_forward(torch.empty(shape), None, [2, 3], [1, 2]).shape == (shape[0], 2, shape[2])
+        assert cuda_impl.forward(torch.empty(shape), None, [2, 3], [1, 2]).shape == (shape[0], 2, shape[2])
     assert not on_hopper.launches
 
 
@@ -146,8 +147,8 @@ def test_nothing_to_do_launches_nothing(on_hopper) -> None:
 
 def call(x: Tensor, y: Tensor, rows: Tensor | None = None, **fields: object) -> None:
     """mk_feature_resample_cuda_fwd on x (R, 6, C) and y (M, 20, C), with other fields of its block."""
-    block = native_impl._block(x, rows, y, [2, 3], [4, 5]) | {"device": cuda.CPU, "stream": cuda.STREAM}
-    native_impl._cuda_fwd(**block | fields)
+    block = cuda_impl.fields(x, rows, y, [2, 3], [4, 5]) | {"device": cuda.CPU, "stream": cuda.STREAM}
+    cuda_impl._fwd(**block | fields)
 
 
 X, Y = torch.zeros(3, 6, 8), torch.zeros(3, 20, 8)
@@ -157,13 +158,13 @@ def test_errors_of_the_library(on_hopper, monkeypatch) -> None:
     call(X, Y)
     with pytest.raises(ValueError, match=r"^mk_feature_resample_cuda_fwd: in_h must be in \[1, 32767\], got 0$"):
         call(X, Y, in_h=0)
-    monkeypatch.setitem(_native.DTYPES, torch.float64, 3)
+    monkeypatch.setitem(_compiled.DTYPES, torch.float64, 3)
     with pytest.raises(ValueError, match=r"dtype must be in \[0, 2\], got 3"):
         call(X, Y, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
         call(X, Y, device=5)
     with pytest.raises(ValueError, match=r"the argument block must have 128 bytes, got 8"):
-        _native.function("mk_feature_resample_cuda_fwd", "x", "", "cuda")(x=None)
+        _compiled.function("mk_feature_resample_cuda_fwd", "x", "", "cuda")(x=None)
     assert len(on_hopper.launches) == 1
 
 
@@ -193,12 +194,14 @@ WRONG_STRIDES = {"tokens too far apart": ("x", (48, 16)), "results before the me
 
 @pytest.mark.parametrize(("tensor", "strides"), WRONG_STRIDES.values(), ids=WRONG_STRIDES)
 def test_strides_that_leave_the_tensors(tensor, strides, on_hopper, monkeypatch) -> None:
-    x, y = X.clone(), Y.clone()
-    wrong = {"x": x, "y": y}[tensor]
-    true = _native._strides
+    at = f"{cuda_impl.TENSORS} {cuda_impl.NUMBERS}".split().index(f"{tensor}_stride_row")
+
+    def pack(layout: str, *fields: int) -> bytes:
+        return struct.pack(layout, *fields[:at], *strides, *fields[at + 2 :])
+
     with monkeypatch.context() as patch, pytest.raises(cuda.Fault):
-        patch.setattr(_native, "_strides", lambda t, count: strides if t is wrong else true(t, count))
-        call(x, y)
+        patch.setattr(_compiled, "_pack", pack)
+        call(X.clone(), Y.clone())
     call(X, Y)  # a fault leaves nothing behind
 
 
@@ -208,7 +211,7 @@ def test_work_on_another_stream(on_hopper) -> None:
 
 
 def test_afterwards_the_library_is_the_ordinary_one() -> None:
-    before = _native._call, _native._cuda, _native.cuda_reason
+    before = _compiled._call, _compiled._cuda, _compiled.cuda_reason
     with cuda.library("80"):
-        assert _native.cuda_reason() is None and _native._call is not before[0]
-    assert (_native._call, _native._cuda, _native.cuda_reason) == before
+        assert _compiled.cuda_reason() is None and _compiled._call is not before[0]
+    assert (_compiled._call, _compiled._cuda, _compiled.cuda_reason) == before

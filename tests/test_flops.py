@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import mova_kernels
-from mova_kernels import _native, ops
+from mova_kernels import _compiled, ops
 from mova_kernels.dense_reference import dense_adapter
 
-needs_cpu = pytest.mark.skipif(_native.cpu_reason() is not None, reason=str(_native.cpu_reason()))
+needs_cpu = pytest.mark.skipif(_compiled.cpu_reason() is not None, reason=str(_compiled.cpu_reason()))
 
 
 def count(function: Callable[[], object]) -> dict[str, int]:
@@ -138,7 +138,7 @@ def test_adapter_with_every_expert_selected() -> None:
     assert forward == true_forward
     # The dense formula keeps the scores; attention that does not computes them again, as PyTorch's own does.
     scores = 2 * 4 * 36 * 36 * config.in_channels * (3 + 1) * config.num_layers
-    assert both == true_both + scores * (_native.cpu_reason() is None)
+    assert both == true_both + scores * (_compiled.cpu_reason() is None)
 
 
 IMPORTS = {

@@ -67,6 +67,10 @@ def test_importing_parts_finds_what_it_should(tmp_path, monkeypatch) -> None:
     assert roots(imports(path, at_run_time=True)) == {"x", "a", "late"}
 
 
+def modules_of_ops(*names: str) -> list[Path]:
+    return [p for name in names for p in sorted((PACKAGE / "ops").glob(f"*/{name}.py"))]
+
+
 @each_op
 def test_op_has_its_files(op) -> None:
     folder = PACKAGE / "ops" / op
@@ -75,11 +79,16 @@ def test_op_has_its_files(op) -> None:
         assert path.is_file(), path.relative_to(ROOT)
 
 
-@pytest.mark.parametrize("op", sanitize.OPS_IN_CPP)
-def test_sanitizers_run_the_cpp_tests(op) -> None:
-    """Such tests take the instruction set from the fixture ``isa``, or ask for the backend "cpu"."""
-    tests = [Path(p) for p in sanitize.TESTS if re.fullmatch(rf"test_{op}(_native)?\.py", Path(p).name)]
-    assert any(re.search(r'\bisa\b|"cpu"', p.read_text()) for p in tests)
+@pytest.mark.parametrize("path", modules_of_ops("cpu_impl", "triton_impl"), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_implementation_has_its_tests(path) -> None:
+    assert (TESTS / "ops" / f"test_{path.parent.name}_{path.stem.removesuffix('_impl')}.py").is_file()
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.glob("ops/test_*.py")), ids=lambda p: p.stem)
+def test_sanitizers_run_every_test_of_cpp(path) -> None:
+    """An op's test of C++ takes the instruction set from the fixture ``isa``."""
+    if re.search(r"def test_\w+\([^)]*\bisa\b|\"isa\"", path.read_text()):
+        assert str(path) in sanitize.TESTS
 
 
 @each_op
@@ -94,7 +103,7 @@ def test_ops_and_backend_table_name_the_same() -> None:
 
 
 def test_every_op_test_belongs_to_an_op() -> None:
-    names = {re.sub(r"^test_|_(triton|native)$", "", p.stem) for p in (TESTS / "ops").glob("test_*.py")}
+    names = {re.sub(r"^test_|_(triton|cpu)$", "", p.stem) for p in (TESTS / "ops").glob("test_*.py")}
     assert sorted(names) == OPS
 
 
@@ -137,10 +146,6 @@ def test_model_package_needs_no_library_that_replaces_torch(path) -> None:
     assert not roots(imports(path)) & {"torchvision", "timm", "open_clip"}
 
 
-def modules_of_ops(*names: str) -> list[Path]:
-    return [p for name in names for p in sorted((PACKAGE / "ops").glob(f"*/{name}.py"))]
-
-
 def parts(path: Path) -> set[str]:
     """Every component of every imported name: {"mova_kernels", "ops", "rope2d", "reference", ...}."""
     return {part for name in imports(path) for part in name.split(".")}
@@ -148,10 +153,10 @@ def parts(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", modules_of_ops("reference"), ids=lambda p: p.parent.name)
 def test_reference_knows_only_references(path) -> None:
-    assert not parts(path) & {"op", "_native", "native_impl", "triton", "triton_impl", "backends", "_library"}
+    assert not parts(path) & {"op", "_compiled", "cpu_impl", "triton", "triton_impl", "backends", "_library"}
 
 
-@pytest.mark.parametrize("path", modules_of_ops("native_impl", "triton_impl"), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("path", modules_of_ops("cpu_impl", "triton_impl"), ids=lambda p: p.parent.name)
 def test_implementation_knows_neither_contract_nor_autograd(path) -> None:
     assert not parts(path) & {"op", "autograd", "backends", "_library", "_checks"}
     used = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
@@ -159,7 +164,7 @@ def test_implementation_knows_neither_contract_nor_autograd(path) -> None:
 
 
 def test_ragged_and_checks_know_no_op() -> None:
-    for name in ("ragged", "backends", "_checks", "_library", "_native", "config"):
+    for name in ("ragged", "backends", "_checks", "_library", "_compiled", "config"):
         assert "ops" not in parts(PACKAGE / f"{name}.py"), name
 
 

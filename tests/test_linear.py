@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from mova_kernels import _linear, _native, modules
+from mova_kernels import _compiled, _linear, modules
 from mova_kernels._linear import linear, product
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-HAS_OURS = _native.cpu_reason() is None and _native.cpu_isa() != "base"
+HAS_OURS = _compiled.cpu_reason() is None and _compiled.cpu_isa() != "base"
 ours = pytest.mark.skipif(not HAS_OURS, reason="there is no product in C++ for this processor")
 
 SHAPES = {

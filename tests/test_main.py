@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mova_kernels import _native, backends, info
+from mova_kernels import _compiled, backends, info
 
 
 def command(*arguments: str, directory: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -38,8 +38,8 @@ def test_a_failing_probe_shows_its_error_and_hides_nothing(monkeypatch):
     def fail():
         raise OSError("no such library")
 
-    monkeypatch.setattr(_native, "cpu_isas", fail)
-    monkeypatch.setattr(_native, "build_info", fail)
+    monkeypatch.setattr(_compiled, "cpu_isas", fail)
+    monkeypatch.setattr(_compiled, "build_info", fail)
     sections = info.collect()
     assert sections["cpu"]["instruction sets"] == sections["native"]["build"] == "OSError: no such library"
     check_sections(sections)

@@ -8,7 +8,7 @@ import torch
 from helpers import mask
 from torch import nn
 
-from mova_kernels import BackendError, RaggedPairs, _native, ops, use_backend
+from mova_kernels import BackendError, RaggedPairs, _compiled, ops, use_backend
 
 onnx_reference = pytest.importorskip("onnx.reference")
 pytest.importorskip("onnxscript")
@@ -60,7 +60,7 @@ def test_every_routing_and_batch_size(graph, routing) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(_native.cpu_reason() is not None, reason=str(_native.cpu_reason()))
+@pytest.mark.skipif(_compiled.cpu_reason() is not None, reason=str(_compiled.cpu_reason()))
 def test_a_kernel_by_name_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

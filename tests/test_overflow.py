@@ -6,7 +6,7 @@ import pytest
 import torch
 from op_cases import CASES
 
-from mova_kernels import _native
+from mova_kernels import _compiled
 
 LARGE = {  # which input is large
     "feature_norm": 0,
@@ -30,7 +30,7 @@ def check(name: str, backend: str) -> None:
     torch.testing.assert_close(found, torch.where(found.isnan(), torch.nan, true).float(), equal_nan=True)
 
 
-@pytest.mark.skipif(_native.cpu_reason() is not None, reason=str(_native.cpu_reason()))
+@pytest.mark.skipif(_compiled.cpu_reason() is not None, reason=str(_compiled.cpu_reason()))
 @each_op
 def test_cpp(name, isa) -> None:
     check(name, "cpu")

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_map_only
 
 import mova_kernels
-from mova_kernels import RaggedPairs, _native, ops
+from mova_kernels import RaggedPairs, _compiled, ops
 from mova_kernels._linear import linear
 
 META = torch.device("meta")
 each_case = pytest.mark.parametrize("name", CASES)
-native = pytest.mark.skipif(_native.cpu_reason() is not None, reason=str(_native.cpu_reason()))
+needs_cpu_library = pytest.mark.skipif(_compiled.cpu_reason() is not None, reason=str(_compiled.cpu_reason()))
 
 
 class Recorder(TorchDispatchMode):
@@ -83,7 +83,7 @@ def replaced(args, path, function):
     return args
 
 
-@native
+@needs_cpu_library
 @pytest.mark.parametrize("name", RAW_OPS)
 def test_a_raw_op_refuses_one_tensor_on_the_meta_device(name, calls) -> None:
     func, args = calls[name]
@@ -94,7 +94,7 @@ def test_a_raw_op_refuses_one_tensor_on_the_meta_device(name, calls) -> None:
             func(*replaced(args, path, lambda t: t.to(META)))
 
 
-@native
+@needs_cpu_library
 @pytest.mark.parametrize("name", RAW_OPS)
 def test_a_raw_op_of_meta_tensors_gives_meta_tensors(name, calls) -> None:
     func, args = calls[name]
@@ -104,7 +104,7 @@ def test_a_raw_op_of_meta_tensors_gives_meta_tensors(name, calls) -> None:
         assert found.is_meta and found.shape == expected.shape and found.dtype == expected.dtype
 
 
-@native
+@needs_cpu_library
 @pytest.mark.parametrize("name", RAW_OPS)
 def test_a_raw_op_refuses_a_tensor_whose_memory_was_freed(name, calls) -> None:
     func, args = calls[name]
@@ -131,12 +131,12 @@ def unaligned(t: Tensor) -> Tensor:
     return t
 
 
-@native
+@needs_cpu_library
 @pytest.mark.parametrize("name", RAW_OPS)
 def test_a_raw_op_of_unaligned_tensors(name, calls, monkeypatch) -> None:
     func, args = calls[name]
     expected, seen = func(*args), []
-    monkeypatch.setattr(_native, "address", lambda x: seen.append(x) or mova_kernels._plain.address(x))
+    monkeypatch.setattr(_compiled, "address", lambda x: seen.append(x) or mova_kernels._plain.address(x))
     found = func(*tree_map_only(Tensor, lambda t: unaligned(t) if t.element_size() > 1 else t, args))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert all(x is None or x.data_ptr() % x.element_size() == 0 for x in seen)
@@ -254,7 +254,7 @@ def test_linear_and_centred_features_which_no_dispatcher_guards(kind) -> None:
     given = [KINDS[kind](t) for t in (x, weight, bias)]
     plain = [torch.zeros(t.shape) + t for t in given]
     torch.testing.assert_close(linear(*given), torch.nn.functional.linear(*plain))
-    if not _native.cpu_reason():
+    if not _compiled.cpu_reason():
         found, expected = (ops.centred_features(t, (2, 2), (3, 3), None) for t in (given[0], plain[0]))
         torch.testing.assert_close(found[:2], expected[:2])
 
@@ -284,7 +284,7 @@ def test_linear_of_freed_memory(which) -> None:
         linear(*operands.values())
 
 
-@native
+@needs_cpu_library
 @pytest.mark.parametrize("count", [-1, 4, 10**9])
 def test_a_count_beyond_the_pairs(count) -> None:
     q = torch.randn(3, 64, 32, requires_grad=True)

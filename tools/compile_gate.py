@@ -2,8 +2,8 @@
 
     python tools/compile_gate.py [--only TEXT] [--accept]
 
-A ``triton_impl.py`` takes part by having ``gate_cases()``, which yields (name, call) pairs; a call runs the launchers
-on meta tensors. The launches are intercepted, so that types, constants, divisibility, warps and stages are the
+A ``triton_impl.py`` takes part by having ``compile_cases()``, which yields (name, call) pairs. A call runs launchers on
+meta tensors. Their launches are intercepted, so that types, constants, divisibility, warps and stages are the
 launcher's own. What compiles may still be wrong: this is no test of results.
 
 It fails if a kernel does not compile, needs more shared memory than a block may have, spills to local memory, has no
@@ -108,12 +108,12 @@ def compile_case(module: str, case: str, capability: int) -> tuple[list[dict], f
             }
         return kernel
 
-    importlib.import_module("mova_kernels._tune").device_name = lambda device: DEVICES[capability]
+    importlib.import_module("mova_kernels._triton.tuning").device_name = lambda device: DEVICES[capability]
     triton.runtime.driver.set_active(NoDevice(capability))
     torch.backends.cuda.matmul.allow_tf32 = False  # the case before may have set it
     triton.JITFunction.run = compile_only
     try:
-        dict(importlib.import_module(module).gate_cases())[case]()
+        dict(importlib.import_module(module).compile_cases())[case]()
     except Exception as failure:  # the others are to be seen, too
         error = f"{op} {case} sm_{capability}: {type(failure).__name__}: {failure}"
     finally:
@@ -221,7 +221,7 @@ def main() -> int:
     work = [
         (module, case, sm)
         for module in modules()
-        for case, _ in importlib.import_module(module).gate_cases()
+        for case, _ in importlib.import_module(module).compile_cases()
         for sm in SHARED_LIMIT
         if arguments.only in f"{op_of(module)} {case}"
     ]

@@ -8,7 +8,8 @@ from unittest import mock
 
 from emulator import triton_driver
 
-from mova_kernels import _linear, _triton, _tune, backends, use_backend
+from mova_kernels import _linear, backends, use_backend
+from mova_kernels._triton import availability, tuning
 from mova_kernels.ops.ragged_linear import triton_impl as persistent
 
 # Architecture -> the GPU whose shipped configurations count, and its multiprocessors.
@@ -20,8 +21,8 @@ def compiled_on_cpu_tensors(gpu: str) -> Iterator[None]:
     """The Triton backend takes CPU tensors of all its dtypes, and its launches go to the emulator of ``gpu``."""
     with ExitStack() as stack:
         for asked in ("_interpreted", "_interpreter_is_on"):  # which decide whether Triton takes CPU tensors
-            stack.enter_context(mock.patch.object(_triton, asked, lambda: True))
-        stack.enter_context(mock.patch.object(_triton, "INTERPRETED_DTYPES", _triton.DTYPES))
+            stack.enter_context(mock.patch.object(availability, asked, lambda: True))
+        stack.enter_context(mock.patch.object(availability, "INTERPRETED_DTYPES", availability.DTYPES))
         triton_driver.use(gpu)
         stack.callback(triton_driver.leave)
         yield
@@ -36,7 +37,7 @@ def emulated_gpu(gpu: str) -> Iterator[None]:
     with (
         compiled_on_cpu_tensors(gpu),
         mock.patch.object(_linear, "_is_ours", lambda *operands: False),
-        mock.patch.object(_tune, "device_name", lambda device: name),
+        mock.patch.object(tuning, "device_name", lambda device: name),
         mock.patch.object(persistent, "num_multiprocessors", lambda x: multiprocessors),
         use_backend(every),
     ):

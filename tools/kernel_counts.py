@@ -150,7 +150,7 @@ def other_rows(gpu: str) -> list[dict]:
     """
     from benchmarks.cases import GRIDS, OFFICIAL
     from mova_kernels.ops import feature_norm, rope2d, rope2d_table
-    from mova_kernels.ops.feature_resample import native_impl
+    from mova_kernels.ops.feature_resample import cuda_impl
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape).bfloat16().requires_grad_()
@@ -171,13 +171,11 @@ def other_rows(gpu: str) -> list[dict]:
         print(f"the CUDA kernels are left out: {emulated_cuda.reason()}")
         return rows
     with emulated_cuda.library({"sm_90": "90a"}.get(gpu, gpu.removeprefix("sm_"))), observed() as launches:
-        resampled = [
-            native_impl.cuda_forward(f.detach(), None, grid, size) for f, grid in zip(features, grids, strict=True)
-        ]
+        resampled = [cuda_impl.forward(f.detach(), None, grid, size) for f, grid in zip(features, grids, strict=True)]
         add_rows(rows, (VERSION, gpu, 1, len(GRIDS), "forward"), launches)
         launches.clear()
         for grad, grid in zip(resampled, grids, strict=True):
-            native_impl.cuda_backward(grad, grid, size)
+            cuda_impl.backward(grad, grid, size)
         add_rows(rows, (VERSION, gpu, 1, len(GRIDS), "backward"), launches)
     return rows
 

@@ -1,9 +1,8 @@
 """Run the C++ tests on a library with AddressSanitizer and UBSan: ``python tools/sanitize.py [PYTEST OPTIONS]``.
 
-Builds the CMake preset ``asan`` in a scratch folder and runs the tests named test_*native.py, and test_<op>.py of an op
-in C++ without such a file, in a Python that puts this library in the place of the installed one. The first error of
-either sanitizer ends the run with its report. Leaks are not looked for, since Python has some. Needs GCC, CMake and
-ninja.
+Builds the CMake preset ``asan`` in a scratch folder and runs the tests named test_*_cpu.py in a Python that puts this
+library in the place of the installed one. The first error of either sanitizer ends the run with its report. Leaks are
+not looked for, since Python has some. Needs GCC, CMake and ninja.
 """
 
 from __future__ import annotations
@@ -15,10 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS_IN_CPP = sorted(p.parent.name for p in (ROOT / "mova_kernels" / "ops").glob("*/native_impl.py"))
-NATIVE = {p.name: p for p in (ROOT / "tests").glob("**/test_*native.py")}
-PLAIN = [ROOT / "tests" / "ops" / f"test_{op}.py" for op in OPS_IN_CPP if f"test_{op}_native.py" not in NATIVE]
-TESTS = sorted(map(str, (*NATIVE.values(), *PLAIN)))
+TESTS = sorted(map(str, (ROOT / "tests").glob("**/test_*_cpu.py")))
 CHILD = "--library-folder="
 
 
@@ -57,12 +53,12 @@ def quietly(*command: object) -> None:
 def run_tests(libraries: Path, arguments: list[str]) -> int:
     import pytest
 
-    from mova_kernels import _native
+    from mova_kernels import _compiled
 
-    _native._DIRECTORY = libraries
-    _native._cpu = _native._load_cpu()
-    if _native.cpu_reason() is not None:
-        sys.exit(_native.cpu_reason())
+    _compiled._DIRECTORY = libraries
+    _compiled._cpu = _compiled._load_cpu()
+    if _compiled.cpu_reason() is not None:
+        sys.exit(_compiled.cpu_reason())
     # Captured file descriptors would take the sanitizers' reports with them.
     return pytest.main(["-q", "--capture=sys", "-p", "no:cacheprovider", *TESTS, *arguments])
 

@@ -5,7 +5,7 @@
 
 #define MK_API extern "C" __attribute__((visibility("default")))
 
-// Raised when a function is added, or its argument block or meaning changes; mova_kernels/_native.py holds the same.
+// Raised when a function is added, or its argument block or meaning changes; mova_kernels/_compiled.py holds the same.
 #define MK_ABI_VERSION 4
 
 enum mk_status {

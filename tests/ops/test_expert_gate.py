@@ -10,7 +10,7 @@ import torch
 from helpers import assert_true_to, assert_within_budget, mask, value_and_gradients
 from torch import Tensor
 
-from mova_kernels import BackendError, _native, backends
+from mova_kernels import BackendError, _compiled, backends
 from mova_kernels.ops import expert_gate
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -163,11 +163,11 @@ def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     many = torch.zeros(1, 1025)
     for logits, expected in ((LOGITS, "cpu"), (LOGITS.bfloat16(), "cpu"), (many, "reference")):
         place = ("expert_gate", None, logits.device, logits.dtype, {"N": logits.shape[1]})
-        monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+        monkeypatch.setattr(_compiled, "cpu_reason", lambda: None)
         assert backends.choose(*place) == expected
-        monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
+        monkeypatch.setattr(_compiled, "cpu_reason", lambda: "it was never built")
         assert backends.choose(*place) == "reference"
-    monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+    monkeypatch.setattr(_compiled, "cpu_reason", lambda: None)
     with pytest.raises(BackendError, match=r"'cpu' cannot run expert_gate .*it takes N up to 1024, not 1025"):
         expert_gate(many, many > 0, 1, backend="cpu")
 

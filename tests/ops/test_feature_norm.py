@@ -14,7 +14,7 @@ from test_feature_resample import four_taps, interpolate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mova_kernels import BackendError, _native, backends, use_backend
+from mova_kernels import BackendError, _compiled, backends, use_backend
 from mova_kernels.ops import feature_norm
 from mova_kernels.ops.feature_norm import op as op_module
 
@@ -163,9 +163,9 @@ def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     wide = torch.zeros(1, 1, 8193)
     for x, expected in ((X, "cpu"), (X.bfloat16(), "cpu"), (X.half(), "reference"), (wide, "reference")):
         place = ("feature_norm", None, x.device, x.dtype, {"channels": x.shape[2], "grid sides": 1})
-        monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+        monkeypatch.setattr(_compiled, "cpu_reason", lambda: None)
         assert backends.choose(*place) == expected
-        monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
+        monkeypatch.setattr(_compiled, "cpu_reason", lambda: "it was never built")
         assert backends.choose(*place) == "reference"
 
 
@@ -178,7 +178,7 @@ def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     ],
 )
 def test_cpu_is_refused_with_a_reason(x, size, reason, monkeypatch) -> None:
-    monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+    monkeypatch.setattr(_compiled, "cpu_reason", lambda: None)
     with pytest.raises(BackendError, match=f"'cpu' cannot run feature_norm .*{reason}"):
         feature_norm([x], [size], OUT, [None], backend="cpu")
 

@@ -11,7 +11,6 @@ from helpers import (
     ROUTINGS,
     assert_true_to,
     assert_within_budget,
-    check_budget,
     layer_norm,
     mask,
     padded_pairs,
@@ -19,9 +18,8 @@ from helpers import (
 )
 from torch import Tensor
 
-from mova_kernels import BackendError, RaggedPairs, _native, backends, use_backend
+from mova_kernels import BackendError, RaggedPairs, _compiled, backends, use_backend
 from mova_kernels.ops import gated_combine
-from mova_kernels.ops.gated_combine import native_impl
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 RAW = torch.ops.mova_kernels
@@ -42,16 +40,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(str(error))
     with use_backend(f"gated_combine={request.param}"):
         yield request.param
-
-
-@pytest.fixture(params=_native.cpu_isas() if _native.cpu_reason() is None else ["none"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "none":
-        pytest.skip(str(_native.cpu_reason()))
-    before = _native.cpu_isa()
-    _native.set_cpu_isa(request.param)
-    yield request.param
-    _native.set_cpu_isa(before)
 
 
 def problem(
@@ -231,8 +219,9 @@ def test_autocast_mixes_dtypes(backend) -> None:
         assert all(t.grad is None or t.grad.dtype == t.dtype for t in leaves)
 
 
+@pytest.mark.skipif(_compiled.cpu_reason() is not None, reason=str(_compiled.cpu_reason()))
 @pytest.mark.parametrize("name", ["no pair", "idle expert and sample without experts", "no sample"])
-def test_opcheck(name, isa) -> None:
+def test_opcheck(name) -> None:
     selected = ROUTINGS[name]
     pairs = RaggedPairs.from_routing(selected)
     x, attended, gate, *parameters = problem(selected, torch.float32)
@@ -247,93 +236,13 @@ def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     def choose(dtype: torch.dtype, width: int = 4) -> str:
         return backends.choose("gated_combine", None, torch.device("cpu"), dtype, {"attended channels": width})
 
-    monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+    monkeypatch.setattr(_compiled, "cpu_reason", lambda: None)
     wanted = {torch.float32: "cpu", torch.bfloat16: "cpu", torch.float16: "reference", torch.float64: "reference"}
     assert {dtype: choose(dtype) for dtype in wanted} == wanted
     assert choose(torch.float32, 8192) == "cpu" and choose(torch.float32, 8193) == choose(torch.float32, 0)
     assert choose(torch.float32, 0) == "reference"
-    monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
+    monkeypatch.setattr(_compiled, "cpu_reason", lambda: "it was never built")
     assert {choose(dtype) for dtype in wanted} == {"reference"}
-
-
-def weighed(x: Tensor, scale: Tensor, shift: Tensor, gate: float) -> Tensor:
-    return gate * F.layer_norm(x, scale.shape, scale, shift, 1e-3)
-
-
-WIDTHS_IN_CPP = [1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 130, 600, 8192]  # around the vectors of every instruction set
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", WIDTHS_IN_CPP)
-def test_tokens_in_cpp(width, dtype, isa) -> None:
-    """A mean that is large beside the deviation, strided tokens, and more than one part of them."""
-    tokens, gate = 130 if width < 8192 else 3, -0.7
-    x = (torch.randn(tokens, width + 3) + 30).to(dtype)[:, 2:-1]
-    scale, shift = ((torch.randn(width) + 1).to(dtype) for _ in range(2))
-    dz = torch.randn(tokens, width).to(dtype)
-    wide = x.new_empty(tokens, width + 5)
-    native_impl._weigh(x, scale, shift, gate, wide[:, 4:-1], 1e-3)
-    assert wide[:, :4].isnan().all() and wide[:, -1].isnan().all()  # the memory was filled with NaN
-    parts = -(-tokens // native_impl.TOKENS_PER_PART)
-    grad_x, z = torch.empty_like(dz), torch.empty_like(dz)
-    sums, along = torch.empty(2, parts, width), torch.empty(tokens)
-    native_impl._weigh_backward(x, dz, scale, shift, gate, grad_x, z, sums[0], sums[1], along, 1e-3)
-    assert torch.equal(z, wide[:, 4:-1])
-    found = [z, grad_x, *sums.sum(1), along.sum()[None]]
-
-    def all_of(to: torch.dtype) -> list[Tensor]:
-        leaves = [t.to(to).requires_grad_() for t in (x, scale, shift, torch.tensor([gate]))]
-        y = weighed(*leaves)
-        return [y.detach(), *torch.autograd.grad(y, leaves, dz.to(to))]
-
-    names = ("z", "x", "scale", "shift", "gate")
-    for name, actual, true, rival in zip(names, found, all_of(torch.float64), all_of(torch.float32), strict=True):
-        if name == "gate":  # one number, whose error is luck: at most that of any order of summation
-            terms = (dz.double() * all_of(torch.float64)[0] / gate).abs().sum()
-            assert abs(actual.double() - true) <= dz.numel() * 2**-24 * terms
-        elif width > 2:
-            check_budget(name, actual, true, rival.to(actual.dtype), (2,), times=1.5)
-        else:  # exact zeros in torch, for one
-            torch.testing.assert_close(actual, true.to(actual.dtype))
-
-
-def test_a_mean_that_cannot_be_represented(isa) -> None:
-    """A rounded mean is off by up to 1/32 here, which the variance must not see."""
-    x = torch.randn(5, 600) + 1e6
-    one, zero = torch.ones(600), torch.zeros(600)
-    z = torch.empty_like(x)
-    native_impl._weigh(x, one, zero, 1.0, z, 1e-5)
-    true, rival = (F.layer_norm(x.to(t), (600,)) for t in (torch.float64, torch.float32))
-    check_budget("z", z, true, rival, times=1.5)
-
-
-def test_bad_arguments_of_cpp() -> None:
-    if _native.cpu_reason() is not None:
-        pytest.skip(str(_native.cpu_reason()))
-    with pytest.raises(ValueError, match=r"I must be in \[1, 8192\], got 8193"):
-        native_impl._weigh(*[torch.zeros(1, 8193)] * 3, 0.0, torch.zeros(1, 8193), 0.0)
-    with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):
-        x = torch.zeros(1, 1, dtype=torch.float16)
-        native_impl._weigh_backward(x, x, x[0], x[0], 0.0, *[torch.empty_like(x)] * 5, 0.0)
-    with pytest.raises(BackendError, match="it takes attended channels from 1 to 8192, not 8193"):
-        backends.choose("gated_combine", "cpu", torch.device("cpu"), torch.float32, {"attended channels": 8193})
-
-
-@pytest.mark.all_threads
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cpp_does_not_depend_on_threads(dtype, isa) -> None:
-    x, dz, scale, shift = (torch.randn(size).to(dtype) for size in ((700, 200), (700, 200), 200, 200))
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            outputs = [torch.empty_like(x), torch.empty_like(x), *torch.empty(2, 11, 200), torch.empty(700)]
-            native_impl._weigh_backward(x, dz, scale, shift, 0.3, *outputs, 1e-5)
-            found.append([*outputs, torch.empty_like(x)])
-            native_impl._weigh(x, scale, shift, 0.3, found[-1][-1], 1e-5)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
 
 
 PAIRS = RaggedPairs.from_routing(mask("x.", "xx"))

@@ -12,16 +12,14 @@ from helpers import (
     ROUTINGS,
     assert_true_to,
     assert_within_budget,
-    check_budget,
     mask,
     padded_pairs,
     value_and_gradients,
 )
 from torch import Tensor
 
-from mova_kernels import BackendError, RaggedPairs, _native, backends, use_backend
+from mova_kernels import BackendError, RaggedPairs, _compiled, backends, use_backend
 from mova_kernels.ops import ragged_linear
-from mova_kernels.ops.ragged_linear import native_impl, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 RAW = torch.ops.mova_kernels
@@ -114,16 +112,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(str(error))
     with use_backend(f"ragged_linear={request.param}"):
         yield request.param
-
-
-@pytest.fixture(params=_native.cpu_isas() if _native.cpu_reason() is None else ["none"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "none":
-        pytest.skip(str(_native.cpu_reason()))
-    before = _native.cpu_isa()
-    _native.set_cpu_isa(request.param)
-    yield request.param
-    _native.set_cpu_isa(before)
 
 
 @routings
@@ -320,74 +308,11 @@ def test_idle_experts_get_none(backend) -> None:
 
 def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     choose = lambda dtype: backends.choose("ragged_linear", None, torch.device("cpu"), dtype)  # noqa: E731
-    monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+    monkeypatch.setattr(_compiled, "cpu_reason", lambda: None)
     wanted = {torch.float32: "cpu", torch.bfloat16: "cpu", torch.float16: "reference", torch.float64: "reference"}
     assert {dtype: choose(dtype) for dtype in wanted} == wanted
-    monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
+    monkeypatch.setattr(_compiled, "cpu_reason", lambda: "it was never built")
     assert {choose(dtype) for dtype in wanted} == {"reference"}
-
-
-WIDTHS_IN_CPP = [1, 2, 15, 17, 31, 33, 64, 65, 100, 200]  # around the vectors of every instruction set
-
-
-def check_joined(found: list, truth: list, plain: list) -> None:
-    """Of results of every width together: of few entries it is luck how large the error is."""
-    for results in zip(*(zip(*rows, strict=True) for rows in (found, truth, plain)), strict=True):
-        actual, expected, rival = (torch.cat([t.flatten() for t in kind]) for kind in results)
-        check_budget("", actual, expected, rival.to(actual.dtype), (2,), times=1.5)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 300])  # around the 16 and 256 rows that are summed on their own
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_weight_gradients_in_cpp(dtype, rows, isa) -> None:
-    """With strided operands, and weights whose channels are not adjacent."""
-    found, truth, plain = [], [], []
-    for width in WIDTHS_IN_CPP:
-        dy = torch.randn(70, rows + 3)[:, 1:-2].to(dtype)
-        x, scale, shift = (torch.randn(size).to(dtype) for size in ((70, width), width, width))
-        for weight in (torch.randn(rows, width + 2).to(dtype)[:, 2:], torch.randn(width, rows).to(dtype).t()):
-            arguments = (dy, x, scale, shift, weight)
-            dy, *others = arguments
-            found.append(native_impl.weight_gradients(dy, native_impl.column_sums(dy), *others))
-            truth.append(reference.weight_gradients(0, *(t.double() for t in arguments)))
-            plain.append(reference.weight_gradients(0, *arguments))
-    check_joined(found, truth, plain)
-
-
-@pytest.mark.parametrize("rows", [0, 1, 3, 16, 17, 300, 5000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_column_sums_in_cpp(dtype, rows, isa) -> None:
-    wide = [(torch.randn(rows, 2 * width) + 1).to(dtype) for width in WIDTHS_IN_CPP]
-    views = [view for x in wide for view in (*x.chunk(2, 1), x[:, ::2])]
-    found, truth = ([[f(x)] for x in views] for f in (native_impl.column_sums, lambda x: x.double().sum(0)))
-    check_joined(found, truth, [[x.sum(0, dtype=torch.float32)] for x in views])
-
-
-@pytest.mark.all_threads
-def test_cpp_does_not_depend_on_threads(monkeypatch) -> None:
-    """What torch makes of a matrix product is its own affair."""
-    if _native.cpu_reason() is not None:
-        pytest.skip(str(_native.cpu_reason()))
-    dy, x, scale, shift, weight = (torch.randn(size) for size in ((3000, 300), (3000, 500), 500, 500, (300, 500)))
-    before, found, folded = torch.get_num_threads(), [], torch.randn(300, 500)
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            monkeypatch.setattr(native_impl, "product", lambda *_: folded)
-            found.append(native_impl.weight_gradients(dy, native_impl.column_sums(dy), x, scale, shift, weight))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
-
-
-def test_bad_arguments_of_cpp() -> None:
-    if _native.cpu_reason() is not None:
-        pytest.skip(str(_native.cpu_reason()))
-    with pytest.raises(ValueError, match=r"C must be in \[0, .*\], got -1"):
-        native_impl._sum(x=None, sum=None, R=1, C=-1, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):
-        x = torch.zeros(1, 1, dtype=torch.float16)
-        native_impl.weight_gradients(x, x[0], x, x[0], x[0], x)
 
 
 PAIRS = RaggedPairs.from_routing(mask("x.", "xx"))

@@ -11,7 +11,7 @@ import torch
 from helpers import assert_true_to, assert_within_budget, value_and_gradients
 from torch import Tensor
 
-from mova_kernels import BackendError, MoVAdapterConfig, _native, backends
+from mova_kernels import BackendError, MoVAdapterConfig, _compiled, backends
 from mova_kernels.dense_reference import rope_tables
 from mova_kernels.ops import rope2d, rope2d_table
 
@@ -184,9 +184,9 @@ def test_compile(op) -> None:
 
 def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     for dtype, expected in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "reference")):
-        monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+        monkeypatch.setattr(_compiled, "cpu_reason", lambda: None)
         assert backends.choose("rope2d", None, X.device, dtype) == expected
-        monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
+        monkeypatch.setattr(_compiled, "cpu_reason", lambda: "it was never built")
         assert backends.choose("rope2d", None, X.device, dtype) == "reference"
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import assert_true_to, assert_within_budget, layer_norm, value_and_gradients
 from torch import Tensor, nn
 
-from mova_kernels import BackendError, _native, backends
+from mova_kernels import BackendError, _compiled, backends
 from mova_kernels.ops import swiglu_norm
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -126,9 +126,9 @@ def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     wide = torch.zeros(1, 1, 8193)
     for gate, expected in ((G, "cpu"), (G.bfloat16(), "cpu"), (G.double(), "reference"), (wide, "reference")):
         place = ("swiglu_norm", None, gate.device, gate.dtype, {"F": gate.shape[2]})
-        monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+        monkeypatch.setattr(_compiled, "cpu_reason", lambda: None)
         assert backends.choose(*place) == expected
-        monkeypatch.setattr(_native, "cpu_reason", lambda: "it was never built")
+        monkeypatch.setattr(_compiled, "cpu_reason", lambda: "it was never built")
         assert backends.choose(*place) == "reference"
 
 
@@ -140,7 +140,7 @@ def test_auto_takes_what_was_compiled_for_this_processor(monkeypatch) -> None:
     ],
 )
 def test_cpu_is_refused_with_a_reason(gate, reason, monkeypatch) -> None:
-    monkeypatch.setattr(_native, "cpu_reason", lambda: None)
+    monkeypatch.setattr(_compiled, "cpu_reason", lambda: None)
     with pytest.raises(BackendError, match=f"'cpu' cannot run swiglu_norm .*{reason}"):
         swiglu_norm(gate, gate, gate[0, 0], gate[0, 0], backend="cpu")
 

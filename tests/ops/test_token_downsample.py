@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import assert_true_to, assert_within_budget, check_budget, value_and_gradients
 from torch import Tensor, nn
 
-from mova_kernels import BackendError, _native, backends, use_backend
+from mova_kernels import BackendError, _compiled, backends, use_backend
 from mova_kernels.ops import StageWeights, token_downsample
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -235,10 +235,10 @@ def test_autocast_keeps_tokens_and_gradients_wide(backend) -> None:
     assert_within_budget(truth, autocast(backend), autocast("reference"), draw, torch.float32, draws=5, times=1.5)
 
 
-needs_native = pytest.mark.skipif(_native.cpu_reason() is not None, reason=str(_native.cpu_reason()))
+needs_cpu_library = pytest.mark.skipif(_compiled.cpu_reason() is not None, reason=str(_compiled.cpu_reason()))
 
 
-@needs_native
+@needs_cpu_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["alone", "pooled, weights as under autocast"])
 def test_opcheck(dtype) -> None:
     pool = dtype == torch.bfloat16
@@ -252,7 +252,7 @@ def test_opcheck(dtype) -> None:
         torch.library.opcheck(torch.ops.mova_kernels.token_downsample_stage_bwd.default, arguments)
 
 
-@needs_native
+@needs_cpu_library
 def test_the_cpu_is_refused_with_a_reason() -> None:
     wide = [torch.zeros(1).expand([8196 if n == WIDTH else n for n in t.shape]) for t in problem(2, torch.float32)]
     with pytest.raises(BackendError, match="it takes channels up to 8192, not 8196"):

@@ -1,7 +1,7 @@
 """The library's CUDA C++ on the emulator, through its own C functions: checks, argument blocks and launches included.
 
     with emulator.cuda.library("90a") as library:
-        y = native_impl.cuda_forward(x, rows, in_size, out_size)  # CPU tensors
+        y = cuda_impl.forward(x, rows, in_size, out_size)  # CPU tensors
     print(library.launches)
 
 nvcc compiles the sources as always; they are linked with cuda_runtime.cpp instead of libcudart. It turns each launch
@@ -28,7 +28,7 @@ from unittest import mock
 
 import torch
 
-from mova_kernels import _native
+from mova_kernels import _compiled
 
 from .machine import BUILD, Fault, Kernel, Launch, Memory, run
 from .memory import memory_of
@@ -229,7 +229,7 @@ class Library:
         if self._error is not None:  # the function knows no more than that a launch failed
             raise self._error
         if status:
-            _native._raise(self.loaded, status)
+            _compiled._raise(self.loaded, status)
         unread = self.loaded.mk_emulator_unread_error().decode()
         if unread != "cudaSuccess":
             raise Fault(f"{name} succeeded, but left {unread} unread")
@@ -305,7 +305,7 @@ def library(architecture: str) -> Iterator[Library]:
     """
     emulated = _library(architecture)
     emulated.launches.clear()
-    call = _native._call
+    call = _compiled._call
 
     def emulated_call(name: str, library: str, block: bytes, tensors: tuple[torch.Tensor | None, ...]) -> None:
         if library == "cuda":
@@ -314,7 +314,7 @@ def library(architecture: str) -> Iterator[Library]:
             call(name, library, block, tensors)
 
     with mock.patch.multiple(
-        _native,
+        _compiled,
         _call=emulated_call,
         _cuda=lambda: emulated.loaded,
         cuda_reason=lambda: None,
@@ -326,6 +326,6 @@ def library(architecture: str) -> Iterator[Library]:
 @functools.cache
 def _library(architecture: str) -> Library:
     emulated = Library(build(sources(), architecture), DEVICES[architecture])
-    if emulated.loaded.mk_abi_version() != _native.ABI_VERSION:
+    if emulated.loaded.mk_abi_version() != _compiled.ABI_VERSION:
         raise ImportError("csrc and mova_kernels have different ABI versions")
     return emulated

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _flops, _native, _triton, backends
+from ... import _compiled, _flops, _triton, backends
 from ..._checks import check, check_device, check_floats, check_like, check_tensor
 from ..._gradients import differentiable_again, need_reference, of_reference
 from ..._library import define
 from ..._plain import transformed
-from . import native_impl, reference
+from . import cpu_impl, reference
 
 LIMITS = {"head widths": {"triton": (32, 64, 128), "cpu": range(2, 257, 2)}}
 
-backends.register("expert_attention", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
+backends.register("expert_attention", _triton.BACKEND, _compiled.BACKEND, limits=LIMITS)
 
 
 def expert_attention(
@@ -93,7 +93,7 @@ def _backward_kernel(grad, q, k, v, out, lse, cos, sin, num_heads, count, backen
 
 
 def _check_count(implementation, count, q):
-    if count is not None and implementation is native_impl:  # in Triton, each pair asks whether it is below
+    if count is not None and implementation is cpu_impl:  # in Triton, each pair asks whether it is below
         check(0 <= int(count) <= q.shape[0], "count", f"must be from 0 to the {q.shape[0]} pairs", int(count))
 
 

@@ -17,8 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS, VERSION, adjacent_channels, arithmetic, dot_precision, stages_with_fences, target
-from ..._tune import bucket, tuned
+from ..._triton.device import (
+    REGISTERS,
+    VERSION,
+    adjacent_channels,
+    arithmetic,
+    dot_precision,
+    stages_with_fences,
+    target,
+)
+from ..._triton.tuning import bucket, tuned
 from . import triton_wide
 from .triton_tiles import load_rows, load_tile, place, rotated, scorable, store_tile, tile_of
 
@@ -46,7 +54,7 @@ CONFIGS = {
 
 
 def _candidates(kind: str, width: int, name: str) -> list[tuple[int, ...]]:
-    """What a search tries (mova_kernels/_tune.py), within the rules above."""
+    """What a search tries (_triton/tuning.py), within the rules above."""
     tiles = {"16-bit": (64, 128), "tf32": (64, 128), "ieee": (32, 64)}[kind]
     steps = {"16-bit": (32, 64, 128), "tf32": (16, 32, 64), "ieee": (16, 32, 64)}[kind]
     backward_at_32 = width == 32 and name != "forward"
@@ -264,7 +272,7 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What tools/compile_gate.py compiles: names, and calls of the launchers on meta tensors.
 
     The official grid has 2304 tokens, which every tile divides; 2300 compiles the masks, too.
@@ -276,10 +284,10 @@ def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         (float32, 64, 2304, True),
     ):
         name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
-        yield f"{name} D={width} L={length}", functools.partial(_gate_case, dtype, width, length, tf32)
+        yield f"{name} D={width} L={length}", functools.partial(_compile_case, dtype, width, length, tf32)
 
 
-def _gate_case(dtype: torch.dtype, width: int, length: int, tf32: bool) -> None:
+def _compile_case(dtype: torch.dtype, width: int, length: int, tf32: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     x = torch.empty(2, length, 2 * width, dtype=dtype, device="meta")
     table = torch.empty(length, width, device="meta")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..._jit import rotate_pairs
+from ..._triton.device import rotate_pairs
 
 LONGEST = tl.constexpr(2.0**63)  # the product of two shorter ones has room in fp32
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS
+from ..._triton.device import REGISTERS
 from .triton_tiles import place, rotated, store_tile, tile_of
 
 LARGEST_LSE = tl.constexpr(2839.0)  # 4096 powers of 2: rounded to fp32, it makes weights wrong by 1.7e-4

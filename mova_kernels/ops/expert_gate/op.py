@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _native, _triton, backends
+from ... import _compiled, _triton, backends
 from ..._checks import check, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
@@ -14,7 +14,7 @@ from . import reference
 # One program handles the experts of a sample; in C++ they lie on the stack.
 LIMITS = {"N": {"triton": range(1025), "cpu": range(1025)}}
 
-backends.register("expert_gate", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
+backends.register("expert_gate", _triton.BACKEND, _compiled.BACKEND, limits=LIMITS)
 
 
 def expert_gate(logits: Tensor, selected: Tensor, topk: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:

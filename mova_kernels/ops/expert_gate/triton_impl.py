@@ -95,14 +95,14 @@ def backward(grad: Tensor, logits: Tensor, kept: Tensor) -> Tensor:
     return grad_logits
 
 
-def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What tools/compile_gate.py compiles: the official seven experts, and many."""
     for dtype, num_experts in ((torch.bfloat16, 7), (torch.float32, 7), (torch.float32, 256)):
         name = f"{str(dtype).removeprefix('torch.')} N={num_experts}"
-        yield name, functools.partial(_gate_case, dtype, num_experts)
+        yield name, functools.partial(_compile_case, dtype, num_experts)
 
 
-def _gate_case(dtype: torch.dtype, num_experts: int) -> None:
+def _compile_case(dtype: torch.dtype, num_experts: int) -> None:
     logits = torch.empty(8, num_experts, dtype=dtype, device="meta")
     weights, kept = forward(logits, torch.empty(8, num_experts, dtype=torch.bool, device="meta"), 3)
     backward(weights, logits, kept)

@@ -8,21 +8,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _native, _triton, backends
+from ... import _compiled, _triton, backends
 from ..._checks import check, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
 from ..._plain import is_plain, only_reference, other_derivatives
 from ..feature_resample import feature_resample
 from ..feature_resample.reference import feature_resample as reference_resample
-from . import native_impl, reference
+from . import cpu_impl, reference
 
 LIMITS = {
     "channels": {"triton": range(4097), "cpu": range(8193)},
     "grid sides": {"triton": range(32768), "cpu": range(32768)},
 }
 
-backends.register("feature_norm", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
+backends.register("feature_norm", _triton.BACKEND, _compiled.BACKEND, limits=LIMITS)
 
 
 def feature_norm(
@@ -170,7 +170,7 @@ def _backward_fake(grads, results, rstds, rows, num_rows, sizes, backend):
 
 
 def _centring_kernel(x, rows, sizes, eps):
-    return native_impl.centred(x, rows, sizes[:2], sizes[2:], eps)
+    return cpu_impl.centred(x, rows, sizes[:2], sizes[2:], eps)
 
 
 def _centring_fake(x, rows, sizes, eps):

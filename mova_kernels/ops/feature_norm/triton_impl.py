@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS, adjacent_channels, nan_if_infinite, pick
+from ..._triton.device import REGISTERS, adjacent_channels, nan_if_infinite, pick
 
 # Not measured. 16 elements per thread, so that the four taps of a bf16 tile are eight loads of 16 bytes in flight; four
 # tiles per program, so that a single sample with three experts still gives each multiprocessor several programs.
@@ -311,19 +311,19 @@ def backward(
     return list(grad_features)
 
 
-def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What tools/compile_gate.py compiles: names, and calls of the launchers on meta tensors.
 
     The official experts, which have every BLOCK; a single one without rows, whose channels fill no tile.
     """
     channels = (1536, 512, 256, 1536, 768, 768, 256)
     sides = (37, 64, 64, 48, 14, 37, 64)
-    yield "official bfloat16", functools.partial(_gate_case, torch.bfloat16, channels, sides, 48, True)
-    yield "official float32", functools.partial(_gate_case, torch.float32, channels, sides, 48, True)
-    yield "odd float16", functools.partial(_gate_case, torch.float16, (33,), (5,), 7, False)
+    yield "official bfloat16", functools.partial(_compile_case, torch.bfloat16, channels, sides, 48, True)
+    yield "official float32", functools.partial(_compile_case, torch.float32, channels, sides, 48, True)
+    yield "odd float16", functools.partial(_compile_case, torch.float16, (33,), (5,), 7, False)
 
 
-def _gate_case(dtype: torch.dtype, channels: Sequence[int], sides: Sequence[int], out: int, chosen: bool) -> None:
+def _compile_case(dtype: torch.dtype, channels: Sequence[int], sides: Sequence[int], out: int, chosen: bool) -> None:
     experts = len(channels)
     features = [torch.empty(2, s * s, c, dtype=dtype, device="meta") for s, c in zip(sides, channels, strict=True)]
     rows = [torch.empty(2, dtype=torch.int64, device="meta") if chosen else None] * experts

@@ -11,22 +11,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import _native, backends
+from ... import _compiled, backends
 from ..._checks import check, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
 from ..._plain import only_reference
-from . import native_impl, reference
+from . import cpu_impl, cuda_impl, reference
 
 _FORWARD = {
     "reference": reference.feature_resample,
-    "cpu": native_impl.cpu_forward,
-    "cuda": native_impl.cuda_forward,
+    "cpu": cpu_impl.forward,
+    "cuda": cuda_impl.forward,
 }
 _BACKWARD = {
     "reference": reference.feature_resample_backward,
-    "cpu": native_impl.cpu_backward,
-    "cuda": native_impl.cuda_backward,
+    "cpu": cpu_impl.backward,
+    "cuda": cuda_impl.backward,
 }
 
 
@@ -35,13 +35,13 @@ def _cuda_declines(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on cuda tensors, not on {device.type}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {dtype}"
-    return _native.cuda_reason()
+    return _compiled.cuda_reason()
 
 
 backends.register(
     "feature_resample",
     backends.Backend("cuda", _cuda_declines, lambda device: "it has never run on a GPU (docs/gpu-status.md)"),
-    backends.Backend("cpu", _native.cpu_declines),
+    backends.Backend("cpu", _compiled.cpu_declines),
 )
 
 

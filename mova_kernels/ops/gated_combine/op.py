@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import _flops, _native, _triton, backends
+from ... import _compiled, _flops, _triton, backends
 from ..._checks import check, check_device, check_floats
 from ..._gradients import layer_norm, need_reference, of_reference
 from ..._library import define
@@ -17,7 +17,7 @@ from . import reference
 
 LIMITS = {"attended channels": {"cpu": range(1, 8193)}}
 
-backends.register("gated_combine", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
+backends.register("gated_combine", _triton.BACKEND, _compiled.BACKEND, limits=LIMITS)
 
 
 def gated_combine(

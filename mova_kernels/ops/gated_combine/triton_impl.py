@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import adjacent_channels, nan_if_infinite
+from ..._triton.device import adjacent_channels, nan_if_infinite
 from ...ragged import PairTables
 from ..ragged_linear.triton_impl import collect, fold, grad_weights
 
@@ -127,14 +127,14 @@ def backward(
     return grad_attended, grad_gate, parameters
 
 
-def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What tools/compile_gate.py compiles: the official model, and odd sizes."""
-    yield "bfloat16", functools.partial(_gate_case, torch.bfloat16, 1024, 2304)
-    yield "float32", functools.partial(_gate_case, torch.float32, 1024, 2304)
-    yield "odd sizes bfloat16", functools.partial(_gate_case, torch.bfloat16, 1000, 2300)
+    yield "bfloat16", functools.partial(_compile_case, torch.bfloat16, 1024, 2304)
+    yield "float32", functools.partial(_compile_case, torch.float32, 1024, 2304)
+    yield "odd sizes bfloat16", functools.partial(_compile_case, torch.bfloat16, 1000, 2300)
 
 
-def _gate_case(dtype: torch.dtype, width: int, length: int) -> None:
+def _compile_case(dtype: torch.dtype, width: int, length: int) -> None:
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     tables = PairTables(*[torch.empty(24, dtype=torch.int64, device="meta")] * 6)
     x, attended, gate = empty(8, length, width), empty(24, length, width), torch.empty(24, device="meta")

@@ -8,7 +8,7 @@ from itertools import cycle, pairwise
 import torch
 from torch import Tensor
 
-from ... import _flops, _native, _triton, backends
+from ... import _compiled, _flops, _triton, backends
 from ..._checks import check, check_dense, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
@@ -16,9 +16,9 @@ from ..._plain import autocast, only_reference
 from ...ragged import PairTables, RaggedPairs
 from ..feature_norm import CentredFeatures
 from ..feature_resample.reference import feature_resample
-from . import native_impl, reference
+from . import cpu_impl, reference
 
-backends.register("ragged_linear", _triton.BACKEND, _native.BACKEND)
+backends.register("ragged_linear", _triton.BACKEND, _compiled.BACKEND)
 
 
 def ragged_linear(
@@ -56,7 +56,7 @@ def ragged_linear(
     shared = isinstance(x, Tensor)
     given = [x] if isinstance(x, Tensor) else list(x)
     resamplings = [
-        native_impl.Resampling(*source[1:]) if isinstance(source, CentredFeatures) else None for source in given
+        cpu_impl.Resampling(*source[1:]) if isinstance(source, CentredFeatures) else None for source in given
     ]
     sources = [source.tokens if isinstance(source, CentredFeatures) else source for source in given]
     for e, source in enumerate(sources):
@@ -117,7 +117,7 @@ def project(
     weights: Sequence[Sequence[Tensor]],
     biases: Sequence[Sequence[Tensor]] = (),
     backend: str | None = None,
-    resamplings: Sequence[native_impl.Resampling | None] | None = None,
+    resamplings: Sequence[cpu_impl.Resampling | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """The op without checks. ``rows`` names what a pair takes of its source.
 
@@ -199,7 +199,7 @@ _bwd = define(
 def _resamplings(rstds, sizes):
     grids = [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
     return [
-        None if rstd is None else native_impl.Resampling(rstd, size[:2], size[2:])
+        None if rstd is None else cpu_impl.Resampling(rstd, size[:2], size[2:])
         for rstd, size in zip(rstds, grids, strict=True)
     ]
 
@@ -207,13 +207,13 @@ def _resamplings(rstds, sizes):
 def _resampling_forward_kernel(x, rows, tables, scale, shift, weight, bias, dtype, rstds, sizes):
     backends.choose("ragged_linear", "cpu", x[0].device, dtype)
     resamplings = _resamplings(rstds, sizes)
-    return native_impl.forward(x, rows, PairTables(*tables), scale, shift, weight, bias, dtype, resamplings)
+    return cpu_impl.forward(x, rows, PairTables(*tables), scale, shift, weight, bias, dtype, resamplings)
 
 
 def _resampling_backward_kernel(grads, x, rows, tables, scale, shift, weight, bias, needs_x, rstds, sizes):
     backends.choose("ragged_linear", "cpu", x[0].device, x[0].dtype)
     parameters = (scale, shift, weight, bias, needs_x, _resamplings(rstds, sizes))
-    return native_impl.backward(grads, x, rows, PairTables(*tables), *parameters)
+    return cpu_impl.backward(grads, x, rows, PairTables(*tables), *parameters)
 
 
 def _resampling_forward_fake(x, rows, tables, scale, shift, weight, bias, dtype, rstds, sizes):
@@ -291,7 +291,7 @@ def _reference(settings: tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
     return reference.ragged_linear(x, rows, PairTables(*tables), offsets, *parameters, dtype)  # type: ignore[call-arg]
 
 
-def _flat(resamplings: Sequence[native_impl.Resampling | None]) -> tuple[list[Tensor | None], list[int]]:
+def _flat(resamplings: Sequence[cpu_impl.Resampling | None]) -> tuple[list[Tensor | None], list[int]]:
     """As a schema has it: per expert rstd or None; and h, w, H, W, of which the former are 0 for None."""
     sizes = [size for r in resamplings for size in ((*r.in_size, *r.out_size) if r else (0, 0, 0, 0))]
     return [r.rstd if r else None for r in resamplings], sizes

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..._jit import (
+from ..._triton.device import (
     REGISTERS,
     adjacent_channels,
     arithmetic,
@@ -22,7 +22,7 @@ from ..._jit import (
     num_multiprocessors,
     stages_with_fences,
 )
-from ..._tune import Config, bucket, tuned
+from ..._triton.tuning import Config, bucket, tuned
 from ...ragged import PairTables
 from .triton_kernels import collect_kernel, fold_kernel, grad_weight_kernel, project_kernel, sum_kernel
 
@@ -38,7 +38,7 @@ CONFIGS = {
     ("ieee", True): (64, 64, 32, 8, 2, 2),
 }
 TILES = ((128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
-CANDIDATES = {  # what a search tries (mova_kernels/_tune.py)
+CANDIDATES = {  # what a search tries (_triton/tuning.py)
     kind: [
         (*tile, step, warps, stages, programs)
         for tile in TILES
@@ -223,17 +223,17 @@ def grad_weights(
     return [*affine, *(g.to(t.dtype) for g, t in found)]
 
 
-def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What tools/compile_gate.py compiles: keys and values, and queries, of the official model; odd sizes."""
     official = (1536, 512, 256, 1536, 768, 768, 256)
-    yield "K, V bfloat16", functools.partial(_gate_case, torch.bfloat16, official, (1024, 1024), 2304, "row")
-    yield "Q bfloat16", functools.partial(_gate_case, torch.bfloat16, (1024,) * 7, (1024,), 2304, "sample")
-    yield "K, V float32", functools.partial(_gate_case, torch.float32, official, (1024, 1024), 2304, "row")
-    yield "K, V tf32", functools.partial(_gate_case, torch.float32, official, (1024, 1024), 2304, "row", tf32=True)
-    yield "odd sizes bfloat16", functools.partial(_gate_case, torch.bfloat16, (1000, 90), (1000,), 2300, "row")
+    yield "K, V bfloat16", functools.partial(_compile_case, torch.bfloat16, official, (1024, 1024), 2304, "row")
+    yield "Q bfloat16", functools.partial(_compile_case, torch.bfloat16, (1024,) * 7, (1024,), 2304, "sample")
+    yield "K, V float32", functools.partial(_compile_case, torch.float32, official, (1024, 1024), 2304, "row")
+    yield "K, V tf32", functools.partial(_compile_case, torch.float32, official, (1024, 1024), 2304, "row", tf32=True)
+    yield "odd sizes bfloat16", functools.partial(_compile_case, torch.bfloat16, (1000, 90), (1000,), 2300, "row")
 
 
-def _gate_case(
+def _compile_case(
     dtype: torch.dtype, widths: Sequence[int], outputs: Sequence[int], length: int, rows: str, tf32: bool = False
 ) -> None:
     torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..._jit import pick
+from ..._triton.device import pick
 
 
 @triton.jit

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _native, _triton, backends
+from ... import _compiled, _triton, backends
 from ..._checks import check, check_device, check_floats, check_tensor
 from ..._gradients import need_reference, of_reference
 from ..._library import define
 from . import reference
 
-backends.register("rope2d", _triton.BACKEND, _native.BACKEND)
+backends.register("rope2d", _triton.BACKEND, _compiled.BACKEND)
 
 
 def rope2d(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import adjacent_channels, rotate_pairs
+from ..._triton.device import adjacent_channels, rotate_pairs
 
 # Not measured. Eight channels per thread are one 16-byte load in bf16; with four heads per program the tables cost as
 # many bytes as tokens and result, and one official sample gives 576 programs.
@@ -64,14 +64,14 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, adjoint: bool) -> Tensor:
     return y
 
 
-def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What tools/compile_gate.py compiles: the official sizes, and a width that fills no block."""
     for dtype, width in ((torch.bfloat16, 64), (torch.float32, 64), (torch.float16, 12)):
         name = f"{str(dtype).removeprefix('torch.')} rope D={width}"
-        yield name, functools.partial(_gate_case, dtype, width)
+        yield name, functools.partial(_compile_case, dtype, width)
 
 
-def _gate_case(dtype: torch.dtype, width: int) -> None:
+def _compile_case(dtype: torch.dtype, width: int) -> None:
     x = torch.empty(2, 2304, 16, width, dtype=dtype, device="meta")
     table = torch.empty(2304, width, device="meta")
     for adjoint in (False, True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _native, _triton, backends
+from ... import _compiled, _triton, backends
 from ..._checks import check, check_device, check_floats
 from ..._gradients import need_reference, of_reference
 from ..._library import define
@@ -14,7 +14,7 @@ from . import reference
 # Triton keeps a token in the registers of one program, C++ on the stack.
 LIMITS = {"F": {"triton": range(4097), "cpu": range(8193)}}
 
-backends.register("swiglu_norm", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
+backends.register("swiglu_norm", _triton.BACKEND, _compiled.BACKEND, limits=LIMITS)
 
 
 def swiglu_norm(

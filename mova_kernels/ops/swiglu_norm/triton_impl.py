@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import adjacent_channels, nan_if_infinite
+from ..._triton.device import adjacent_channels, nan_if_infinite
 
 # Not measured. With 16 channels per thread the backward kernel needs 128 registers at the official width, so that two
 # programs fit on a multiprocessor; rows of 8192 channels, on 16 warps, would spill.
@@ -141,7 +141,7 @@ def backward(
     return grad_gate, grad_up, sums[0].sum(0), sums[1].sum(0)
 
 
-def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What tools/compile_gate.py compiles: the official width, and padded as halves of one projection; the widest."""
     for dtype, channels, width, stride, affine in (
         (torch.bfloat16, 2730, 2730, 2730, torch.bfloat16),
@@ -150,10 +150,10 @@ def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         (torch.float32, 4096, 4096, 4096, torch.float32),
     ):
         name = f"{str(dtype).removeprefix('torch.')} F={channels} width={width}"
-        yield name, functools.partial(_gate_case, dtype, channels, width, stride, affine)
+        yield name, functools.partial(_compile_case, dtype, channels, width, stride, affine)
 
 
-def _gate_case(dtype: torch.dtype, channels: int, width: int, stride: int, affine_dtype: torch.dtype) -> None:
+def _compile_case(dtype: torch.dtype, channels: int, width: int, stride: int, affine_dtype: torch.dtype) -> None:
     x = torch.empty(2, 2304, stride, dtype=dtype, device="meta")[..., :width]
     affine = torch.empty(width, dtype=affine_dtype, device="meta")
     _, mean, rstd = forward(x, x, affine, affine, 1e-5, channels)

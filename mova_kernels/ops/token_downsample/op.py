@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _flops, _native, _triton, backends
+from ... import _compiled, _flops, _triton, backends
 from ..._checks import check, check_device, check_floats, check_like
 from ..._gradients import need_reference, of_reference
 from ..._library import define
@@ -16,7 +16,7 @@ from .reference import StageWeights
 # Triton keeps the channels of a token in the registers of one program, C++ in a buffer.
 LIMITS = {"channels": {"triton": range(2049), "cpu": range(8193)}}
 
-backends.register("token_downsample", _triton.BACKEND, _native.BACKEND, limits=LIMITS)
+backends.register("token_downsample", _triton.BACKEND, _compiled.BACKEND, limits=LIMITS)
 
 
 def token_downsample(

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._jit import REGISTERS, adjacent_channels, nan_if_infinite
+from ..._triton.device import REGISTERS, adjacent_channels, nan_if_infinite
 from .reference import StageWeights
 
 PROGRAMS = 1024  # about how many programs share the tiles of a sum: 3 waves on an H100. Not measured.
@@ -393,7 +393,7 @@ def backward(
         return grad_x, [g.reshape(p.shape).to(p.dtype) for g, p in zip(grads.flat(), w.flat(), strict=True)]
 
 
-def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What tools/compile_gate.py compiles: names, and calls of the launchers on meta tensors.
 
     The official stages, and autocast (tokens, norms and taps stay fp32) with channels and tokens that fill no tile.
@@ -404,10 +404,10 @@ def gate_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         (torch.float16, torch.float32, 1500, 5, True),
     ):
         name = f"{products} C={channels} R={resolution}".removeprefix("torch.")
-        yield name, functools.partial(_gate_case, products, others, channels, resolution, pool)
+        yield name, functools.partial(_compile_case, products, others, channels, resolution, pool)
 
 
-def _gate_case(products: torch.dtype, others: torch.dtype, channels: int, resolution: int, pool: bool) -> None:
+def _compile_case(products: torch.dtype, others: torch.dtype, channels: int, resolution: int, pool: bool) -> None:
     def empty(*shape: int, dtype: torch.dtype = products) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 

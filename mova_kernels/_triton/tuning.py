@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 VARIABLE = "MOVA_KERNELS_AUTOTUNE"
-SHIPPED = Path(__file__).parent / "tuned"
+SHIPPED = Path(__file__).parents[1] / "tuned"
 
 Config = tuple[int, ...]
 

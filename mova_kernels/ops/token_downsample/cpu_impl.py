@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import _native
+from ... import _compiled
 from ..._linear import product
 from .reference import StageWeights
 
-_call = _native.function(
+_call = _compiled.function(
     "mk_token_downsample",
     "x grad outer weight bias taps gate grad_mean y partial sums",
     "B R C outer_stride_sample outer_stride_token pool step dtype eps:double",
@@ -46,7 +46,7 @@ def forward(x: Tensor, resolution: int, w: StageWeights, eps: float, pool: bool)
     v = h  # whose memory is free now
     run(NORM_SILU, norm2, c, v, gate=gate.float().sigmoid())
     d = product(v, w.conv3.flatten(1))
-    run(NORM_ADD, norm3, d.to(x.dtype), out, outer=_native.adjacent_channels(x), pool=pool)
+    run(NORM_ADD, norm3, d.to(x.dtype), out, outer=_compiled.adjacent_channels(x), pool=pool)
     return out, a, c, d, mean, squeezed, gate
 
 
@@ -58,7 +58,7 @@ def backward(
     run = functools.partial(step, resolution=resolution, eps=eps)
     a, c, d, mean, squeezed, gate = (t.contiguous() for t in saved)
     norm1, norm2, norm3 = _norms(w)
-    grad, sigmoid = _native.adjacent_channels(grad), gate.float().sigmoid()
+    grad, sigmoid = _compiled.adjacent_channels(grad), gate.float().sigmoid()
 
     grad_d = x.new_empty(x.shape)
     sums3 = run(NORM_ADD_BWD, norm3, d.to(x.dtype), grad_d, outer=grad, pool=pool)

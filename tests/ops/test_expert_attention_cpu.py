@@ -1,4 +1,4 @@
-"""expert_attention in C++, called as native_impl calls it, on every instruction set of this processor."""
+"""expert_attention in C++, called as cpu_impl calls it, on every instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers import assert_threads_do_not_matter, check_budget
 from test_expert_attention import plain, truth
 from torch import Tensor
 
-from mova_kernels.ops.expert_attention.native_impl import backward, forward
+from mova_kernels.ops.expert_attention.cpu_impl import backward, forward
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "isa")
 

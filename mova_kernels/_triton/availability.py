@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from .backends import Backend
+from ..backends import Backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (3, 6)

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from mova_kernels import _tune
-from mova_kernels._tune import bucket, tuned
+from mova_kernels._triton import tuning
+from mova_kernels._triton.tuning import bucket, tuned
 
 GPU = torch.device("cuda", 0)
 MILLISECONDS = {(1, 1): 3.0, (2, 1): 1.0, (4, 1): 2.0}
@@ -20,14 +20,14 @@ def machine(monkeypatch, tmp_path):
     """A GPU of which nothing is known; ``machine`` is the folder of shipped configurations."""
     folder = tmp_path / "shipped"
     folder.mkdir()
-    _tune._known.cache_clear()
-    monkeypatch.delenv(_tune.VARIABLE, raising=False)
-    monkeypatch.setattr(_tune, "SHIPPED", folder)
-    monkeypatch.setattr(_tune, "device_name", lambda device: "GPU" if device.type == "cuda" else None)
-    monkeypatch.setattr(_tune, "_milliseconds", lambda launch: launch())
+    tuning._known.cache_clear()
+    monkeypatch.delenv(tuning.VARIABLE, raising=False)
+    monkeypatch.setattr(tuning, "SHIPPED", folder)
+    monkeypatch.setattr(tuning, "device_name", lambda device: "GPU" if device.type == "cuda" else None)
+    monkeypatch.setattr(tuning, "_milliseconds", lambda launch: launch())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     yield folder
-    _tune._known.cache_clear()
+    tuning._known.cache_clear()
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def ask(launched):
 
 
 def next_process():
-    _tune._known.cache_clear()
+    tuning._known.cache_clear()
 
 
 @pytest.mark.parametrize(("size", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (2304, 4096), (4096, 4096)])
@@ -58,13 +58,13 @@ def test_bucket(size, expected):
 @pytest.mark.parametrize("value", [None, "", "0"])
 def test_nothing_is_searched_unasked(ask, launched, monkeypatch, value):
     if value is not None:
-        monkeypatch.setenv(_tune.VARIABLE, value)
+        monkeypatch.setenv(tuning.VARIABLE, value)
     assert ask() == DEFAULT
     assert not launched
 
 
 def test_a_search_takes_the_fastest_once(ask, launched, monkeypatch, capsys):
-    monkeypatch.setenv(_tune.VARIABLE, "1")
+    monkeypatch.setenv(tuning.VARIABLE, "1")
     assert ask() == ask() == (2, 1)
     assert launched == list(MILLISECONDS)
     assert "an_op forward 16-bit 64 4096: (2, 1), 1 ms; default (1, 1), 3 ms" in capsys.readouterr().err
@@ -73,26 +73,26 @@ def test_a_search_takes_the_fastest_once(ask, launched, monkeypatch, capsys):
 
 
 def test_the_default_may_win(ask, monkeypatch):
-    monkeypatch.setenv(_tune.VARIABLE, "1")
+    monkeypatch.setenv(tuning.VARIABLE, "1")
     monkeypatch.setitem(MILLISECONDS, DEFAULT, 0.5)
     assert ask() == DEFAULT
 
 
 def test_what_does_not_run_loses_and_is_named(ask, monkeypatch, capsys):
-    monkeypatch.setenv(_tune.VARIABLE, "1")
+    monkeypatch.setenv(tuning.VARIABLE, "1")
     assert ask(candidates=[(8, 1), (4, 1)]) == (4, 1)
     assert "(8, 1) does not run" in capsys.readouterr().err
 
 
 def test_no_search_on_other_devices(ask, launched, monkeypatch):
     """Meta tensors in the compile gate, CPU tensors in Triton's interpreter."""
-    monkeypatch.setenv(_tune.VARIABLE, "1")
+    monkeypatch.setenv(tuning.VARIABLE, "1")
     assert ask(device=torch.device("cpu")) == ask(device=torch.device("meta")) == DEFAULT
     assert not launched
 
 
 def test_no_search_while_a_graph_is_captured(ask, launched, monkeypatch):
-    monkeypatch.setenv(_tune.VARIABLE, "1")
+    monkeypatch.setenv(tuning.VARIABLE, "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert ask() == DEFAULT and not launched
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -102,7 +102,7 @@ def test_no_search_while_a_graph_is_captured(ask, launched, monkeypatch):
 
 
 def test_one_forgets(ask, launched, monkeypatch, machine):
-    monkeypatch.setenv(_tune.VARIABLE, "1")
+    monkeypatch.setenv(tuning.VARIABLE, "1")
     ask()
     next_process()
     ask()
@@ -111,7 +111,7 @@ def test_one_forgets(ask, launched, monkeypatch, machine):
 
 
 def test_a_directory_remembers(ask, launched, monkeypatch, tmp_path):
-    monkeypatch.setenv(_tune.VARIABLE, str(tmp_path / "found"))
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "found"))
     ask("forward")
     next_process()
     ask("backward")
@@ -127,9 +127,9 @@ def test_a_directory_remembers(ask, launched, monkeypatch, tmp_path):
 
 
 def test_what_a_search_wrote_can_be_shipped(ask, launched, monkeypatch, machine):
-    monkeypatch.setenv(_tune.VARIABLE, str(machine))
+    monkeypatch.setenv(tuning.VARIABLE, str(machine))
     ask()
-    monkeypatch.delenv(_tune.VARIABLE)
+    monkeypatch.delenv(tuning.VARIABLE)
     next_process()
     launched.clear()
     assert ask() == (2, 1)
@@ -142,7 +142,7 @@ def test_ones_own_directory_goes_before_what_was_shipped(ask, monkeypatch, machi
     for folder, config in ((machine, (2, 1)), (tmp_path, (4, 1))):
         (folder / "GPU.json").write_text(json.dumps({"an_op forward 16-bit 64 4096": config}))
     assert ask() == (2, 1)
-    monkeypatch.setenv(_tune.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path))
     assert ask() == (4, 1)
 
 
@@ -156,7 +156,7 @@ def test_expert_attention_launches_what_was_shipped(monkeypatch, machine):
     monkeypatch.setattr(
         triton.JITFunction, "run", lambda self, *_, grid, warmup, **options: found.append((self.__name__, options))
     )
-    monkeypatch.setattr(_tune, "device_name", lambda device: "GPU")
+    monkeypatch.setattr(tuning, "device_name", lambda device: "GPU")
     monkeypatch.setattr(triton_impl, "stages_with_fences", lambda num_stages, kind: num_stages)  # asks for the driver
 
     def launches(length):
@@ -218,7 +218,7 @@ def test_candidates_of_expert_attention_keep_to_the_rules():
 @pytest.mark.parametrize(("asked", "expected"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
 def test_fp32_products_follow_torchs_switch(asked, expected) -> None:
     pytest.importorskip("triton")
-    from mova_kernels._jit import dot_precision
+    from mova_kernels._triton.device import dot_precision
 
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = asked

@@ -12,17 +12,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _compiled
 from ..._linear import product
 from ...ragged import PairTables
-from ..ragged_linear.native_impl import column_sums
+from ..ragged_linear.cpu_impl import column_sums
 
 TOKENS_PER_PART = 64  # mk::tokens_per_part of csrc/gated_combine/gated_combine_cpu.h
 
-_fwd = _native.function(
+_fwd = _compiled.function(
     "mk_gated_combine_fwd", "x scale shift z", "L I x_stride_token z_stride_token eps:double gate:double dtype"
 )
-_bwd = _native.function(
+_bwd = _compiled.function(
     "mk_gated_combine_bwd",
     "x dz scale shift grad_x z grad_scale grad_shift grad_gate",
     "L I x_stride_token eps:double gate:double dtype",
@@ -68,7 +68,7 @@ def _combined(
     depth = len(pairs) if dtype == torch.bfloat16 else 1
     for first in range(0, len(pairs), max(depth, 1)):
         chosen = [(p, experts[p]) for p in pairs[first : first + depth]]
-        z = _native.empty(attended, length, len(chosen) * width)
+        z = _compiled.empty(attended, length, len(chosen) * width)
         for (p, e), part in zip(chosen, z.split(width, 1), strict=True):
             _weigh(attended[p], scale[e].to(dtype), shift[e].to(dtype), gates[p], part, eps)
         weights = [weight[e].to(dtype) for _, e in chosen]
@@ -101,7 +101,7 @@ def backward(
     dy = grad.to(dtype).contiguous()
     offsets = tables.expert_offsets.tolist()
     used = offsets[-1]
-    grad_attended, grad_gate = _native.empty(attended, *attended.shape), gate.new_empty(gate.shape)
+    grad_attended, grad_gate = _compiled.empty(attended, *attended.shape), gate.new_empty(gate.shape)
     grad_attended[used:], grad_gate[used:] = 0, 0
     parameters = [
         [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]
@@ -114,7 +114,7 @@ def backward(
                 continue
             samples = tables.sample[start:stop]
             narrow, g, b = (t.to(dtype) for t in (weight[e], scale[e], shift[e]))
-            z = _native.empty(attended, stop - start, length, width)
+            z = _compiled.empty(attended, stop - start, length, width)
             sums = gate.new_empty(2, stop - start, -(-length // TOKENS_PER_PART), width)
             along = gate.new_empty(length)
             total = gate.new_zeros(bias[e].shape)
@@ -145,7 +145,7 @@ def _of_samples(tables: PairTables) -> list[list[int]]:
 
 def _weigh(x: Tensor, scale: Tensor, shift: Tensor, gate: float, z: Tensor, eps: float) -> None:
     """z = gate * (normalised(x) * scale + shift) for (L, I), all of one dtype; z may be a slice of channels."""
-    x, scale, shift = _native.adjacent_channels(x), scale.contiguous(), shift.contiguous()
+    x, scale, shift = _compiled.adjacent_channels(x), scale.contiguous(), shift.contiguous()
     _fwd(x=x, scale=scale, shift=shift, z=z, L=x.shape[0], I=x.shape[1], eps=eps, gate=gate, dtype=x.dtype)
 
 
@@ -154,7 +154,7 @@ def _weigh_backward(
     grad_x: Tensor, z: Tensor, grad_scale: Tensor, grad_shift: Tensor, grad_gate: Tensor, eps: float,
 ) -> None:  # fmt: skip
     """What follows ``gate`` is written; the sums over tokens are partial, (parts, I) and (L,)."""
-    x, dz, scale, shift = _native.adjacent_channels(x), dz.contiguous(), scale.contiguous(), shift.contiguous()
+    x, dz, scale, shift = _compiled.adjacent_channels(x), dz.contiguous(), scale.contiguous(), shift.contiguous()
     _bwd(
         x=x, dz=dz, scale=scale, shift=shift,
         grad_x=grad_x, z=z, grad_scale=grad_scale, grad_shift=grad_shift, grad_gate=grad_gate,

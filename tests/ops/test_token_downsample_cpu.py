@@ -1,4 +1,4 @@
-"""The C++ passes of token_downsample, called as native_impl calls them, on every instruction set of this processor."""
+"""The C++ passes of token_downsample, called as cpu_impl calls them, on every instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from helpers import assert_within_budget, check_budget
 from torch import Tensor
 
-from mova_kernels import _native
-from mova_kernels.ops.token_downsample import native_impl, reference
-from mova_kernels.ops.token_downsample.native_impl import (
+from mova_kernels import _compiled
+from mova_kernels.ops.token_downsample import cpu_impl, reference
+from mova_kernels.ops.token_downsample.cpu_impl import (
     ADD_BWD,
     CONV,
     CONV_BWD,
@@ -24,8 +24,8 @@ from mova_kernels.ops.token_downsample.native_impl import (
 )
 from mova_kernels.ops.token_downsample.op import _Stage
 
-if _native.cpu_reason() is not None:
-    pytest.skip(str(_native.cpu_reason()), allow_module_level=True)
+if _compiled.cpu_reason() is not None:
+    pytest.skip(str(_compiled.cpu_reason()), allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -41,12 +41,12 @@ SHAPES = [  # R, C, pool
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
 
 
-@pytest.fixture(params=_native.cpu_isas(), autouse=True)
+@pytest.fixture(params=_compiled.cpu_isas(), autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.cpu_isa()
-    _native.set_cpu_isa(request.param)
+    before = _compiled.cpu_isa()
+    _compiled.set_cpu_isa(request.param)
     yield request.param
-    _native.set_cpu_isa(before)
+    _compiled.set_cpu_isa(before)
 
 
 def draw(resolution: int, channels: int) -> list[Tensor]:
@@ -92,7 +92,7 @@ def step(which: int, x: Tensor, resolution: int, pool: bool = False, y: Tensor |
     """y and the sums of one step whose norm has random parameters."""
     norm = others.pop("norm", (torch.ones(x.shape[2]), torch.zeros(x.shape[2])))
     y = torch.empty_like(x) if y is None else y
-    sums = native_impl.step(which, norm, x, y, resolution=resolution, eps=EPS, pool=pool, **others)
+    sums = cpu_impl.step(which, norm, x, y, resolution=resolution, eps=EPS, pool=pool, **others)
     return y, sums
 
 

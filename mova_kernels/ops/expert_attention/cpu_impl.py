@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _compiled
 
-_fwd = _native.function(
+_fwd = _compiled.function(
     "mk_expert_attention_fwd",
     "q k v cos sin out lse",
     "P L H D q_stride_pair q_stride_token k_stride_pair k_stride_token v_stride_pair v_stride_token dtype",
 )
-_bwd = _native.function(
+_bwd = _compiled.function(
     "mk_expert_attention_bwd",
     "grad q k v out lse cos sin grad_q grad_k grad_v",
     "P L H D grad_stride_pair grad_stride_token q_stride_pair q_stride_token"
@@ -24,10 +24,10 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_heads: int, count: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(P, L, H*D) x 3, (L, D) fp32 x 2, (1,) int64 or None -> (P, L, H*D), and (P, H, L) fp32 for :func:`backward`."""
-    q, k, v = (_native.adjacent_channels(t) for t in (q, k, v))
+    q, k, v = (_compiled.adjacent_channels(t) for t in (q, k, v))
     num_pairs, length, width = q.shape
     used = num_pairs if count is None else int(count)
-    out = _native.empty(q, *q.shape)
+    out = _compiled.empty(q, *q.shape)
     lse = q.new_empty((num_pairs, num_heads, length), dtype=torch.float32)
     if used < num_pairs:
         out[used:], lse[used:] = 0, 0
@@ -43,10 +43,10 @@ def backward(
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, (P, L, H*D), contiguous; bit for bit the same at every call."""
-    grad, q, k, v = (_native.adjacent_channels(t) for t in (grad, q, k, v))
+    grad, q, k, v = (_compiled.adjacent_channels(t) for t in (grad, q, k, v))
     num_pairs, length, width = q.shape
     used = num_pairs if count is None else int(count)
-    grad_q, grad_k, grad_v = (_native.empty(q, *q.shape) for _ in range(3))
+    grad_q, grad_k, grad_v = (_compiled.empty(q, *q.shape) for _ in range(3))
     if used < num_pairs:
         grad_q[used:], grad_k[used:], grad_v[used:] = 0, 0, 0
     _bwd(

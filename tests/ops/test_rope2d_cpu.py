@@ -10,7 +10,7 @@ from helpers import assert_threads_do_not_matter, assert_within_budget
 from torch import Tensor
 
 from mova_kernels.ops import rope2d, rope2d_table
-from mova_kernels.ops.rope2d import native_impl as rope_native
+from mova_kernels.ops.rope2d import cpu_impl
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "isa")
 
@@ -106,8 +106,8 @@ def test_opcheck_of_rope2d() -> None:
 def test_bad_arguments_of_rope2d() -> None:
     x, tables = torch.zeros(1, 9, 2, 8), rope2d_table(3, 8)
     with pytest.raises(ValueError, match=r"mk_rope2d: dtype must be in \[0, 1\], got 2"):
-        rope_native.rotated(x.half(), *tables, False)
+        cpu_impl.rotated(x.half(), *tables, False)
     with pytest.raises(ValueError, match="mk_rope2d: D must be even, got 7"):
-        rope_native.rotated(x[..., :7], *(t[:, :7] for t in tables), False)
+        cpu_impl.rotated(x[..., :7], *(t[:, :7] for t in tables), False)
     with pytest.raises(ValueError, match="backend must be one of triton, cpu, got 'reference'"):
         RAW.rope2d_fwd(x, *tables, "reference")

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import _native
-from ..feature_resample import native_impl as feature_resample
+from ... import _compiled
+from ..feature_resample import cpu_impl as feature_resample
 
 _NUMBERS = "M in_h in_w out_h out_w C x_stride_row x_stride_token eps:double dtype"
-_fwd = _native.function("mk_feature_norm_fwd", "x rows y rstd", _NUMBERS)
-_centre = _native.function("mk_feature_norm_centre", "x rows n rstd", _NUMBERS)
-_bwd = _native.function(
+_fwd = _compiled.function("mk_feature_norm_fwd", "x rows y rstd", _NUMBERS)
+_centre = _compiled.function("mk_feature_norm_centre", "x rows n rstd", _NUMBERS)
+_bwd = _compiled.function(
     "mk_feature_norm_bwd", "grad rows y rstd grad_t", "M L C grad_stride_row grad_stride_token dtype"
 )
 
@@ -44,7 +44,7 @@ def centred(
     x: Tensor, rows: Tensor | None, in_size: Sequence[int], out_size: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
     """(R, h*w, C), (M,) int64, none negative, or None -> x - mean(x), (M, h*w, C), and (M, H*W) fp32."""
-    x = _native.adjacent_channels(x)
+    x = _compiled.adjacent_channels(x)
     rows = None if rows is None else rows.contiguous()
     m = x.shape[0] if rows is None else rows.shape[0]
     n = x.new_empty(m, *x.shape[1:])
@@ -76,12 +76,12 @@ def _forward(
 def _backward(
     grad: Tensor, y: Tensor, rstd: Tensor, rows: Tensor | None, num_rows: int, in_size: list[int], out_size: list[int]
 ) -> Tensor:
-    grad, rows = _native.adjacent_channels(grad), None if rows is None else rows.contiguous()
+    grad, rows = _compiled.adjacent_channels(grad), None if rows is None else rows.contiguous()
     y, rstd = y.contiguous(), rstd.contiguous()
     resampled = torch.empty_like(y)  # its gradient, rounded to the dtype as in torch
     M, L, C = y.shape
     _bwd(grad=grad, rows=rows, y=y, rstd=rstd, grad_t=resampled, M=M, L=L, C=C, dtype=y.dtype)
-    found = resampled if in_size == out_size else feature_resample.cpu_backward(resampled, in_size, out_size)
+    found = resampled if in_size == out_size else feature_resample.backward(resampled, in_size, out_size)
     if rows is None:
         return found
     chosen = rows >= 0

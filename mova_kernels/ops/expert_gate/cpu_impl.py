@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _compiled
 
-_fwd = _native.function(
+_fwd = _compiled.function(
     "mk_expert_gate_fwd",
     "logits selected weights kept",
     "B N logits_stride_sample logits_stride_expert selected_stride_sample selected_stride_expert topk dtype",
 )
-_bwd = _native.function(
+_bwd = _compiled.function(
     "mk_expert_gate_bwd",
     "grad logits kept grad_logits",
     "B N grad_stride_sample grad_stride_expert logits_stride_sample logits_stride_expert"

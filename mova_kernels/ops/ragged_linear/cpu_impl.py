@@ -11,19 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _compiled
 from ..._linear import product
 from ...ragged import PairTables
-from ..feature_resample import native_impl as feature_resample
+from ..feature_resample import cpu_impl as feature_resample
 from . import reference
 
-_sum = _native.function("mk_ragged_linear_sum", "x sum", "R C x_stride_row dtype")
-_unfold = _native.function(
+_sum = _compiled.function("mk_ragged_linear_sum", "x sum", "R C x_stride_row dtype")
+_unfold = _compiled.function(
     "mk_ragged_linear_unfold",
     "grad_folded weight total scale shift grad_weight grad_scale grad_shift",
     "O C grad_folded_stride_row weight_stride_row dtype",
 )
-_resample = _native.function("mk_ragged_linear_resample", "x scale shift y", "M in_h in_w out_h out_w C dtype")
+_resample = _compiled.function("mk_ragged_linear_resample", "x scale shift y", "M in_h in_w out_h out_w C dtype")
 
 
 class Resampling(NamedTuple):
@@ -44,7 +44,7 @@ class Resampling(NamedTuple):
     def adjoint(self, dy: Tensor, rows: Tensor) -> Tensor:
         """(n, H*W, O), (n,) -> (n, h*w, O)."""
         scaled = dy * self.rstd[rows, :, None].to(dy.dtype)
-        return feature_resample.cpu_backward(scaled, list(self.in_size), list(self.out_size))
+        return feature_resample.backward(scaled, list(self.in_size), list(self.out_size))
 
 
 def forward(
@@ -63,7 +63,7 @@ def forward(
     resamplings = resamplings or [None] * num_experts
     length = next((r.rstd.shape[1] for r in resamplings if r), x[0].shape[1])
     shapes = [(len(tables.sample), length, w.shape[0]) for w in weight[::num_experts]]
-    outputs = [_native.empty(x[0].new_empty(0, dtype=dtype), *shape) for shape in shapes]
+    outputs = [_compiled.empty(x[0].new_empty(0, dtype=dtype), *shape) for shape in shapes]
     with torch.autocast("cpu", enabled=False):
         for e, source, selected in reference.experts(x, rows, tables, offsets):
             taken, resampling = reference.take(source, selected).to(dtype), resamplings[e]
@@ -116,7 +116,7 @@ def weight_gradients(
     grad_folded = product(dy.t(), x.t())
     if {t.dtype for t in (grad_folded, scale, shift)} != {weight.dtype}:  # autocast
         return reference.unfolded(grad_folded, total, scale, shift, weight)
-    weight = _native.adjacent_channels(weight)
+    weight = _compiled.adjacent_channels(weight)
     scale, shift = scale.contiguous(), shift.contiguous()
     grad_weight = torch.empty_like(grad_folded, memory_format=torch.contiguous_format)
     grad_scale, grad_shift = (grad_folded.new_empty(len(scale), dtype=torch.float32) for _ in range(2))
@@ -130,7 +130,7 @@ def weight_gradients(
 
 def column_sums(x: Tensor) -> Tensor:
     """(R, C) -> (C,) fp32."""
-    x = _native.adjacent_channels(x)
+    x = _compiled.adjacent_channels(x)
     total = x.new_empty(x.shape[1], dtype=torch.float32)
     _sum(x=x, sum=total, R=x.shape[0], C=x.shape[1], dtype=x.dtype)
     return total

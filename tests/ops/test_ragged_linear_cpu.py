@@ -1,4 +1,7 @@
-"""ragged_linear of features that are resampled behind the projection, on every instruction set of this processor."""
+"""ragged_linear in C++, on every instruction set of this processor.
+
+Features that are resampled behind the projection, then the parts that cpu_impl calls.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from mova_kernels import BackendError, RaggedPairs
 from mova_kernels.ops import centred_features, feature_norm, ragged_linear, resamples_later
-from mova_kernels.ops.ragged_linear import native_impl
+from mova_kernels.ops.ragged_linear import cpu_impl, reference
 from mova_kernels.ops.ragged_linear.op import _flat
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "isa")
@@ -105,7 +108,7 @@ def test_opcheck() -> None:
     pairs = RaggedPairs.from_routing(selected)
     rows = [column.nonzero().squeeze(1) for column in selected.T]
     x = [centred_features(f, s, OUT, r) for f, s, r in zip(features[:2], SIZES[:2], rows[:2], strict=True)]
-    later = _flat([*(native_impl.Resampling(*c[1:]) for c in x), None])
+    later = _flat([*(cpu_impl.Resampling(*c[1:]) for c in x), None])
     sources = [*(c.tokens for c in x), *feature_norm(features[2:], SIZES[2:], OUT, rows[2:])]
     inputs = (sources, "row", list(pairs.tables), parameters[0:6:2], parameters[1:6:2], parameters[6:], [])
     torch.library.opcheck(RAW.ragged_linear_resampling_fwd.default, (*inputs, torch.float32, *later))
@@ -136,3 +139,62 @@ def test_bad_input() -> None:
         ragged_linear([centred], pairs, affine, [[torch.zeros(3, 8)]], backend="reference")
     with pytest.raises(ValueError, match=r"x\[0\]\.rstd must have shape"):
         ragged_linear([centred._replace(rstd=centred.rstd[:1])], pairs, affine, [[torch.zeros(3, 8)]])
+
+
+LENGTHS = [1, 2, 15, 17, 31, 33, 64, 65, 100, 200]  # around the vectors of every instruction set
+
+
+def check_joined(found: list, truth: list, plain: list) -> None:
+    """Of results of every width together: of few entries it is luck how large the error is."""
+    for results in zip(*(zip(*rows, strict=True) for rows in (found, truth, plain)), strict=True):
+        actual, expected, rival = (torch.cat([t.flatten() for t in kind]) for kind in results)
+        check_budget("", actual, expected, rival.to(actual.dtype), (2,), times=1.5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 300])  # around the 16 and 256 rows that are summed on their own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weight_gradients(dtype, rows) -> None:
+    """With strided operands, and weights whose channels are not adjacent."""
+    found, truth, plain = [], [], []
+    for width in LENGTHS:
+        dy = torch.randn(70, rows + 3)[:, 1:-2].to(dtype)
+        x, scale, shift = (torch.randn(size).to(dtype) for size in ((70, width), width, width))
+        for weight in (torch.randn(rows, width + 2).to(dtype)[:, 2:], torch.randn(width, rows).to(dtype).t()):
+            arguments = (dy, x, scale, shift, weight)
+            dy, *others = arguments
+            found.append(cpu_impl.weight_gradients(dy, cpu_impl.column_sums(dy), *others))
+            truth.append(reference.weight_gradients(0, *(t.double() for t in arguments)))
+            plain.append(reference.weight_gradients(0, *arguments))
+    check_joined(found, truth, plain)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 16, 17, 300, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_column_sums(dtype, rows) -> None:
+    wide = [(torch.randn(rows, 2 * width) + 1).to(dtype) for width in LENGTHS]
+    views = [view for x in wide for view in (*x.chunk(2, 1), x[:, ::2])]
+    found, truth = ([[f(x)] for x in views] for f in (cpu_impl.column_sums, lambda x: x.double().sum(0)))
+    check_joined(found, truth, [[x.sum(0, dtype=torch.float32)] for x in views])
+
+
+@pytest.mark.all_threads
+def test_does_not_depend_on_threads(monkeypatch) -> None:
+    """What torch makes of a matrix product is its own affair."""
+    dy, x, scale, shift, weight = (torch.randn(size) for size in ((3000, 300), (3000, 500), 500, 500, (300, 500)))
+    before, found, folded = torch.get_num_threads(), [], torch.randn(300, 500)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(cpu_impl, "product", lambda *_: folded)
+            found.append(cpu_impl.weight_gradients(dy, cpu_impl.column_sums(dy), x, scale, shift, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match=r"C must be in \[0, .*\], got -1"):
+        cpu_impl._sum(x=None, sum=None, R=1, C=-1, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"dtype must be in \[0, 1\], got 2"):
+        x = torch.zeros(1, 1, dtype=torch.float16)
+        cpu_impl.weight_gradients(x, x[0], x, x[0], x[0], x)

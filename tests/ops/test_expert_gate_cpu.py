@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mova_kernels import _native
+from mova_kernels import _compiled
 from mova_kernels.ops import expert_gate
-from mova_kernels.ops.expert_gate import native_impl as gate_native
+from mova_kernels.ops.expert_gate import cpu_impl
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(_native.cpu_reason() is not None, reason="there is no native library"),
+    pytest.mark.skipif(_compiled.cpu_reason() is not None, reason="there is no compiled library"),
 ]
 
 TIMES = 1.5  # the error of torch in the same dtype that is allowed
@@ -82,10 +82,10 @@ def test_opcheck_of_expert_gate() -> None:
 def test_bad_arguments_of_expert_gate() -> None:
     logits, all_of_them = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"topk must be in \[1, .*\], got 0"):
-        gate_native.forward(logits, all_of_them, 0)
+        cpu_impl.forward(logits, all_of_them, 0)
     with pytest.raises(ValueError, match=r"N must be in \[0, 1024\], got 1025"):
-        gate_native.forward(torch.zeros(1, 1025), torch.zeros(1, 1025, dtype=torch.bool), 1)
+        cpu_impl.forward(torch.zeros(1, 1025), torch.zeros(1, 1025, dtype=torch.bool), 1)
     with pytest.raises(ValueError, match=r"mk_expert_gate_bwd: dtype must be in \[0, 1\], got 2"):
-        gate_native.backward(logits, logits.half(), all_of_them)
+        cpu_impl.backward(logits, logits.half(), all_of_them)
     with pytest.raises(ValueError, match="backend must be one of triton, cpu, got 'reference'"):
         RAW.expert_gate_fwd(logits, all_of_them, 1, "reference")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mova_kernels import _linear, _native
+from mova_kernels import _compiled, _linear
 
 ROOT = Path(__file__).parents[1]
 HEADERS = "".join(path.read_text() for path in sorted(ROOT.glob("csrc/*/*.h")))
-CALLERS = [path.parent.name for path in sorted(ROOT.glob("mova_kernels/ops/*/native_impl.py"))]
+CALLERS = [path.relative_to(ROOT).with_suffix("") for path in sorted(ROOT.glob("mova_kernels/ops/*/c*_impl.py"))]
 LETTERS = {"uint64_t": "Q", "int64_t": "q", "double": "d"}
 DECLARATION = r"(struct )?(\w+) ([\w, ]+);"
 
@@ -36,7 +36,7 @@ STRUCTS = structs()
 DECLARED = re.findall(r"^MK_API int (mk_\w+)\(const void\* \w+, uint64_t nbytes\);", HEADERS, re.MULTILINE)
 FUNCTIONS = {
     value.__name__: value
-    for module in (_linear, *(importlib.import_module(f"mova_kernels.ops.{op}.native_impl") for op in CALLERS))
+    for module in (_linear, *(importlib.import_module(".".join(path.parts)) for path in CALLERS))
     for value in vars(module).values()
     if callable(value) and getattr(value, "__name__", "") in DECLARED
 }
@@ -77,8 +77,8 @@ def test_block_is_what_the_header_says(name, monkeypatch) -> None:
     expected["dtype"] = torch.bfloat16
     blocks, tensors = [], {f: t for f, t in expected.items() if isinstance(t, torch.Tensor)}
     addresses = {id(t): next(values) for t in tensors.values()}
-    monkeypatch.setattr(_native, "address", lambda t: addresses[id(t)])
-    monkeypatch.setattr(_native, "_call", lambda *arguments: blocks.append(arguments))
+    monkeypatch.setattr(_compiled, "address", lambda t: addresses[id(t)])
+    monkeypatch.setattr(_compiled, "_call", lambda *arguments: blocks.append(arguments))
     FUNCTIONS[name](**expected)
 
     ((called, library, block, given),) = blocks
@@ -88,7 +88,7 @@ def test_block_is_what_the_header_says(name, monkeypatch) -> None:
     for field, t in tensors.items():
         expected[field] = addresses[id(t)]
         expected |= zip([f for f in fields if f.startswith(f"{field}_stride_")], t.stride(), strict=False)
-    assert found == expected | {"dtype": _native.DTYPES[torch.bfloat16]}
+    assert found == expected | {"dtype": _compiled.DTYPES[torch.bfloat16]}
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -103,16 +103,16 @@ def test_missing_and_unknown_fields_are_named(name) -> None:
 
 @pytest.mark.parametrize("name", [name for name in DECLARED if "_cuda_" not in name])
 def test_block_of_another_size_is_refused(name) -> None:
-    if _native.cpu_reason() is not None:
-        pytest.skip(str(_native.cpu_reason()))
+    if _compiled.cpu_reason() is not None:
+        pytest.skip(str(_compiled.cpu_reason()))
     message = f"{name}: the argument block must have {8 * len(fields_of(name))} bytes, got 8"
     with pytest.raises(ValueError, match=message):
-        _native.function(name, "x", "")(x=None)
+        _compiled.function(name, "x", "")(x=None)
 
 
 def test_fields_of_none() -> None:
     """No tensor is address 0, with strides of 0."""
-    if _native.cpu_reason() is not None:
-        pytest.skip(str(_native.cpu_reason()))
+    if _compiled.cpu_reason() is not None:
+        pytest.skip(str(_compiled.cpu_reason()))
     fields = {**dict.fromkeys(("x", "cos", "sin", "y")), **dict.fromkeys("BLHD", 0)}
     FUNCTIONS["mk_rope2d"](**fields, adjoint=False, dtype=torch.float32)

@@ -9,7 +9,7 @@ from helpers import assert_threads_do_not_matter, assert_within_budget, layer_no
 from torch import Tensor
 
 from mova_kernels.ops import swiglu_norm
-from mova_kernels.ops.swiglu_norm import native_impl as swiglu_native
+from mova_kernels.ops.swiglu_norm import cpu_impl
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "isa")
 
@@ -172,11 +172,11 @@ def test_opcheck_of_swiglu_norm() -> None:
 def test_bad_arguments_of_swiglu_norm() -> None:
     gate, up, weight, bias = gated_inputs((1, 2, 8))
     with pytest.raises(ValueError, match=r"F must be in \[0, 8\], got 9"):
-        swiglu_native.forward(gate, up, weight, bias, 1e-5, 9)
+        cpu_impl.forward(gate, up, weight, bias, 1e-5, 9)
     with pytest.raises(ValueError, match=r"width must be in \[0, 8192\], got 8193"):
-        swiglu_native.forward(*gated_inputs((1, 1, 8193)), 1e-5, 1)
+        cpu_impl.forward(*gated_inputs((1, 1, 8193)), 1e-5, 1)
     with pytest.raises(ValueError, match=r"mk_swiglu_norm_bwd: dtype must be in \[0, 1\], got 2"):
         half = gate.half()
-        swiglu_native.backward(half, half, half, weight, gate[..., 0], gate[..., 0], 8)
+        cpu_impl.backward(half, half, half, weight, gate[..., 0], gate[..., 0], 8)
     with pytest.raises(ValueError, match="backend must be one of triton, cpu, got 'reference'"):
         RAW.swiglu_norm_fwd(gate, up, weight, bias, 1e-5, 8, "reference")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _compiled
 
-_fwd = _native.function(
+_fwd = _compiled.function(
     "mk_swiglu_norm_fwd",
     "gate up weight bias y mean rstd",
     "B L width F gate_stride_sample gate_stride_token up_stride_sample up_stride_token eps:double dtype",
 )
-_bwd = _native.function(
+_bwd = _compiled.function(
     "mk_swiglu_norm_bwd",
     "grad gate up weight mean rstd grad_gate grad_up sums grad_weight grad_bias",
     "B L width F blocks grad_stride_sample grad_stride_token"
@@ -28,9 +28,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, L, WIDTH) x 2, (WIDTH,) x 2 -> out (B, L, WIDTH), contiguous; mean and 1/deviation (B, L) fp32."""
     dtype, common = gate.dtype, _common_dtype(gate, up)
-    gate, up = (_native.adjacent_channels(t.to(common)) for t in (gate, up))
+    gate, up = (_compiled.adjacent_channels(t.to(common)) for t in (gate, up))
     weight, bias = _parameter(weight), _parameter(bias)
-    out = _native.empty(gate, *gate.shape)
+    out = _compiled.empty(gate, *gate.shape)
     mean, rstd = (gate.new_empty(gate.shape[:2], dtype=torch.float32) for _ in range(2))
     B, L, width = gate.shape
     _fwd(
@@ -45,10 +45,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of gate and up, (B, L, WIDTH), contiguous, and of weight and bias, fp32; always the same bits."""
     dtypes, common = (gate.dtype, up.dtype), _common_dtype(gate, up)
-    grad, gate, up = (_native.adjacent_channels(t.to(common)) for t in (grad, gate, up))
+    grad, gate, up = (_compiled.adjacent_channels(t.to(common)) for t in (grad, gate, up))
     weight, mean, rstd = _parameter(weight), mean.contiguous(), rstd.contiguous()
     (B, L, width), blocks = gate.shape, max(1, min(BLOCKS, mean.numel() // LEAST_TOKENS))
-    grad_gate, grad_up = _native.empty(gate, *gate.shape), _native.empty(up, *up.shape)
+    grad_gate, grad_up = _compiled.empty(gate, *gate.shape), _compiled.empty(up, *up.shape)
     sums = weight.new_empty((blocks, 2, width))
     grad_weight, grad_bias = weight.new_empty(width), weight.new_empty(width)
     _bwd(

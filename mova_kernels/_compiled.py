@@ -189,11 +189,11 @@ def _load(library: str) -> ctypes.CDLL | str:
     if not path.exists():
         info = build_info()
         why = info.get("native_why") or (info.get("cuda_why") if library == "cuda" else None) or "it was never built"
-        return f'the native {library} library is missing: {why} (re-run "pip install -e ." to build it)'
+        return f'the compiled {library} library is missing: {why} (re-run "pip install -e ." to build it)'
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        return f"the native {library} library does not load: {error}"
+        return f"the compiled {library} library does not load: {error}"
     abi = loaded.mk_abi_version()
     if abi != ABI_VERSION:
         raise ImportError(
