@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mova_kernels import RaggedPairs
+from mova_kernels._inputs import aligned, checked
 from mova_kernels.dense_reference import feature_align
 
 from . import bench_adapter, cases
@@ -28,8 +28,8 @@ def ours(t: Inputs) -> Tensor:
     """The module; at the first call also what a forward does before its blocks, in the form that the backend wants."""
     if t.normalised is None:
         with torch.no_grad():
-            features, packed = t.module._align(t.experts, t.selected, t.grids, True)
-        t.normalised = features, RaggedPairs.from_routing(t.selected, packed, t.base.device)
+            given = checked(t.config, t.base, t.base, t.experts, t.selected, t.text, t.grids)
+            t.normalised = aligned(given, (t.config.resolution, t.config.resolution), t.base.device, normalise=True)
     return t.module.blocks[0](t.base, t.text, *t.normalised, *t.module.rope.tables(t.base))
 
 

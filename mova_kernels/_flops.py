@@ -18,6 +18,8 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .routing import PairTables
+
 _COUNTER = "torch.utils.flop_counter"
 _FORMULAS: dict[Any, Callable[..., int]] = {}
 
@@ -34,17 +36,19 @@ def of_product(rows: int, weight: Tensor) -> int:
     return 2 * rows * weight.numel()
 
 
-def used(count: Tensor | None, most: int) -> int:
-    """How many pairs are no padding; ``most``, an upper bound, where ``count`` has no value (meta and fake tensors)."""
-    return most if count is None or _has_no_values(count) else int(count)
+def valid_pairs(num_valid: Tensor | None, most: int) -> int:
+    """The number of pairs without padding; ``most``, an upper bound, where ``num_valid`` has no value (meta, fake)."""
+    return most if num_valid is None or _has_no_values(num_valid) else int(num_valid)
 
 
-def of_projections(pairs: int, length: int, expert_offsets: Tensor, weights: Sequence[Tensor]) -> int:
-    """The FLOPs of ``length`` tokens of each of ``pairs`` pairs times the weight of its expert, (O, C) each.
+def of_projections(tables: Sequence[Tensor], length: int, weights: Sequence[Tensor]) -> int:
+    """The FLOPs of ``length`` tokens of each pair times the weight of its expert, (O, C) each.
 
-    ``weights`` lists the experts' weights, for one projection or for several one after the other. Where the offsets
-    have no values, all pairs are taken to belong to the expert with the largest weights: an upper bound.
+    ``tables`` are those of PairTables; ``weights`` lists the experts' weights, for one projection or for several one
+    after the other. Where the offsets have no values, all pairs are taken to belong to the expert with the largest
+    weights: an upper bound.
     """
+    pairs, expert_offsets = len(tables[0]), PairTables(*tables).expert_offsets
     num_experts = len(expert_offsets) - 1
     projections = [weights[e::num_experts] for e in range(num_experts)]
     costs = [sum(of_product(length, w) for w in projection) for projection in projections]

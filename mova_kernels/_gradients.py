@@ -86,3 +86,28 @@ def differentiable_again(out: Tensor, function: Callable[..., Sequence[Tensor]],
     if torch.compiler.is_compiling() or not out.requires_grad:
         return out
     return _Again.apply(function, out, *inputs)
+
+
+class _WithZeroGradients(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, *parameters):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return tangent.clone()
+
+
+def with_zero_gradients(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """A copy of ``x`` whose backward pass also gives every parameter a gradient of zeros."""
+    return _WithZeroGradients.apply(x, *parameters)

@@ -140,14 +140,14 @@ def compare(actual: Tensor, expected: Tensor) -> str:
 
 
 def padded_pairs(selected: Tensor, packed: Sequence[bool] | None = None) -> RaggedPairs:
-    """The pairs as the host sees them while torch.compile traces: bounds unknown, tables padded to B * N."""
+    """The pairs as the host sees them while torch.compile traces: offsets unknown, tables padded to B * N."""
 
     def build(selected: Tensor) -> RaggedPairs:
         return RaggedPairs.from_routing(selected, packed)
 
     torch._dynamo.reset()
     pairs = torch.compile(build, fullgraph=True, backend="eager", dynamic=False)(selected)
-    assert pairs.bounds is None
+    assert pairs.host_offsets is None
     return pairs
 
 

@@ -51,12 +51,12 @@ CALLS = {
     "expert: selected but None": (
         {"experts": experts(1, None)},
         ValueError,
-        "experts[1] must be given: 2 samples selected it, got None",
+        "experts[1] must be given where a sample selected it, got None",
     ),
     "expert: packed rows": (
         {"experts": experts(0, EXPERTS[0][:3])},
         ValueError,
-        "experts[0] must have 4 rows, or one for each sample that selected it (2), got 3",
+        "experts[0] must have B rows, or one for each sample that selected it, got {'rows': 3, 'B': 4, 'selected': 2}",
     ),
     "expert: dtype": (
         {"experts": experts(2, EXPERTS[2].bfloat16())},

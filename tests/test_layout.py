@@ -164,7 +164,7 @@ def test_implementation_knows_neither_contract_nor_autograd(path) -> None:
 
 
 def test_ragged_and_checks_know_no_op() -> None:
-    for name in ("ragged", "backends", "_checks", "_library", "_compiled", "config"):
+    for name in ("routing", "backends", "_checks", "_library", "_compiled", "config"):
         assert "ops" not in parts(PACKAGE / f"{name}.py"), name
 
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 import mova_kernels
 from mova_kernels import RaggedPairs, _compiled, ops
 from mova_kernels._linear import linear
+from mova_kernels.ops.feature_norm.op import centred_features
 
 META = torch.device("meta")
 each_case = pytest.mark.parametrize("name", CASES)
@@ -42,7 +43,7 @@ def raw_calls() -> dict[str, tuple]:
             inputs = [x.requires_grad_() for x in case.inputs()]
             found = case.function(*inputs)
             (found if isinstance(found, Tensor) else torch.cat([t.flatten() for t in found])).sum().backward()
-        centred = ops.centred_features(torch.randn(2, 4, 3), (2, 2), (3, 2), torch.tensor([1]))
+        centred = centred_features(torch.randn(2, 4, 3), (2, 2), (3, 2), torch.tensor([1]))
         pairs, one = RaggedPairs.from_routing(torch.tensor([[True]])), torch.ones(3)
         weight = torch.randn(2, 3, requires_grad=True)
         ops.ragged_linear([centred], pairs, [(one, one)], [[weight]])[0].sum().backward()
@@ -255,7 +256,7 @@ def test_linear_and_centred_features_which_no_dispatcher_guards(kind) -> None:
     plain = [torch.zeros(t.shape) + t for t in given]
     torch.testing.assert_close(linear(*given), torch.nn.functional.linear(*plain))
     if not _compiled.cpu_reason():
-        found, expected = (ops.centred_features(t, (2, 2), (3, 3), None) for t in (given[0], plain[0]))
+        found, expected = (centred_features(t, (2, 2), (3, 3), None) for t in (given[0], plain[0]))
         torch.testing.assert_close(found[:2], expected[:2])
 
 
@@ -285,15 +286,15 @@ def test_linear_of_freed_memory(which) -> None:
 
 
 @needs_cpu_library
-@pytest.mark.parametrize("count", [-1, 4, 10**9])
-def test_a_count_beyond_the_pairs(count) -> None:
+@pytest.mark.parametrize("num_valid", [-1, 4, 10**9])
+def test_a_count_beyond_the_pairs(num_valid) -> None:
     q = torch.randn(3, 64, 32, requires_grad=True)
     cos, sin = ops.rope2d_table(8, 16)
-    with pytest.raises(ValueError, match=f"count must be from 0 to the 3 pairs, got {count}"):
-        ops.expert_attention(q, q, q, cos, sin, 2, count=torch.tensor([count]), backend="cpu")
-    count = torch.tensor([2])
-    out = ops.expert_attention(q, q, q, cos, sin, 2, count=count, backend="cpu")
-    count += 2
+    with pytest.raises(ValueError, match=f"num_valid must be from 0 to the 3 pairs, got {num_valid}"):
+        ops.expert_attention(q, q, q, cos, sin, 2, num_valid=torch.tensor([num_valid]), backend="cpu")
+    num_valid = torch.tensor([2])
+    out = ops.expert_attention(q, q, q, cos, sin, 2, num_valid=num_valid, backend="cpu")
+    num_valid += 2
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
         out.sum().backward()
 

@@ -268,7 +268,7 @@ def test_an_equal_part_is_still_read():
     adapter = tiny.adapter()
     adapter.blocks[0].cross_attn[0].v_proj = nn.Linear(20, 32, bias=False)
     adapter.blocks[0].norm1[0].weight = nn.Parameter(torch.ones(32))
-    assert adapter.blocks[0].unusual_modules(adapter.pos_embed) == []
+    assert adapter.blocks[0].modules_to_call(adapter.pos_embed) == []
 
 
 HOOKS = {
@@ -360,7 +360,7 @@ def test_tied_parameters_have_the_sum_of_their_gradients():
     tied, truth = tiny.adapter(), tiny.adapter()
     for adapter in (tied, truth):
         tie(adapter)
-    assert tied.blocks[0].unusual_modules(tied.pos_embed) == []
+    assert tied.blocks[0].modules_to_call(tied.pos_embed) == []
     train(tied)
     train(hooked(truth))
     for (name, p), q in zip(tied.named_parameters(), truth.parameters(), strict=True):
@@ -378,7 +378,7 @@ def test_a_hook_for_all_modules_is_named_in_the_error():
     adapter = MoVAdapter(tiny.CONFIG)
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert adapter.blocks[0].unusual_modules() == [
+        assert adapter.blocks[0].modules_to_call() == [
             "every module (by a hook for all, or by a new forward of its class)"
         ]
     finally:

@@ -33,9 +33,9 @@ def inputs(case: Case, draw: Draw) -> Inputs:
 
 def official(t: Inputs) -> Tensor:
     """Of the selected pairs alone."""
-    out, (bounds, sample) = t.x, (t.pairs.bounds, t.pairs.sample)
+    out, (offsets, sample) = t.x, (t.pairs.host_offsets, t.pairs.sample)
     for e, (g, b) in enumerate(t.norms):
-        rows = slice(bounds[e], bounds[e + 1])
+        rows = slice(offsets[e], offsets[e + 1])
         if rows.start < rows.stop:
             normed = F.layer_norm(t.attended[rows], g.shape, g, b, NORM_EPS)
             weighted = t.gate[rows, None, None].to(out.dtype) * F.linear(normed, t.weights[e], t.biases[e])

@@ -82,7 +82,7 @@ def test_recording_changes_no_bit_and_stays_fused(dtype):
     gradients = [p.grad.clone() for p in adapter.parameters()]
     adapter.zero_grad()
     with recorded(adapter) as record:
-        assert all(block.unusual_modules() == [] for block in adapter.blocks)
+        assert all(block.modules_to_call() == [] for block in adapter.blocks)
         after = adapter(base, experts, WIDE, text, grids=tiny.GRIDS)
     after.float().square().sum().backward()
     assert torch.equal(before, after) and not record.gates.requires_grad

@@ -136,14 +136,14 @@ def test_no_pair(backend) -> None:
 
 def test_count_leaves_the_valid_pairs_as_they_are(backend) -> None:
     inputs, tables = problem(3, 3, 2, 8)
-    found = expert_attention(*inputs, *tables, 2, count=torch.tensor([2]), backend=backend)
+    found = expert_attention(*inputs, *tables, 2, num_valid=torch.tensor([2]), backend=backend)
     torch.testing.assert_close(found[:2], op(tables, 2, backend)(*inputs)[:2], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("count", [None, 2])
-def test_opcheck(count) -> None:
+@pytest.mark.parametrize("num_valid", [None, 2])
+def test_opcheck(num_valid) -> None:
     inputs, tables = problem(3, 3, 2, 8)
-    rest = (*tables, 2, None if count is None else torch.tensor([count]), "cpu")
+    rest = (*tables, 2, None if num_valid is None else torch.tensor([num_valid]), "cpu")
     try:
         backends.choose("expert_attention", "cpu", inputs[0].device, inputs[0].dtype)
     except BackendError as error:
@@ -173,7 +173,7 @@ def test_triton_is_refused_with_a_reason(dtype, reason) -> None:
 
 
 Q, TABLE = torch.zeros(2, 9, 16), torch.zeros(9, 8)
-COUNT = torch.tensor([1])
+NUM_VALID = torch.tensor([1])
 
 
 @pytest.mark.parametrize(
@@ -196,17 +196,17 @@ def test_bad_input(arguments, error, message) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "error", "message"),
+    ("num_valid", "error", "message"),
     [
-        (1, TypeError, "count must be a tensor, got 'int'"),
-        (COUNT[0], ValueError, r"count must have shape \(1\), got \(\)"),
-        (COUNT.int(), TypeError, r"count must be int64, got torch\.int32"),
-        (COUNT.to("meta"), ValueError, "count must be on q's cpu, got device"),
+        (1, TypeError, "num_valid must be a tensor, got 'int'"),
+        (NUM_VALID[0], ValueError, r"num_valid must have shape \(1\), got \(\)"),
+        (NUM_VALID.int(), TypeError, r"num_valid must be int64, got torch\.int32"),
+        (NUM_VALID.to("meta"), ValueError, "num_valid must be on q's cpu, got device"),
     ],
 )
-def test_bad_count(count, error, message) -> None:
+def test_bad_num_valid(num_valid, error, message) -> None:
     with pytest.raises(error, match=message):
-        expert_attention(Q, Q, Q, TABLE, TABLE, 2, count=count)
+        expert_attention(Q, Q, Q, TABLE, TABLE, 2, num_valid=num_valid)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def problem(num_pairs: int, length: int, heads: int, width: int) -> tuple[list[T
     return list(torch.randn(3, num_pairs, length, heads * width)), tables
 
 
-def op(tables: tuple[Tensor, Tensor], heads: int, count: Tensor | None = None):
-    return lambda q, k, v: expert_attention(q, k, v, *tables, heads, count=count, backend="triton")
+def op(tables: tuple[Tensor, Tensor], heads: int, num_valid: Tensor | None = None):
+    return lambda q, k, v: expert_attention(q, k, v, *tables, heads, num_valid=num_valid, backend="triton")
 
 
 # pairs, tokens, heads, head width
@@ -153,7 +153,7 @@ def test_strided_gradients_are_honoured() -> None:
 
 @pytest.mark.parametrize("valid", [0, 1, 3])
 def test_padding_is_skipped(valid) -> None:
-    """What lies behind ``count`` may be NaN; it gets zeros, also in memory that was poisoned."""
+    """What lies behind ``num_valid`` may be NaN; it gets zeros, also in memory that was poisoned."""
     inputs, tables = problem(3, 40, 2, 32)
     expected = value_and_gradients(op(tables, 2), [t[:valid] for t in inputs], torch.ones(valid, 40, 64))
     for t in inputs:
@@ -178,22 +178,22 @@ def test_only_some_inputs_need_gradients() -> None:
     assert grad.shape == v.shape
 
 
-@pytest.mark.parametrize("count", [None, torch.tensor([1])], ids=["all", "padded"])
-def test_opcheck(count) -> None:
+@pytest.mark.parametrize("num_valid", [None, torch.tensor([1])], ids=["all", "padded"])
+def test_opcheck(num_valid) -> None:
     (q, k, v), tables = problem(2, 9, 2, 32)
-    arguments = (q, k, v, *tables, 2, count, "triton")
+    arguments = (q, k, v, *tables, 2, num_valid, "triton")
     torch.library.opcheck(torch.ops.mova_kernels.expert_attention_fwd.default, arguments)
     out, lse = torch.ops.mova_kernels.expert_attention_fwd(*arguments)
-    arguments = (torch.randn_like(out), q, k, v, out, lse, *tables, 2, count, "triton")
+    arguments = (torch.randn_like(out), q, k, v, out, lse, *tables, 2, num_valid, "triton")
     torch.library.opcheck(torch.ops.mova_kernels.expert_attention_bwd.default, arguments)
 
 
 def test_compile() -> None:
     inputs, tables = problem(2, 9, 2, 32)
-    count = torch.tensor([1])
+    num_valid = torch.tensor([1])
     torch._dynamo.reset()
-    compiled = torch.compile(op(tables, 2, count), fullgraph=True, backend="aot_eager")
-    expected, found = (value_and_gradients(f, inputs) for f in (op(tables, 2, count), compiled))
+    compiled = torch.compile(op(tables, 2, num_valid), fullgraph=True, backend="aot_eager")
+    expected, found = (value_and_gradients(f, inputs) for f in (op(tables, 2, num_valid), compiled))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 

@@ -214,7 +214,7 @@ def raw_arguments(selected: Tensor):
     x, affines, weights, biases = problem.split(tuple(problem.inputs(torch.float32)))
     scale, shift = ([a[i] for a in affines] for i in (0, 1))
     weights, biases = [w for p in weights for w in p], [b for p in biases for b in p]
-    arguments = [list(x), "row", list(pairs.tables), scale, shift, weights, biases]
+    arguments = [list(x), False, list(pairs.tables), scale, shift, weights, biases, [], []]
     grads = [torch.randn(pairs.num_pairs, TOKENS, o) for o in OUTPUTS]
     return arguments, grads
 

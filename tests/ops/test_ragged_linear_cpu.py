@@ -11,9 +11,10 @@ from helpers import ROUTINGS, assert_threads_do_not_matter, check_budget, mask
 from torch import Tensor
 
 from mova_kernels import BackendError, RaggedPairs
-from mova_kernels.ops import centred_features, feature_norm, ragged_linear, resamples_later
+from mova_kernels.ops import feature_norm, ragged_linear
+from mova_kernels.ops.feature_norm.op import centred_features, resampling_may_wait
 from mova_kernels.ops.ragged_linear import cpu_impl, reference
-from mova_kernels.ops.ragged_linear.op import _flat
+from mova_kernels.ops.ragged_linear.op import _pending
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "isa")
 
@@ -108,23 +109,23 @@ def test_opcheck() -> None:
     pairs = RaggedPairs.from_routing(selected)
     rows = [column.nonzero().squeeze(1) for column in selected.T]
     x = [centred_features(f, s, OUT, r) for f, s, r in zip(features[:2], SIZES[:2], rows[:2], strict=True)]
-    later = _flat([*(cpu_impl.Resampling(*c[1:]) for c in x), None])
+    pending = _pending([*x, None])
     sources = [*(c.tokens for c in x), *feature_norm(features[2:], SIZES[2:], OUT, rows[2:])]
-    inputs = (sources, "row", list(pairs.tables), parameters[0:6:2], parameters[1:6:2], parameters[6:], [])
-    torch.library.opcheck(RAW.ragged_linear_resampling_fwd.default, (*inputs, torch.float32, *later))
-    torch.library.opcheck(RAW.ragged_linear_resampling_bwd.default, (grads, *inputs, False, *later))
+    inputs = (sources, False, list(pairs.tables), parameters[0:6:2], parameters[1:6:2], parameters[6:], [], *pending)
+    torch.library.opcheck(RAW.ragged_linear_fwd.default, (*inputs, torch.float32, "cpu"))
+    torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *inputs, False, "cpu"))
 
 
 def test_when_it_pays() -> None:
     coarse, fine = torch.zeros(1, 4, 200), torch.zeros(1, 36, 200)
-    assert resamples_later(coarse, (2, 2), (6, 6))
-    assert not resamples_later(coarse[..., :70], (2, 2), (6, 6))  # too narrow
-    assert not resamples_later(fine, (6, 6), (6, 6)) and not resamples_later(fine, (6, 6), (4, 4))
-    assert not resamples_later(coarse.double(), (2, 2), (6, 6))
+    assert resampling_may_wait(coarse, (2, 2), (6, 6))
+    assert not resampling_may_wait(coarse[..., :70], (2, 2), (6, 6))  # too narrow
+    assert not resampling_may_wait(fine, (6, 6), (6, 6)) and not resampling_may_wait(fine, (6, 6), (4, 4))
+    assert not resampling_may_wait(coarse.double(), (2, 2), (6, 6))
     trained = coarse.clone().requires_grad_()
-    assert not resamples_later(trained, (2, 2), (6, 6))
+    assert not resampling_may_wait(trained, (2, 2), (6, 6))
     with torch.no_grad():
-        assert resamples_later(trained, (2, 2), (6, 6))
+        assert resampling_may_wait(trained, (2, 2), (6, 6))
 
 
 def test_bad_input() -> None:
@@ -163,8 +164,8 @@ def test_weight_gradients(dtype, rows) -> None:
             arguments = (dy, x, scale, shift, weight)
             dy, *others = arguments
             found.append(cpu_impl.weight_gradients(dy, cpu_impl.column_sums(dy), *others))
-            truth.append(reference.weight_gradients(0, *(t.double() for t in arguments)))
-            plain.append(reference.weight_gradients(0, *arguments))
+            truth.append(reference.layer_gradients(0, *(t.double() for t in arguments)))
+            plain.append(reference.layer_gradients(0, *arguments))
     check_joined(found, truth, plain)
 
 

@@ -186,15 +186,15 @@ def test_autocast_folds_wide_weights_into_narrow_ones() -> None:
     torch.testing.assert_close(value.float(), function(*inputs), rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("rows", ["row", "sample"])
-def test_opcheck(rows) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_opcheck(shared) -> None:
     selected = mask("x.x", "..x")
-    problem = Problem(selected, shared=rows == "sample")
+    problem = Problem(selected, shared=shared)
     pairs = padded_pairs(selected)
     x, affines, weights, biases = problem.split(tuple(problem.inputs(torch.float32)))
     scale, shift = ([a[i] for a in affines] for i in (0, 1))
     weights, biases = ([t for projection in p for t in projection] for p in (weights, biases))
-    arguments = (list(x), rows, list(pairs.tables), scale, shift, weights, biases)
+    arguments = (list(x), shared, list(pairs.tables), scale, shift, weights, biases, [], [])
     torch.library.opcheck(RAW.ragged_linear_fwd.default, (*arguments, torch.float32, "triton"))
     grads = [torch.randn(pairs.num_pairs, TOKENS, o) for o in OUTPUTS]
     torch.library.opcheck(RAW.ragged_linear_bwd.default, (grads, *arguments, True, "triton"))

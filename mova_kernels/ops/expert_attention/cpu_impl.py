@@ -21,37 +21,37 @@ _bwd = _compiled.function(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_heads: int, count: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(P, L, H*D) x 3, (L, D) fp32 x 2, (1,) int64 or None -> (P, L, H*D), and (P, H, L) fp32 for :func:`backward`."""
     q, k, v = (_compiled.adjacent_channels(t) for t in (q, k, v))
     num_pairs, length, width = q.shape
-    used = num_pairs if count is None else int(count)
+    valid = num_pairs if num_valid is None else int(num_valid)
     out = _compiled.empty(q, *q.shape)
     lse = q.new_empty((num_pairs, num_heads, length), dtype=torch.float32)
-    if used < num_pairs:
-        out[used:], lse[used:] = 0, 0
+    if valid < num_pairs:
+        out[valid:], lse[valid:] = 0, 0
     _fwd(
         q=q, k=k, v=v, cos=cos.contiguous(), sin=sin.contiguous(), out=out, lse=lse,
-        P=used, L=length, H=num_heads, D=width // num_heads, dtype=q.dtype,
+        P=valid, L=length, H=num_heads, D=width // num_heads, dtype=q.dtype,
     )  # fmt: skip
     return out, lse
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, num_heads: int,
-    count: Tensor | None,
+    num_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, (P, L, H*D), contiguous; bit for bit the same at every call."""
     grad, q, k, v = (_compiled.adjacent_channels(t) for t in (grad, q, k, v))
     num_pairs, length, width = q.shape
-    used = num_pairs if count is None else int(count)
+    valid = num_pairs if num_valid is None else int(num_valid)
     grad_q, grad_k, grad_v = (_compiled.empty(q, *q.shape) for _ in range(3))
-    if used < num_pairs:
-        grad_q[used:], grad_k[used:], grad_v[used:] = 0, 0, 0
+    if valid < num_pairs:
+        grad_q[valid:], grad_k[valid:], grad_v[valid:] = 0, 0, 0
     _bwd(
         grad=grad, q=q, k=k, v=v, out=out.contiguous(), lse=lse.contiguous(),
         cos=cos.contiguous(), sin=sin.contiguous(), grad_q=grad_q, grad_k=grad_k, grad_v=grad_v,
-        P=used, L=length, H=num_heads, D=width // num_heads, dtype=q.dtype,
+        P=valid, L=length, H=num_heads, D=width // num_heads, dtype=q.dtype,
     )  # fmt: skip
     return grad_q, grad_k, grad_v

@@ -25,7 +25,7 @@ def expert_attention(
     sin: Tensor,
     num_heads: int,
     *,
-    count: Tensor | None = None,
+    num_valid: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """softmax(rope(q) rope(k)^T / sqrt(D)) v per pair and head; scores are never stored.
@@ -36,9 +36,8 @@ def expert_attention(
         q, k, v: (P, L, H*D), float: projected tokens, the heads side by side; any strides.
         cos, sin: (L, D) fp32 tables of :func:`rope2d_table`; constants, they get a gradient from ``reference`` alone.
         num_heads: H.
-        count: (1,) int64 on q's device: the pairs behind the first ``count`` are padding, whose rows of the result mean
-            nothing. ``triton`` and ``cpu`` skip them: zeros in the result and in the gradients. ``reference`` computes
-            them.
+        num_valid: (1,) int64 on q's device: the pairs behind the first ``num_valid`` are padding. ``triton`` and
+            ``cpu`` skip them and give zeros, in the result and in the gradients. ``reference`` computes them.
         backend: see :mod:`mova_kernels.backends`. ``triton`` takes head widths D of 32, 64 and 128, ``cpu`` even ones
             up to 256.
 
@@ -58,10 +57,10 @@ def expert_attention(
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(name, table, (q.shape[1], q.shape[2] // num_heads))
         check_device(name, table, "q", q)
-    if count is not None:
-        check_tensor("count", count, (1,))
-        check(count.dtype == torch.int64, "count", "must be int64", count.dtype, TypeError)
-        check_device("count", count, "q", q)
+    if num_valid is not None:
+        check_tensor("num_valid", num_valid, (1,))
+        check(num_valid.dtype == torch.int64, "num_valid", "must be int64", num_valid.dtype, TypeError)
+        check_device("num_valid", num_valid, "q", q)
     tensors = (q, k, v, cos, sin)
     backend = backends.choose("expert_attention", backend, q.device, q.dtype, _sizes(q, num_heads), tensors)
     if backend == "reference":
@@ -72,83 +71,85 @@ def expert_attention(
     k, v = k.to(q.dtype), v.to(q.dtype)  # autocast lets them differ
     cos, sin = cos.float(), sin.float()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _ExpertAttention.apply(q, k, v, cos, sin, num_heads, count, backend)[0]
-    return _fwd(q, k, v, cos, sin, num_heads, count, backend)[0]
+        return _ExpertAttention.apply(q, k, v, cos, sin, num_heads, num_valid, backend)[0]
+    return _fwd(q, k, v, cos, sin, num_heads, num_valid, backend)[0]
 
 
 def _sizes(q: Tensor, num_heads: int) -> dict[str, int]:
     return {"head widths": q.shape[2] // num_heads}
 
 
-def _forward_kernel(q, k, v, cos, sin, num_heads, count, backend):
+def _forward_kernel(q, k, v, cos, sin, num_heads, num_valid, backend):
     implementation = backends.implementation("expert_attention", backend, q, _sizes(q, num_heads))
-    _check_count(implementation, count, q)
-    return implementation.forward(q, k, v, cos, sin, num_heads, count)
+    _check_num_valid(implementation, num_valid, q)
+    return implementation.forward(q, k, v, cos, sin, num_heads, num_valid)
 
 
-def _backward_kernel(grad, q, k, v, out, lse, cos, sin, num_heads, count, backend):
+def _backward_kernel(grad, q, k, v, out, lse, cos, sin, num_heads, num_valid, backend):
     implementation = backends.implementation("expert_attention", backend, q, _sizes(q, num_heads))
-    _check_count(implementation, count, q)
-    return implementation.backward(grad, q, k, v, out, lse, cos, sin, num_heads, count)
+    _check_num_valid(implementation, num_valid, q)
+    return implementation.backward(grad, q, k, v, out, lse, cos, sin, num_heads, num_valid)
 
 
-def _check_count(implementation, count, q):
-    if count is not None and implementation is cpu_impl:  # in Triton, each pair asks whether it is below
-        check(0 <= int(count) <= q.shape[0], "count", f"must be from 0 to the {q.shape[0]} pairs", int(count))
+def _check_num_valid(implementation, num_valid, q):
+    if num_valid is not None and implementation is cpu_impl:  # in Triton, each pair asks whether it is below
+        check(
+            0 <= int(num_valid) <= q.shape[0], "num_valid", f"must be from 0 to the {q.shape[0]} pairs", int(num_valid)
+        )
 
 
-def _forward_fake(q, k, v, cos, sin, num_heads, count, backend):
+def _forward_fake(q, k, v, cos, sin, num_heads, num_valid, backend):
     lse = q.new_empty((q.shape[0], num_heads, q.shape[1]), dtype=torch.float32)
     return q.new_empty(q.shape), lse
 
 
-def _backward_fake(grad, q, k, v, out, lse, cos, sin, num_heads, count, backend):
+def _backward_fake(grad, q, k, v, out, lse, cos, sin, num_heads, num_valid, backend):
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
-def _flop(q, count, products):
+def _flop(q, num_valid, products):
     pairs, length, channels = q.shape
-    return products * 2 * _flops.used(count, pairs) * length * length * channels
+    return products * 2 * _flops.valid_pairs(num_valid, pairs) * length * length * channels
 
 
 _fwd = define(
     "expert_attention_fwd",
-    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, SymInt num_heads, Tensor? count, str backend)"
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, SymInt num_heads, Tensor? num_valid, str backend)"
     " -> (Tensor, Tensor)",
     _forward_kernel,
     _forward_fake,
-    lambda q, k, v, cos, sin, num_heads, count, backend: _flop(q, count, 2),
+    lambda q, k, v, cos, sin, num_heads, num_valid, backend: _flop(q, num_valid, 2),
 )
 _bwd = define(
     "expert_attention_bwd",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cos, Tensor sin, SymInt num_heads,"
-    " Tensor? count, str backend) -> (Tensor, Tensor, Tensor)",
+    " Tensor? num_valid, str backend) -> (Tensor, Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
-    lambda grad, q, k, v, out, lse, cos, sin, num_heads, count, backend: _flop(q, count, 5),
+    lambda grad, q, k, v, out, lse, cos, sin, num_heads, num_valid, backend: _flop(q, num_valid, 5),
 )
 
 
 class _ExpertAttention(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, v, cos, sin, num_heads, count, backend):
-        return _fwd(q, k, v, cos, sin, num_heads, count, backend)
+    def forward(q, k, v, cos, sin, num_heads, num_valid, backend):
+        return _fwd(q, k, v, cos, sin, num_heads, num_valid, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, cos, sin, num_heads, count, backend = inputs
+        q, k, v, cos, sin, num_heads, num_valid, backend = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, v, out, lse, cos, sin, count)
+        ctx.save_for_backward(q, k, v, out, lse, cos, sin, num_valid)
         ctx.arguments = (num_heads, backend)
 
     @staticmethod
     def backward(ctx, grad, _):
-        q, k, v, out, lse, cos, sin, count = ctx.saved_tensors
+        q, k, v, out, lse, cos, sin, num_valid = ctx.saved_tensors
         num_heads, backend = ctx.arguments
         if need_reference([grad]):
             function = lambda *t: [reference.expert_attention(*t, cos, sin, num_heads, stored=True)]  # type: ignore[call-arg, misc]  # noqa: E731
             found = of_reference(function, (q, k, v), ctx.needs_input_grad[:3], [grad])
             return *found, None, None, None, None, None
-        grads = _bwd(grad, q, k, v, out, lse, cos, sin, num_heads, count, backend)
+        grads = _bwd(grad, q, k, v, out, lse, cos, sin, num_heads, num_valid, backend)
         return *grads, None, None, None, None, None

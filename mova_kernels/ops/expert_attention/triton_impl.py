@@ -68,12 +68,12 @@ ROWS = 64  # tokens per program of the kernels without a loop
 
 @triton.jit
 def _rotate_kernel(
-    x, cos, sin, y, count, stride_xp, stride_xl, stride_yp, stride_yl, H, num_tiles,
+    x, cos, sin, y, num_valid, stride_xp, stride_xl, stride_yp, stride_yl, H, num_tiles,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """y = rope(x), with NaN for tokens whose scores may overflow; nothing is written for padding."""
     TILES_CUT: tl.constexpr = L % TILE != 0
-    pair, head, rows, padding = place(count, H, num_tiles, TILE)
+    pair, head, rows, padding = place(num_valid, H, num_tiles, TILE)
     if padding:
         return
     x_tile = load_tile(tile_of(x, pair, head, rows, stride_xp, stride_xl, D), rows, L, TILES_CUT)
@@ -83,14 +83,14 @@ def _rotate_kernel(
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, cos, sin, out, lse, count,
+    q, k, v, cos, sin, out, lse, num_valid,
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_op, stride_ol, H, num_tiles, scale,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse from q as projected and k rotated; zeros for padding. triton_wide.py knows wide queries by lse."""
     TILES_CUT: tl.constexpr = L % TILE != 0
     STEPS_CUT: tl.constexpr = L % STEP != 0
-    pair, head, rows, padding = place(count, H, num_tiles, TILE)
+    pair, head, rows, padding = place(num_valid, H, num_tiles, TILE)
     o_tile = tile_of(out, pair, head, rows, stride_op, stride_ol, D)
     lse_row = lse + (pair * H + head) * L + rows
     if padding:
@@ -129,12 +129,12 @@ def _forward_kernel(
 
 @triton.jit
 def _delta_kernel(
-    grad, out, delta, count, stride_gp, stride_gl, stride_op, stride_ol, H, num_tiles,
+    grad, out, delta, num_valid, stride_gp, stride_gl, stride_op, stride_ol, H, num_tiles,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """delta = sum over channels of grad * out, (P, H, L); nothing is written for padding."""
     TILES_CUT: tl.constexpr = L % TILE != 0
-    pair, head, rows, padding = place(count, H, num_tiles, TILE)
+    pair, head, rows, padding = place(num_valid, H, num_tiles, TILE)
     if padding:
         return
     grad_tile = load_tile(tile_of(grad, pair, head, rows, stride_gp, stride_gl, D), rows, L, TILES_CUT).to(tl.float32)
@@ -144,7 +144,7 @@ def _delta_kernel(
 
 @triton.jit
 def _grad_kv_kernel(
-    q, k, v, grad, lse, delta, cos, sin, grad_k, grad_v, count,
+    q, k, v, grad, lse, delta, cos, sin, grad_k, grad_v, num_valid,
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl,
     stride_dp, stride_dl, H, num_tiles, scale, root,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -152,7 +152,7 @@ def _grad_kv_kernel(
     """A tile of grad_k and grad_v, summed over queries in their order; q and k are rotated; zeros for padding."""
     TILES_CUT: tl.constexpr = L % TILE != 0
     STEPS_CUT: tl.constexpr = L % STEP != 0
-    pair, head, rows, padding = place(count, H, num_tiles, TILE)
+    pair, head, rows, padding = place(num_valid, H, num_tiles, TILE)
     grad_k_tile = tile_of(grad_k, pair, head, rows, stride_dp, stride_dl, D)
     grad_v_tile = tile_of(grad_v, pair, head, rows, stride_dp, stride_dl, D)
     if padding:
@@ -189,7 +189,7 @@ def _grad_kv_kernel(
 
 @triton.jit
 def _grad_q_kernel(
-    q, k, v, grad, lse, delta, cos, sin, grad_q, count,
+    q, k, v, grad, lse, delta, cos, sin, grad_q, num_valid,
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl,
     stride_dp, stride_dl, H, num_tiles, scale, root,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -197,7 +197,7 @@ def _grad_q_kernel(
     """A tile of grad_q, summed over keys in their order; q and k are rotated; zeros for padding."""
     TILES_CUT: tl.constexpr = L % TILE != 0
     STEPS_CUT: tl.constexpr = L % STEP != 0
-    pair, head, rows, padding = place(count, H, num_tiles, TILE)
+    pair, head, rows, padding = place(num_valid, H, num_tiles, TILE)
     grad_q_tile = tile_of(grad_q, pair, head, rows, stride_dp, stride_dl, D)
     if padding:
         store_tile(grad_q_tile, tl.zeros((TILE, D), tl.float32), rows, L, TILES_CUT)
@@ -229,7 +229,7 @@ def _grad_q_kernel(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_heads: int, count: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(P, L, H*D) x 3, fp32 tables (L, D), (1,) int64 or None -> out (P, L, H*D), log-sum-exp (P, H, L) fp32."""
     q, k, v = (adjacent_channels(t) for t in (q, k, v))
@@ -239,18 +239,18 @@ def forward(
     if out.numel():
         with torch.cuda.device_of(q):
             # Keys are rotated once, ahead: in the loop every tile of queries would do it again (18 times at 2304
-            # tokens; by count, 40 % more instructions), and the copies into shared memory could not be asynchronous.
+            # tokens; counted, 40 % more instructions), and the copies into shared memory could not be asynchronous.
             # Queries are rotated where they are used, which is once.
-            unrotated, k = k, _rotated(k, cos, sin, num_heads, count)
-            tensors = (q, k, v, cos, sin, out, lse, count)
+            unrotated, k = k, _rotated(k, cos, sin, num_heads, num_valid)
+            tensors = (q, k, v, cos, sin, out, lse, num_valid)
             _launch(_forward_kernel, "forward", tensors, (q, k, v, out), num_heads, (_log2_scale(q, num_heads),))
-            triton_wide.forward(q, unrotated, v, cos, sin, out, lse, num_heads, count)
+            triton_wide.forward(q, unrotated, v, cos, sin, out, lse, num_heads, num_valid)
     return out, lse
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cos: Tensor, sin: Tensor,
-    num_heads: int, count: Tensor | None,
+    num_heads: int, num_valid: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of q, k and v, (P, L, H*D), contiguous; bit for bit the same at every call."""
     grad, q, k, v, out = (adjacent_channels(t) for t in (grad, q, k, v, out))
@@ -259,16 +259,16 @@ def backward(
     if grad_q.numel():
         with torch.cuda.device_of(q):
             delta = torch.empty_like(lse)
-            _launch_rows(_delta_kernel, (grad, out, delta, count), (grad, out), num_heads)
+            _launch_rows(_delta_kernel, (grad, out, delta, num_valid), (grad, out), num_heads)
             unrotated = q, k
-            q, k = (_rotated(t, cos, sin, num_heads, count) for t in unrotated)
+            q, k = (_rotated(t, cos, sin, num_heads, num_valid) for t in unrotated)
             scales = (_log2_scale(q, num_heads), (q.shape[2] // num_heads) ** -0.5)
             operands = (q, k, v, grad, lse, delta, cos, sin)
             strided = (q, k, v, grad, grad_q)  # the gradients have the same strides
-            _launch(_grad_kv_kernel, "grad_kv", (*operands, grad_k, grad_v, count), strided, num_heads, scales)
-            _launch(_grad_q_kernel, "grad_q", (*operands, grad_q, count), strided, num_heads, scales)
+            _launch(_grad_kv_kernel, "grad_kv", (*operands, grad_k, grad_v, num_valid), strided, num_heads, scales)
+            _launch(_grad_q_kernel, "grad_q", (*operands, grad_q, num_valid), strided, num_heads, scales)
             results = (grad_q, grad_k, grad_v)
-            triton_wide.backward(*unrotated, v, grad, lse, cos, sin, *results, num_heads, count)
+            triton_wide.backward(*unrotated, v, grad, lse, cos, sin, *results, num_heads, num_valid)
     return grad_q, grad_k, grad_v
 
 
@@ -292,14 +292,14 @@ def _compile_case(dtype: torch.dtype, width: int, length: int, tf32: bool) -> No
     x = torch.empty(2, length, 2 * width, dtype=dtype, device="meta")
     table = torch.empty(length, width, device="meta")
     lse = torch.empty(2, 2, length, device="meta")
-    count = torch.empty(1, dtype=torch.int64, device="meta")
-    forward(x, x, x, table, table, 2, count)
-    backward(x, x, x, x, x, lse, table, table, 2, count)
+    num_valid = torch.empty(1, dtype=torch.int64, device="meta")
+    forward(x, x, x, table, table, 2, num_valid)
+    backward(x, x, x, x, x, lse, table, table, 2, num_valid)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, count: Tensor | None) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_valid: Tensor | None) -> Tensor:
     y = x.new_empty(x.shape)
-    _launch_rows(_rotate_kernel, (x, cos, sin, y, count), (x, y), num_heads)
+    _launch_rows(_rotate_kernel, (x, cos, sin, y, num_valid), (x, y), num_heads)
     return y
 
 

@@ -61,13 +61,13 @@ def scorable(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def place(count, H, num_tiles, TILE: tl.constexpr):
+def place(num_valid, H, num_tiles, TILE: tl.constexpr):
     """pair, head and tokens of this program; whether the pair is padding."""
     program = tl.program_id(0)
     head = (program // num_tiles) % H
     pair = (program // num_tiles // H).to(tl.int64)
     rows = (program % num_tiles) * TILE + tl.arange(0, TILE)
     padding = False
-    if count is not None:
-        padding = pair >= tl.load(count)
+    if num_valid is not None:
+        padding = pair >= tl.load(num_valid)
     return pair, head, rows, padding

@@ -60,12 +60,12 @@ def _with_key(largest, total, score):
 
 @triton.jit
 def _wide_forward_kernel(
-    q, k, v, cos, sin, out, lse, count,
+    q, k, v, cos, sin, out, lse, num_valid,
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_op, stride_ol, H, num_tiles, root,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """out of wide queries."""
-    pair, head, tile, padding = place(count, H, num_tiles, TILE)
+    pair, head, tile, padding = place(num_valid, H, num_tiles, TILE)
     head_lse = lse + (pair * H + head) * L
     if padding or not _any_wide(head_lse, tile, L):
         return
@@ -92,7 +92,7 @@ def _wide_forward_kernel(
 
 @triton.jit
 def _wide_grad_q_kernel(
-    q, k, v, grad, cos, sin, lse, grad_q, statistics, count,
+    q, k, v, grad, cos, sin, lse, grad_q, statistics, num_valid,
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl, stride_dp, stride_dl,
     H, num_tiles, root,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
@@ -101,7 +101,7 @@ def _wide_grad_q_kernel(
 
     That is the largest score, the sum of the exponentials relative to it, and delta: ``statistics``, (P, H, 3, L).
     """
-    pair, head, tile, padding = place(count, H, num_tiles, TILE)
+    pair, head, tile, padding = place(num_valid, H, num_tiles, TILE)
     if padding or not _any_wide_in_head(lse + (pair * H + head) * L, L):
         return
     first = tl.min(tile, 0)
@@ -136,13 +136,13 @@ def _wide_grad_q_kernel(
 
 @triton.jit
 def _wide_grad_kv_kernel(
-    q, k, v, grad, cos, sin, lse, statistics, grad_k, grad_v, count,
+    q, k, v, grad, cos, sin, lse, statistics, grad_k, grad_v, num_valid,
     stride_qp, stride_ql, stride_kp, stride_kl, stride_vp, stride_vl, stride_gp, stride_gl, stride_dp, stride_dl,
     H, num_tiles, root,
     L: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of heads with wide queries."""
-    pair, head, tile, padding = place(count, H, num_tiles, TILE)
+    pair, head, tile, padding = place(num_valid, H, num_tiles, TILE)
     if padding or not _any_wide_in_head(lse + (pair * H + head) * L, L):
         return
     first = tl.min(tile, 0)
@@ -168,21 +168,21 @@ def _wide_grad_kv_kernel(
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, out: Tensor, lse: Tensor,
-    num_heads: int, count: Tensor | None,
+    num_heads: int, num_valid: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes wide queries into ``out``."""
-    _launch(_wide_forward_kernel, (q, k, v, cos, sin, out, lse, count), (q, k, v, out), num_heads)
+    _launch(_wide_forward_kernel, (q, k, v, cos, sin, out, lse, num_valid), (q, k, v, out), num_heads)
 
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, cos: Tensor, sin: Tensor,
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, num_heads: int, count: Tensor | None,
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, num_heads: int, num_valid: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes the gradients of heads with wide queries; all three have the same strides."""
     statistics = torch.empty((*lse.shape[:2], 3, lse.shape[2]), dtype=torch.float64, device=lse.device)
     inputs, strided = (q, k, v, grad, cos, sin, lse), (q, k, v, grad, grad_q)
-    _launch(_wide_grad_q_kernel, (*inputs, grad_q, statistics, count), strided, num_heads)
-    _launch(_wide_grad_kv_kernel, (*inputs, statistics, grad_k, grad_v, count), strided, num_heads)
+    _launch(_wide_grad_q_kernel, (*inputs, grad_q, statistics, num_valid), strided, num_heads)
+    _launch(_wide_grad_kv_kernel, (*inputs, statistics, grad_k, grad_v, num_valid), strided, num_heads)
 
 
 def _launch(kernel, tensors, strided: tuple[Tensor, ...], num_heads: int) -> None:

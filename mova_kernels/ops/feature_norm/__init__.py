@@ -1,3 +1,3 @@
-from .op import CentredFeatures, centred_features, feature_norm, resamples_later
+from .op import feature_norm as feature_norm
 
-__all__ = ["CentredFeatures", "centred_features", "feature_norm", "resamples_later"]
+__all__ = ["feature_norm"]

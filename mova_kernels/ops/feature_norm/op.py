@@ -96,24 +96,46 @@ def feature_norm(
 
 
 class CentredFeatures(NamedTuple):
-    """Features that are resampled and scaled later, behind a projection: by linearity the result is the same.
+    """Features of one expert which ragged_linear resamples and scales behind its projection, on CPUs.
 
-    ``rstd * resampled tokens`` is what feature_norm gives.
+    By linearity the result is the same: ``rstd * resampled tokens`` is what feature_norm gives. Not differentiable.
     """
 
     tokens: Tensor  # (M, h*w, C): x - mean(x) per token
     rstd: Tensor  # (M, H*W) fp32
-    in_size: tuple[int, int]
-    out_size: tuple[int, int]
+    in_size: Sequence[int]
+    out_size: Sequence[int]
+
+
+def aligned_features(
+    features: Sequence[Tensor],
+    in_sizes: Sequence[tuple[int, int]],
+    out_size: tuple[int, int],
+    rows: Sequence[Tensor | None],
+    eps: float = 1e-5,
+    *,
+    may_wait: bool,
+) -> list[Tensor | CentredFeatures]:
+    """:func:`feature_norm` for ragged_linear: arguments as there, checked.
+
+    With ``may_wait``, for which no row may be negative, features are CentredFeatures where that is faster.
+    """
+    results: list[Tensor | CentredFeatures | None] = []
+    for x, size, r in zip(features, in_sizes, rows, strict=True):
+        waits = may_wait and resampling_may_wait(x, size, out_size)
+        results.append(centred_features(x, size, out_size, r, eps) if waits else None)
+    now = [e for e, result in enumerate(results) if result is None]
+    if now:
+        arguments = [features[e] for e in now], [in_sizes[e] for e in now], out_size, [rows[e] for e in now]
+        for e, result in zip(now, feature_norm(*arguments, eps), strict=True):
+            results[e] = result
+    return results  # type: ignore[return-value]
 
 
 def centred_features(
     x: Tensor, in_size: tuple[int, int], out_size: tuple[int, int], rows: Tensor | None, eps: float = 1e-5
 ) -> CentredFeatures:
-    """The first part of :func:`feature_norm` of one expert, for ragged_linear on CPUs: see :func:`resamples_later`.
-
-    Arguments as there, but no row is negative. Not differentiable.
-    """
+    """The first part of :func:`feature_norm` for one expert: arguments as there, but no row is negative."""
     check_floats("x", x, ("R", in_size[0] * in_size[1], "C"))
     if rows is not None:
         check_tensor("rows", rows, ("M",))
@@ -124,7 +146,7 @@ def centred_features(
     return CentredFeatures(*_centre(x.detach(), rows, sizes, eps), in_size, out_size)  # type: ignore[call-arg]
 
 
-def resamples_later(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, int]) -> bool:
+def resampling_may_wait(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, int]) -> bool:
     """Whether it is faster to project the features of a coarse grid first: on a CPU, if they need no gradient.
 
     A product of C channels is saved for each token that the grid lacks. Resampling its result costs as much as a
@@ -134,8 +156,12 @@ def resamples_later(x: Tensor, in_size: tuple[int, int], out_size: tuple[int, in
     if torch.compiler.is_compiling() or not is_plain(x) or (length - tokens) * x.shape[2] <= 64 * length:
         return False
     if (torch.is_grad_enabled() and x.requires_grad) or only_reference((x,)) or other_derivatives():
-        return False  # in forward-mode AD, what it is multiplied with may have a tangent
-    return backends.choose("feature_norm", None, x.device, x.dtype, _sizes([x], [*in_size, *out_size])) == "cpu"
+        return False  # in forward-mode AD, the weights may have a tangent
+    sizes = _sizes([x], [*in_size, *out_size])
+    return (
+        backends.choose("feature_norm", None, x.device, x.dtype, sizes) == "cpu"
+        and backends.choose("ragged_linear", None, x.device, x.dtype) == "cpu"
+    )
 
 
 def _sizes(features: Sequence[Tensor], sizes: Sequence[int]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import _compiled
 from ..._linear import product
-from ...ragged import PairTables
+from ...routing import ExpertParameters, PairTables
 from ..ragged_linear.cpu_impl import column_sums
 
 TOKENS_PER_PART = 64  # mk::tokens_per_part of csrc/gated_combine/gated_combine_cpu.h
@@ -34,17 +34,14 @@ def forward(
     attended: Tensor,
     gate: Tensor,
     tables: PairTables,
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    parameters: ExpertParameters,
     eps: float,
 ) -> Tensor:
     """(B, L, C), (P, L, I), fp32 (P,) -> (B, L, C) in the dtype of x; arguments as in op.py."""
     gates, experts = gate.tolist(), tables.expert.tolist()
     with torch.autocast("cpu", enabled=False):
         rows = [
-            _combined(tokens, attended, gates, pairs, experts, scale, shift, weight, bias, eps)
+            _combined(tokens, attended, gates, pairs, experts, parameters, eps)
             for tokens, pairs in zip(x, _of_samples(tables), strict=True)
         ]
     return torch.stack(rows) if rows else x.new_empty(x.shape)
@@ -56,24 +53,22 @@ def _combined(
     gates: Sequence[float],
     pairs: Sequence[int],
     experts: Sequence[int],
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    parameters: ExpertParameters,
     eps: float,
 ) -> Tensor:
     """The tokens of one sample, (L, C), with what its pairs add."""
+    scale, shift, weight, bias = parameters
     dtype, length, width = attended.dtype, *attended.shape[1:]
     # One product as deep as all experts rounds once. fp32 rather keeps its sums short, and saves joining the weights.
     depth = len(pairs) if dtype == torch.bfloat16 else 1
     for first in range(0, len(pairs), max(depth, 1)):
-        chosen = [(p, experts[p]) for p in pairs[first : first + depth]]
-        z = _compiled.empty(attended, length, len(chosen) * width)
-        for (p, e), part in zip(chosen, z.split(width, 1), strict=True):
+        members = [(p, experts[p]) for p in pairs[first : first + depth]]
+        z = _compiled.empty(attended, length, len(members) * width)
+        for (p, e), part in zip(members, z.split(width, 1), strict=True):
             _weigh(attended[p], scale[e].to(dtype), shift[e].to(dtype), gates[p], part, eps)
-        weights = [weight[e].to(dtype) for _, e in chosen]
+        weights = [weight[e].to(dtype) for _, e in members]
         joined = weights[0] if len(weights) == 1 else torch.cat(weights, 1)
-        constants = [gates[p] * bias[e].float() for p, e in chosen]
+        constants = [gates[p] * bias[e].float() for p, e in members]
         constant = (constants[0] if len(constants) == 1 else torch.stack(constants).sum(0)).to(dtype)
         if y.dtype == dtype:
             y = product(z, joined, constant, y)
@@ -87,10 +82,7 @@ def backward(
     attended: Tensor,
     gate: Tensor,
     tables: PairTables,
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    parameters: ExpertParameters,
     eps: float,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of attended, gate, and (scale, shift, weight and bias); that of x is ``grad`` itself.
@@ -100,13 +92,11 @@ def backward(
     dtype, (length, width) = attended.dtype, attended.shape[1:]
     dy = grad.to(dtype).contiguous()
     offsets = tables.expert_offsets.tolist()
-    used = offsets[-1]
+    num_valid = offsets[-1]
     grad_attended, grad_gate = _compiled.empty(attended, *attended.shape), gate.new_empty(gate.shape)
-    grad_attended[used:], grad_gate[used:] = 0, 0
-    parameters = [
-        [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]
-        for tensors in (scale, shift, weight, bias)
-    ]
+    grad_attended[num_valid:], grad_gate[num_valid:] = 0, 0
+    scale, shift, weight, bias = parameters
+    gradients = parameters.like_zeros()
     with torch.autocast("cpu", enabled=False):
         totals = [column_sums(tokens) for tokens in dy]
         for e, (start, stop) in enumerate(pairwise(offsets)):
@@ -132,9 +122,9 @@ def backward(
             else:
                 for i, sample in enumerate(samples.tolist()):
                     of_weight = product(dy[sample].t(), z[i].t(), added=of_weight)
-            for gradients, found in zip(parameters, (*sums.sum((1, 2)), of_weight, total), strict=True):
-                gradients[e].copy_(found)
-    return grad_attended, grad_gate, [t for gradients in parameters for t in gradients]
+            for group, gradient in zip(gradients, (*sums.sum((1, 2)), of_weight, total), strict=True):
+                group[e].copy_(gradient)
+    return grad_attended, grad_gate, [t for group in gradients for t in group]
 
 
 def _of_samples(tables: PairTables) -> list[list[int]]:

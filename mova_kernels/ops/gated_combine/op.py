@@ -1,4 +1,4 @@
-"""gated_combine: what the experts of a sample found out, weighted by its gate and added to its tokens."""
+"""gated_combine: the projected results of a sample's experts, weighted by its gate and added to its tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ... import _compiled, _flops, _triton, backends
 from ..._checks import check, check_device, check_floats
 from ..._gradients import layer_norm, need_reference, of_reference
 from ..._library import define
-from ...ragged import PairTables, RaggedPairs
+from ...routing import ExpertParameters, PairTables, RaggedPairs
 from ..ragged_linear.op import project, without_idle
 from . import reference
 
@@ -71,62 +71,63 @@ def gated_combine(
             check_floats(name, parameter, shape)
             check_device(name, parameter, "x", x)
     scale, shift = [n[0] for n in norms], [n[1] for n in norms]
-    parameters = (*scale, *shift, *weights, *biases)
-    chosen = backends.choose(
-        "gated_combine", backend, attended.device, attended.dtype, _sizes(attended), (x, attended, gate, *parameters)
-    )
-    if chosen != "reference":
-        gate = gate.float()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, attended, gate, *parameters)):
-            return _GatedCombine.apply((eps, pairs.bounds, chosen), x, attended, gate, *pairs.tables, *parameters)
-        return _fwd(x, attended, gate, list(pairs.tables), scale, shift, list(weights), list(biases), eps, chosen)
-    return _reference(x, attended, gate, pairs.tables, pairs.bounds, norms, weights, biases, eps)
+    parameters = ExpertParameters(scale, shift, list(weights), list(biases))
+    tensors = (x, attended, gate, *(t for group in parameters for t in group))
+    sizes = _sizes(attended)
+    backend = backends.choose("gated_combine", backend, attended.device, attended.dtype, sizes, tensors)
+    if backend == "reference":
+        return _reference(x, attended, gate, pairs.tables, pairs.host_offsets, parameters, eps)
+    gate = gate.float()
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        flat = (*pairs.tables, *(t for group in parameters for t in group))
+        return _GatedCombine.apply((eps, pairs.host_offsets, backend), x, attended, gate, *flat)
+    return _fwd(x, attended, gate, list(pairs.tables), *parameters, eps, backend)
 
 
-def _reference(x, attended, gate, tables, bounds, norms, weights, biases, eps):
+def _reference(x, attended, gate, tables, host_offsets, parameters, eps):
+    # Every pair has its own row.
+    tables = tables._replace(row=torch.arange(attended.shape[0], device=attended.device))
     normed = layer_norm(attended, eps=eps)
-    (projected,) = project([normed], "pair", tables, bounds, norms, [weights], [biases], "reference")
-    return reference.gated_combine(x, projected, gate, tables.sample, bounds)
+    (projected,) = project([normed], False, tables, host_offsets, parameters, "reference")
+    return reference.gated_combine(x, projected, gate, tables.sample, host_offsets)
 
 
 def _sizes(attended: Tensor) -> dict[str, int]:
     return {"attended channels": attended.shape[2]}
 
 
-def _forward_kernel(x, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
-    arguments = (PairTables(*tables), scale, shift, weight, bias, eps)
-    return backends.implementation("gated_combine", backend, attended, _sizes(attended)).forward(
-        x, attended, gate, *arguments
-    )
+def _forward_kernel(x, attended, gate, tables, scale, shift, weight, bias, eps, backend):
+    implementation = backends.implementation("gated_combine", backend, attended, _sizes(attended))
+    parameters = ExpertParameters(scale, shift, weight, bias)
+    return implementation.forward(x, attended, gate, PairTables(*tables), parameters, eps)
 
 
-def _backward_kernel(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
-    arguments = (PairTables(*tables), scale, shift, weight, bias, eps)
-    return backends.implementation("gated_combine", backend, attended, _sizes(attended)).backward(
-        grad, attended, gate, *arguments
-    )
+def _backward_kernel(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend):
+    implementation = backends.implementation("gated_combine", backend, attended, _sizes(attended))
+    parameters = ExpertParameters(scale, shift, weight, bias)
+    return implementation.backward(grad, attended, gate, PairTables(*tables), parameters, eps)
 
 
-def _forward_fake(x, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
+def _forward_fake(x, attended, gate, tables, scale, shift, weight, bias, eps, backend):
     return x.new_empty(x.shape)
 
 
-def _backward_fake(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
+def _backward_fake(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend):
     parameters = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*scale, *shift, *weight, *bias)]
     return attended.new_empty(attended.shape), gate.new_empty(gate.shape), parameters
 
 
-def _forward_flop(x, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
-    return _flops.of_projections(attended.shape[0], attended.shape[1], tables[3], weight)
+def _forward_flop(x, attended, gate, tables, scale, shift, weight, bias, eps, backend):
+    return _flops.of_projections(tables, attended.shape[1], weight)
 
 
-def _backward_flop(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend="triton"):
-    return 2 * _forward_flop(None, attended, gate, tables, scale, shift, weight, bias, eps, backend)
+def _backward_flop(grad, attended, gate, tables, scale, shift, weight, bias, eps, backend):
+    return 2 * _flops.of_projections(tables, attended.shape[1], weight)
 
 
 _INPUTS = (
     "Tensor attended, Tensor gate, Tensor[] tables, Tensor[] scale, Tensor[] shift, Tensor[] weight, Tensor[] bias, "
-    'float eps, str backend="triton"'
+    "float eps, str backend"
 )
 _fwd = define("gated_combine_fwd", f"(Tensor x, {_INPUTS}) -> Tensor", _forward_kernel, _forward_fake, _forward_flop)
 _bwd = define(
@@ -136,6 +137,7 @@ _bwd = define(
     _backward_fake,
     _backward_flop,
 )
+_NUM_TABLES = len(PairTables._fields)
 
 
 class _GatedCombine(torch.autograd.Function):
@@ -144,39 +146,33 @@ class _GatedCombine(torch.autograd.Function):
         ctx.settings = settings
         ctx.like_x = (x.shape, x.dtype, x.device)
         ctx.save_for_backward(attended, gate, *tensors)
-        return _fwd(x, attended, gate, *_arguments(tensors), settings[0], settings[2])
+        return _fwd(x, attended, gate, *_groups(tensors), settings[0], settings[2])
 
     @staticmethod
     def backward(ctx, grad):
         attended, gate, *tensors = ctx.saved_tensors
-        eps, bounds, backend = ctx.settings
-        no_tables = (None,) * len(PairTables._fields)
+        eps, host_offsets, backend = ctx.settings
+        no_tables = (None,) * _NUM_TABLES
         if need_reference([grad]):
             shape, dtype, device = ctx.like_x
-            tables = PairTables(*tensors[: len(no_tables)])
-            bounds = bounds or tuple(tables.expert_offsets.tolist())
+            host_offsets = host_offsets or tuple(PairTables(*tensors[:_NUM_TABLES]).expert_offsets.tolist())
 
             def function(attended, gate, *parameters):
-                scale, shift, weights, biases = _quarters(parameters)
+                tables, *groups = _groups([*tensors[:_NUM_TABLES], *parameters])
                 x = torch.zeros(shape, dtype=dtype, device=device)  # whose gradient is ``grad``
-                norms = list(zip(scale, shift, strict=True))
-                return [_reference(x, attended, gate, tables, bounds, norms, weights, biases, eps)]
+                arguments = (PairTables(*tables), host_offsets, ExpertParameters(*groups), eps)
+                return [_reference(x, attended, gate, *arguments)]
 
-            inputs, needs = (attended, gate, *tensors[len(no_tables) :]), ctx.needs_input_grad
-            needed = (*needs[2:4], *needs[4 + len(no_tables) :])
-            found = of_reference(function, inputs, needed, [grad])
-            return None, grad, *found[:2], *no_tables, *found[2:]
-        grad_attended, grad_gate, parameters = _bwd(grad, attended, gate, *_arguments(tensors), eps, backend)
-        return None, grad, grad_attended, grad_gate, *no_tables, *without_idle(parameters, bounds)
-
-
-def _arguments(tensors: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
-    """tables, scale, shift, weight and bias from one sequence."""
-    tables, parameters = list(tensors[: len(PairTables._fields)]), tensors[len(PairTables._fields) :]
-    return tables, *_quarters(parameters)
+            needs = ctx.needs_input_grad
+            inputs, needed = (attended, gate, *tensors[_NUM_TABLES:]), (*needs[2:4], *needs[4 + _NUM_TABLES :])
+            gradients = of_reference(function, inputs, needed, [grad])
+            return None, grad, *gradients[:2], *no_tables, *gradients[2:]
+        of_attended, of_gate, of_parameters = _bwd(grad, attended, gate, *_groups(tensors), eps, backend)
+        return None, grad, of_attended, of_gate, *no_tables, *without_idle(of_parameters, host_offsets)
 
 
-def _quarters(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """scale, shift, weight and bias."""
+def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+    """tables, scale, shift, weight and bias from one sequence; as many parameters of each kind."""
+    tables, parameters = list(tensors[:_NUM_TABLES]), tensors[_NUM_TABLES:]
     n = len(parameters) // 4
-    return [list(parameters[i * n : (i + 1) * n]) for i in range(4)]
+    return tables, *(list(parameters[i * n : (i + 1) * n]) for i in range(4))

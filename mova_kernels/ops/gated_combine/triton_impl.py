@@ -7,7 +7,7 @@ one matrix product, as deep as the widths of the sample's experts together. V an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton.device import adjacent_channels, nan_if_infinite
-from ...ragged import PairTables
+from ...routing import ExpertParameters, PairTables
 from ..ragged_linear.triton_impl import collect, fold, grad_weights
 
 ELEMENTS = 4096  # of the tile which a program normalises: 32 in each thread of its 4 warps
@@ -32,12 +32,12 @@ def _normalised(x, width, eps, ok):
 
 @triton.jit
 def _weigh_kernel(
-    x, gate, count, z, stride_p, stride_l, eps,
+    x, gate, num_valid, z, stride_p, stride_l, eps,
     L: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """z = gate * normalised(x); nothing is written for padding."""
     p = tl.program_id(0).to(tl.int64)
-    if p >= tl.load(count):
+    if p >= tl.load(num_valid):
         return
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -50,7 +50,7 @@ def _weigh_kernel(
 
 @triton.jit
 def _weigh_backward_kernel(
-    x, grad, gate, count, grad_x, z, grad_gate, stride_p, stride_l, eps,
+    x, grad, gate, num_valid, grad_x, z, grad_gate, stride_p, stride_l, eps,
     L: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With grad = dz / gate: the gradient of x, what each token adds to that of the gate, and z once more.
@@ -62,7 +62,7 @@ def _weigh_backward_kernel(
     columns = tl.arange(0, BLOCK)
     ok = (rows < L)[:, None] & (columns < WIDTH)[None, :]
     packed = (p * L + rows[:, None]) * WIDTH + columns[None, :]
-    if p >= tl.load(count):
+    if p >= tl.load(num_valid):
         tl.store(grad_x + packed, tl.zeros((ROWS, BLOCK), grad_x.dtype.element_ty), mask=ok)
         tl.store(grad_gate + p * L + rows, tl.zeros((ROWS,), tl.float32), mask=rows < L)
         return
@@ -82,18 +82,15 @@ def forward(
     attended: Tensor,
     gate: Tensor,
     tables: PairTables,
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    parameters: ExpertParameters,
     eps: float,
 ) -> Tensor:
     """(B, L, C), (P, L, I), fp32 (P,) -> (B, L, C) in the dtype of x; arguments as in op.py."""
     y = x.new_empty(x.shape)
     with torch.cuda.device_of(x):
-        folded = fold(tables, scale, shift, weight, bias, attended.dtype)
+        folded = fold(tables, parameters, attended.dtype)
         z = attended.new_empty(attended.shape)
-        _launch(_weigh_kernel, attended, (gate, tables.num_used, z), eps)
+        _launch(_weigh_kernel, attended, (gate, tables.num_valid, z), eps)
         collect([z], None, folded, tables, [y], by_sample=True, transposed=True, residual=x, gate=gate)
     return y
 
@@ -103,10 +100,7 @@ def backward(
     attended: Tensor,
     gate: Tensor,
     tables: PairTables,
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    parameters: ExpertParameters,
     eps: float,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of attended, gate, and (scale, shift, weight and bias); that of x is ``grad`` itself.
@@ -115,16 +109,16 @@ def backward(
     """
     dy = grad.to(attended.dtype)
     with torch.cuda.device_of(grad):
-        folded = fold(tables, scale, shift, weight, bias, attended.dtype)
+        folded = fold(tables, parameters, attended.dtype)
         dz, grad_attended, z = (attended.new_empty(attended.shape) for _ in range(3))
         along = gate.new_empty(attended.shape[:2])
         collect([dy], tables.sample, folded, tables, [dz])
-        _launch(_weigh_backward_kernel, attended, (dz, gate, tables.num_used, grad_attended, z, along), eps)
-        parameters = grad_weights([dy], tables.sample, [z], None, gate, tables, scale, shift, weight, bias)
+        _launch(_weigh_backward_kernel, attended, (dz, gate, tables.num_valid, grad_attended, z, along), eps)
+        of_parameters = grad_weights([dy], tables.sample, [z], None, gate, tables, parameters)
         of_constant = (grad.sum(1, dtype=torch.float32)[tables.sample] * folded.constant[tables.expert]).sum(1)
-        in_use = torch.arange(len(gate), device=gate.device) < tables.num_used
+        in_use = torch.arange(len(gate), device=gate.device) < tables.num_valid
         grad_gate = along.sum(1) + torch.where(in_use, of_constant, 0)
-    return grad_attended, grad_gate, parameters
+    return grad_attended, grad_gate, of_parameters
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -138,9 +132,9 @@ def _compile_case(dtype: torch.dtype, width: int, length: int) -> None:
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     tables = PairTables(*[torch.empty(24, dtype=torch.int64, device="meta")] * 6)
     x, attended, gate = empty(8, length, width), empty(24, length, width), torch.empty(24, device="meta")
-    parameters = ([empty(width)] * 7, [empty(width)] * 7, [empty(width, width)] * 7, [empty(width)] * 7)
-    forward(x, attended, gate, tables, *parameters, 1e-5)
-    backward(x, attended, gate, tables, *parameters, 1e-5)
+    parameters = ExpertParameters([empty(width)] * 7, [empty(width)] * 7, [empty(width, width)] * 7, [empty(width)] * 7)
+    forward(x, attended, gate, tables, parameters, 1e-5)
+    backward(x, attended, gate, tables, parameters, 1e-5)
 
 
 def _launch(kernel, x: Tensor, tensors: tuple[Tensor, ...], eps: float) -> None:

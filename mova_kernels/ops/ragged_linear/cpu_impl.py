@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import _compiled
 from ..._linear import product
-from ...ragged import PairTables
+from ...routing import ExpertParameters, PairTables
 from ..feature_resample import cpu_impl as feature_resample
 from . import reference
 
@@ -26,12 +26,12 @@ _unfold = _compiled.function(
 _resample = _compiled.function("mk_ragged_linear_resample", "x scale shift y", "M in_h in_w out_h out_w C dtype")
 
 
-class Resampling(NamedTuple):
-    """What is still to be done with the projected tokens of an expert (feature_norm's CentredFeatures)."""
+class _Resampling(NamedTuple):
+    """How the projected tokens of an expert are resampled and scaled (feature_norm's CentredFeatures)."""
 
     rstd: Tensor  # (R, H*W) fp32
-    in_size: Sequence[int]
-    out_size: Sequence[int]
+    in_size: list[int]
+    out_size: list[int]
 
     def forward(self, x: Tensor, rows: Tensor, constant: Tensor, out: Tensor) -> None:
         """(n, h*w, O), (n,), (O,) -> (n, H*W, O)."""
@@ -44,37 +44,43 @@ class Resampling(NamedTuple):
     def adjoint(self, dy: Tensor, rows: Tensor) -> Tensor:
         """(n, H*W, O), (n,) -> (n, h*w, O)."""
         scaled = dy * self.rstd[rows, :, None].to(dy.dtype)
-        return feature_resample.backward(scaled, list(self.in_size), list(self.out_size))
+        return feature_resample.backward(scaled, self.in_size, self.out_size)
+
+
+def _resamplings(rstds: Sequence[Tensor | None], sizes: Sequence[int], num_experts: int) -> list[_Resampling | None]:
+    if not rstds:
+        return [None] * num_experts
+    grids = [list(sizes[i : i + 4]) for i in range(0, len(sizes), 4)]
+    return [r if r is None else _Resampling(r, g[:2], g[2:]) for r, g in zip(rstds, grids, strict=True)]
 
 
 def forward(
     x: Sequence[Tensor],
-    rows: str,
+    shared: bool,
     tables: PairTables,
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    parameters: ExpertParameters,
     dtype: torch.dtype,
-    resamplings: Sequence[Resampling | None] | None = None,
+    rstds: Sequence[Tensor | None] = (),
+    sizes: Sequence[int] = (),
 ) -> list[Tensor]:
     """One (P, L, O) per projection; arguments as in op.py."""
+    scale, shift, weight, bias = parameters
     offsets, num_experts = tables.expert_offsets.tolist(), len(scale)
-    resamplings = resamplings or [None] * num_experts
-    length = next((r.rstd.shape[1] for r in resamplings if r), x[0].shape[1])
-    shapes = [(len(tables.sample), length, w.shape[0]) for w in weight[::num_experts]]
-    outputs = [_compiled.empty(x[0].new_empty(0, dtype=dtype), *shape) for shape in shapes]
+    resamplings = _resamplings(rstds, sizes, num_experts)
+    length = next((r.shape[1] for r in rstds if r is not None), x[0].shape[1])
+    like, num_pairs = x[0].new_empty(0, dtype=dtype), len(tables.sample)
+    outputs = [_compiled.empty(like, num_pairs, length, width) for width in parameters.outputs]
     with torch.autocast("cpu", enabled=False):
-        for e, source, selected in reference.experts(x, rows, tables, offsets):
-            taken, resampling = reference.take(source, selected).to(dtype), resamplings[e]
+        for e, source, rows in reference.experts(x, tables.sample if shared else tables.row, offsets):
+            taken, resampling = reference.take(source, rows).to(dtype), resamplings[e]
             for i, output in enumerate(outputs):
                 j, out = i * num_experts + e, output[offsets[e] : offsets[e + 1]]
                 narrow, constant = reference.folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)
                 if resampling is None:
                     product(taken, narrow, constant, out=out)
                 else:
-                    resampling.forward(product(taken, narrow), selected, constant, out)
-    if offsets[-1] < len(tables.sample):
+                    resampling.forward(product(taken, narrow), rows, constant, out)
+    if offsets[-1] < num_pairs:
         for output in outputs:
             output[offsets[-1] :] = 0
     return outputs
@@ -83,36 +89,31 @@ def forward(
 def backward(
     grads: Sequence[Tensor],
     x: Sequence[Tensor],
-    rows: str,
+    shared: bool,
     tables: PairTables,
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    parameters: ExpertParameters,
     needs_x: bool,
-    resamplings: Sequence[Resampling | None] | None = None,
+    rstds: Sequence[Tensor | None] = (),
+    sizes: Sequence[int] = (),
 ) -> list[Tensor]:
     """Gradients of x (nothing if not ``needs_x``), scale, shift, weight and bias; always the same bits."""
-    offsets = tables.expert_offsets.tolist()
-    resamplings = resamplings or [None] * len(scale)
+    offsets, resamplings = tables.expert_offsets.tolist(), _resamplings(rstds, sizes, len(parameters.scale))
 
     def gradients(e: int, dy: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         total, resampling = column_sums(dy), resamplings[e]
         if resampling is not None:
-            selected = tables.row[offsets[e] : offsets[e + 1]]
-            dy = resampling.adjoint(dy.unflatten(0, (len(selected), -1)), selected).flatten(0, 1)
+            rows = tables.row[offsets[e] : offsets[e + 1]]
+            dy = resampling.adjoint(dy.unflatten(0, (len(rows), -1)), rows).flatten(0, 1)
         return weight_gradients(dy, total, *others)
 
     with torch.autocast("cpu", enabled=False):
-        return reference.ragged_linear_backward(
-            grads, x, rows, tables, offsets, scale, shift, weight, bias, needs_x, product, gradients
-        )
+        return reference.backward(grads, x, shared, tables, parameters, needs_x, product, gradients)
 
 
 def weight_gradients(
     dy: Tensor, total: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What reference.weight_gradients computes; the gradient of the weight in its dtype, the others in fp32."""
+    """The gradients that reference.layer_gradients computes; the one of the weight in its dtype, the others in fp32."""
     grad_folded = product(dy.t(), x.t())
     if {t.dtype for t in (grad_folded, scale, shift)} != {weight.dtype}:  # autocast
         return reference.unfolded(grad_folded, total, scale, shift, weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import cycle, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ from ..._checks import check, check_dense, check_device, check_floats, check_ten
 from ..._gradients import need_reference, of_reference
 from ..._library import define
 from ..._plain import autocast, only_reference
-from ...ragged import PairTables, RaggedPairs
-from ..feature_norm import CentredFeatures
+from ...routing import ExpertParameters, PairTables, RaggedPairs
+from ..feature_norm.op import CentredFeatures
 from ..feature_resample.reference import feature_resample
-from . import cpu_impl, reference
+from . import reference
 
 backends.register("ragged_linear", _triton.BACKEND, _compiled.BACKEND)
 
@@ -55,29 +56,27 @@ def ragged_linear(
     """
     shared = isinstance(x, Tensor)
     given = [x] if isinstance(x, Tensor) else list(x)
-    resamplings = [
-        cpu_impl.Resampling(*source[1:]) if isinstance(source, CentredFeatures) else None for source in given
-    ]
+    centred = [source if isinstance(source, CentredFeatures) else None for source in given]
     sources = [source.tokens if isinstance(source, CentredFeatures) else source for source in given]
-    for e, source in enumerate(sources):
-        check_dense("x" if shared else f"x[{e}]", source)
-    length = next((r.rstd.shape[1] for r in resamplings if r), sources[0].shape[1] if sources else 0)
+    names = ["x"] if shared else [f"x[{e}]" for e in range(len(given))]
+    for name, source in zip(names, sources, strict=True):
+        check_dense(name, source)
     check(shared or len(sources) == pairs.num_experts, "x", f"must be one tensor or {pairs.num_experts}", len(sources))
-    for e, source in enumerate(sources):
-        name = "x" if shared else f"x[{e}]"
-        resampling = resamplings[e]
-        tokens = length if resampling is None else resampling.in_size[0] * resampling.in_size[1]
+    length = next((c.rstd.shape[1] for c in centred if c), sources[0].shape[1])
+    for name, source, c in zip(names, sources, centred, strict=True):
+        tokens = c.in_size[0] * c.in_size[1] if c else length
         check_floats(name, source, (pairs.num_samples if shared else "R", tokens, "C"))
         check_device(name, source, "x[0]", sources[0])
-        if resampling is not None:
-            check_device(f"{name}.rstd", resampling.rstd, name, source)
-            check_tensor(f"{name}.rstd", resampling.rstd, (source.shape[0], length))
+        if c:
+            check_device(f"{name}.rstd", c.rstd, name, source)
+            check_tensor(f"{name}.rstd", c.rstd, (source.shape[0], length))
     widths = [source.shape[2] for source in sources] * (pairs.num_experts if shared else 1)
     check_device("pairs", pairs.sample, "x", sources[0])
     _check_parameters(widths, affines, weights, biases, sources[0])
-    later = resamplings if any(resamplings) else None
-    rows = "sample" if shared else "row"
-    return project(sources, rows, pairs.tables, pairs.bounds, affines, weights, biases, backend, later)
+    scale, shift = [a[0] for a in affines], [a[1] for a in affines]
+    parameters = ExpertParameters(scale, shift, [w for p in weights for w in p], [b for p in biases for b in p])
+    pending = _pending(centred) if any(centred) else ([], [])
+    return project(sources, shared, pairs.tables, pairs.host_offsets, parameters, backend, *pending)
 
 
 def _check_parameters(
@@ -110,76 +109,110 @@ def _check_parameter(name: str, parameter: Tensor, shape: tuple[int | str, ...],
 
 def project(
     sources: Sequence[Tensor],
-    rows: str,
+    shared: bool,
     tables: PairTables,
-    bounds: Sequence[int] | None,
-    affines: Sequence[tuple[Tensor, Tensor]],
-    weights: Sequence[Sequence[Tensor]],
-    biases: Sequence[Sequence[Tensor]] = (),
+    host_offsets: Sequence[int] | None,
+    parameters: ExpertParameters,
     backend: str | None = None,
-    resamplings: Sequence[cpu_impl.Resampling | None] | None = None,
+    rstds: Sequence[Tensor | None] = (),
+    sizes: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
-    """The op without checks. ``rows`` names what a pair takes of its source.
-
-    It is "sample" (one source), "row" (one per expert) or, for the reference alone, "pair": row p of one source.
-    """
-    scale, shift = [a[0] for a in affines], [a[1] for a in affines]
-    weight, bias = [w for p in weights for w in p], [b for p in biases for b in p]
-    device = weight[0].device
-    dtype = torch.get_autocast_dtype(device.type) if autocast(device.type) else weight[0].dtype
-    only_cpu = "it takes no CentredFeatures" if resamplings else None
-    unfit = dict.fromkeys(("triton", "reference"), only_cpu) if only_cpu else None
-    tensors = (*tables, *sources, *scale, *shift, *weight, *bias)
-    backend = backends.choose("ragged_linear", backend, device, dtype, tensors=tensors, unfit=unfit)
-    arguments = (scale, shift, weight, bias, dtype)
-    if backend == "reference" and bounds is not None:
-        return tuple(reference.ragged_linear(sources, rows, tables, bounds, *arguments))
-    # What is exported with the reference consists of PyTorch's own operators, which run everywhere.
-    if backend == "reference" and (only_reference(tensors) or torch.compiler.is_exporting()):
-        return tuple(reference.ragged_linear_on_device(sources, rows, tables, *arguments))
-    sizes = (len(sources), len(scale), len(weight), len(bias))
-    settings = (rows, dtype, backend, sizes, bounds, resamplings)
-    tensors = (*tables, *(source.to(dtype) for source in sources), *scale, *shift, *weight, *bias)
+    """The op without checks. A pair takes row ``tables.sample`` of the ``shared`` source, or else ``tables.row``."""
+    first = parameters.weight[0]
+    dtype = torch.get_autocast_dtype(first.device.type) if autocast(first.device.type) else first.dtype
+    unfit = dict.fromkeys(("triton", "reference"), "it takes no CentredFeatures") if rstds else None
+    tensors = [*tables, *sources, *(t for group in parameters for t in group)]
+    backend = backends.choose("ragged_linear", backend, first.device, dtype, tensors=tensors, unfit=unfit)
+    if backend == "reference":
+        index = tables.sample if shared else tables.row
+        if host_offsets is not None:
+            return tuple(reference.ragged_linear(sources, index, host_offsets, parameters, dtype))
+        # What is exported with the reference consists of PyTorch's own operators, which run everywhere.
+        if only_reference(tensors) or torch.compiler.is_exporting():
+            return tuple(reference.ragged_linear_on_device(sources, index, tables, parameters, dtype))
+    groups = (tables, [source.to(dtype) for source in sources], *parameters)
+    settings = _Settings(shared, dtype, backend, tuple(map(len, groups)), host_offsets, list(rstds), list(sizes))
+    tensors = [t for group in groups for t in group]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _RaggedLinear.apply(settings, *tensors)
     return _forward(settings, tensors)
 
 
-def _forward_kernel(x, rows, tables, scale, shift, weight, bias, dtype, backend):
-    if backend != "reference":
-        implementation = backends.implementation("ragged_linear", backend, x[0])
-        return implementation.forward(x, rows, PairTables(*tables), scale, shift, weight, bias, dtype)
-    bounds = tables[3].tolist()  # opaque to the compiler, the op looks at the offsets when it runs
-    return reference.ragged_linear(x, rows, PairTables(*tables), bounds, scale, shift, weight, bias, dtype)
+def _pending(centred: Sequence[CentredFeatures | None]) -> tuple[list[Tensor | None], list[int]]:
+    """As a schema has it: per expert rstd or None; and h, w, H, W, all 0 for None."""
+    sizes = [size for c in centred for size in ((*c.in_size, *c.out_size) if c else (0, 0, 0, 0))]
+    return [c.rstd if c else None for c in centred], sizes
 
 
-def _backward_kernel(grads, x, rows, tables, scale, shift, weight, bias, needs_x, backend):
-    parameters = (scale, shift, weight, bias, needs_x)
-    if backend != "reference":
-        implementation = backends.implementation("ragged_linear", backend, x[0])
-        return implementation.backward(grads, x, rows, PairTables(*tables), *parameters)
-    return reference.ragged_linear_backward(grads, x, rows, PairTables(*tables), tables[3].tolist(), *parameters)
+class _Settings(NamedTuple):
+    """The arguments of the op that are no tensors to differentiate.
+
+    ``lengths`` counts the tables, the sources and the parameters of each kind, which autograd takes as one sequence.
+    """
+
+    shared: bool
+    dtype: torch.dtype
+    backend: str
+    lengths: tuple[int, ...]
+    host_offsets: Sequence[int] | None
+    rstds: list[Tensor | None]
+    sizes: list[int]
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple:
+        """The raw ops' arguments from x to sizes."""
+        groups = []
+        for length in self.lengths:
+            groups.append(list(tensors[:length]))
+            tensors = tensors[length:]
+        tables, x, *parameters = groups
+        return x, self.shared, tables, *parameters, self.rstds, self.sizes
 
 
-def _forward_fake(x, rows, tables, scale, shift, weight, bias, dtype, backend):
-    firsts = weight[:: len(scale)]
-    return [w.new_empty((tables[0].shape[0], x[0].shape[1], w.shape[0]), dtype=dtype) for w in firsts]
+def _implementation(backend, x, rstds):
+    if backend == "reference":
+        return reference
+    check(not rstds or backend == "cpu", "rstds", f"must be empty for the backend {backend}", len(rstds))
+    return backends.implementation("ragged_linear", backend, x[0])
 
 
-def _backward_fake(grads, x, rows, tables, scale, shift, weight, bias, needs_x, backend):
+def _forward_kernel(x, shared, tables, scale, shift, weight, bias, rstds, sizes, dtype, backend):
+    implementation, parameters = _implementation(backend, x, rstds), ExpertParameters(scale, shift, weight, bias)
+    pending = (rstds, sizes) if rstds else ()
+    return implementation.forward(x, shared, PairTables(*tables), parameters, dtype, *pending)
+
+
+def _backward_kernel(grads, x, shared, tables, scale, shift, weight, bias, rstds, sizes, needs_x, backend):
+    implementation, parameters = _implementation(backend, x, rstds), ExpertParameters(scale, shift, weight, bias)
+    pending = (rstds, sizes) if rstds else ()
+    return implementation.backward(grads, x, shared, PairTables(*tables), parameters, needs_x, *pending)
+
+
+def _length(x, rstds):
+    return next((rstd.shape[1] for rstd in rstds if rstd is not None), x[0].shape[1])
+
+
+def _forward_fake(x, shared, tables, scale, shift, weight, bias, rstds, sizes, dtype, backend):
+    length, firsts = _length(x, rstds), weight[:: len(scale)]
+    return [w.new_empty((tables[0].shape[0], length, w.shape[0]), dtype=dtype) for w in firsts]
+
+
+def _backward_fake(grads, x, shared, tables, scale, shift, weight, bias, rstds, sizes, needs_x, backend):
     inputs = (*(x if needs_x else ()), *scale, *shift, *weight, *bias)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
 
 
-def _forward_flop(x, rows, tables, scale, shift, weight, bias, dtype, backend):
-    return _flops.of_projections(len(tables[0]), x[0].shape[1], tables[3], weight)
+def _forward_flop(x, shared, tables, scale, shift, weight, bias, rstds, sizes, dtype, backend):
+    return _flops.of_projections(tables, _length(x, rstds), weight)
 
 
-def _backward_flop(grads, x, rows, tables, scale, shift, weight, bias, needs_x, backend):
-    return (1 + needs_x) * _flops.of_projections(len(tables[0]), grads[0].shape[1], tables[3], weight)
+def _backward_flop(grads, x, shared, tables, scale, shift, weight, bias, rstds, sizes, needs_x, backend):
+    return (1 + needs_x) * _flops.of_projections(tables, grads[0].shape[1], weight)
 
 
-_INPUTS = "Tensor[] x, str rows, Tensor[] tables, Tensor[] scale, Tensor[] shift, Tensor[] weight, Tensor[] bias"
+_INPUTS = (
+    "Tensor[] x, bool shared, Tensor[] tables, Tensor[] scale, Tensor[] shift, Tensor[] weight, Tensor[] bias, "
+    "Tensor?[] rstds, SymInt[] sizes"
+)
 _fwd = define(
     "ragged_linear_fwd",
     f"({_INPUTS}, ScalarType dtype, str backend) -> Tensor[]",
@@ -194,60 +227,6 @@ _bwd = define(
     _backward_fake,
     _backward_flop,
 )
-
-
-def _resamplings(rstds, sizes):
-    grids = [sizes[i : i + 4] for i in range(0, len(sizes), 4)]
-    return [
-        None if rstd is None else cpu_impl.Resampling(rstd, size[:2], size[2:])
-        for rstd, size in zip(rstds, grids, strict=True)
-    ]
-
-
-def _resampling_forward_kernel(x, rows, tables, scale, shift, weight, bias, dtype, rstds, sizes):
-    backends.choose("ragged_linear", "cpu", x[0].device, dtype)
-    resamplings = _resamplings(rstds, sizes)
-    return cpu_impl.forward(x, rows, PairTables(*tables), scale, shift, weight, bias, dtype, resamplings)
-
-
-def _resampling_backward_kernel(grads, x, rows, tables, scale, shift, weight, bias, needs_x, rstds, sizes):
-    backends.choose("ragged_linear", "cpu", x[0].device, x[0].dtype)
-    parameters = (scale, shift, weight, bias, needs_x, _resamplings(rstds, sizes))
-    return cpu_impl.backward(grads, x, rows, PairTables(*tables), *parameters)
-
-
-def _resampling_forward_fake(x, rows, tables, scale, shift, weight, bias, dtype, rstds, sizes):
-    length = next(rstd.shape[1] for rstd in rstds if rstd is not None)
-    firsts = weight[:: len(scale)]
-    return [w.new_empty((tables[0].shape[0], length, w.shape[0]), dtype=dtype) for w in firsts]
-
-
-def _resampling_forward_flop(x, rows, tables, scale, shift, weight, bias, dtype, rstds, sizes):
-    length = next(rstd.shape[1] for rstd in rstds if rstd is not None)
-    return _flops.of_projections(len(tables[0]), length, tables[3], weight)
-
-
-def _resampling_backward_flop(grads, x, rows, tables, scale, shift, weight, bias, needs_x, rstds, sizes):
-    return _backward_flop(grads, x, rows, tables, scale, shift, weight, bias, needs_x, "cpu")
-
-
-_LATER = "Tensor?[] rstds, SymInt[] sizes"
-_resampling_fwd = define(
-    "ragged_linear_resampling_fwd",
-    f"({_INPUTS}, ScalarType dtype, {_LATER}) -> Tensor[]",
-    _resampling_forward_kernel,
-    _resampling_forward_fake,
-    _resampling_forward_flop,
-)
-_resampling_bwd = define(
-    "ragged_linear_resampling_bwd",
-    f"(Tensor[] grads, {_INPUTS}, bool needs_x, {_LATER}) -> Tensor[]",
-    _resampling_backward_kernel,
-    lambda grads, x, rows, tables, scale, shift, weight, bias, needs_x, rstds, sizes: _backward_fake(
-        grads, x, rows, tables, scale, shift, weight, bias, needs_x, "cpu"
-    ),
-    _resampling_backward_flop,
-)
 _NUM_TABLES = len(PairTables._fields)
 
 
@@ -260,60 +239,37 @@ class _RaggedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        rows, _, backend, sizes, bounds, resamplings = ctx.settings
+        settings = ctx.settings
         if need_reference(grads):
             needed = ctx.needs_input_grad[1:]
-            found = of_reference(lambda *t: _reference(ctx.settings, t), ctx.saved_tensors, needed, grads)
-            return None, *found
-        num_sources = sizes[0]
+            return None, *of_reference(lambda *t: _reference(settings, t), ctx.saved_tensors, needed, grads)
+        num_sources = settings.lengths[1]
         needs_x = any(ctx.needs_input_grad[1 + _NUM_TABLES :][:num_sources])
-        arguments = (list(grads), *_arguments(rows, sizes, ctx.saved_tensors), needs_x)
-        found = _resampling_bwd(*arguments, *_flat(resamplings)) if resamplings else _bwd(*arguments, backend)
-        of_x, of_parameters = (found[:num_sources], found[num_sources:]) if needs_x else ([None] * num_sources, found)
-        of_parameters = without_idle(of_parameters, bounds)
+        results = _bwd(list(grads), *settings.arguments(ctx.saved_tensors), needs_x, settings.backend)
+        of_x = results[:num_sources] if needs_x else [None] * num_sources
+        of_parameters = without_idle(results[num_sources * needs_x :], settings.host_offsets)
         return None, *(None,) * _NUM_TABLES, *of_x, *of_parameters
 
 
-def _forward(settings: tuple, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    rows, dtype, backend, sizes, _, resamplings = settings
-    arguments = (*_arguments(rows, sizes, tensors), dtype)
-    return tuple(_resampling_fwd(*arguments, *_flat(resamplings)) if resamplings else _fwd(*arguments, backend))
+def _forward(settings: _Settings, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(_fwd(*settings.arguments(tensors), settings.dtype, settings.backend))
 
 
-def _reference(settings: tuple, tensors: Sequence[Tensor]) -> list[Tensor]:
-    rows, dtype, _, sizes, bounds, resamplings = settings
-    x, _, tables, *parameters = _arguments(rows, sizes, tensors)
-    for e, r in enumerate(resamplings or ()):
-        if r is not None:
-            wide = feature_resample(x[e], None, list(r.in_size), list(r.out_size))
-            x[e] = (wide * r.rstd[:, :, None]).to(dtype)
-    offsets = bounds or tables[3].tolist()
-    return reference.ragged_linear(x, rows, PairTables(*tables), offsets, *parameters, dtype)  # type: ignore[call-arg]
+def _reference(settings: _Settings, tensors: Sequence[Tensor]) -> list[Tensor]:
+    x, shared, tables, *parameters, rstds, sizes = settings.arguments(tensors)
+    for e, rstd in enumerate(rstds):
+        if rstd is not None:
+            size = sizes[4 * e : 4 * e + 4]
+            x[e] = (feature_resample(x[e], None, size[:2], size[2:]) * rstd[:, :, None]).to(settings.dtype)
+    return reference.forward(x, shared, PairTables(*tables), ExpertParameters(*parameters), settings.dtype)
 
 
-def _flat(resamplings: Sequence[cpu_impl.Resampling | None]) -> tuple[list[Tensor | None], list[int]]:
-    """As a schema has it: per expert rstd or None; and h, w, H, W, of which the former are 0 for None."""
-    sizes = [size for r in resamplings for size in ((*r.in_size, *r.out_size) if r else (0, 0, 0, 0))]
-    return [r.rstd if r else None for r in resamplings], sizes
-
-
-def _arguments(rows: str, sizes: tuple[int, int, int, int], tensors: Sequence[Tensor]) -> tuple:
-    """What the raw ops take first; ``tensors`` are tables, x, scale, shift, weight and bias in one sequence."""
-    num_sources, num_experts, num_weights, num_biases = sizes
-    parts = []
-    for size in (_NUM_TABLES, num_sources, num_experts, num_experts, num_weights, num_biases):
-        parts.append(list(tensors[:size]))
-        tensors = tensors[size:]
-    tables, x, *parameters = parts
-    return x, rows, tables, *parameters
-
-
-def without_idle(gradients: Sequence[Tensor], bounds: Sequence[int] | None) -> list[Tensor | None]:
+def without_idle(gradients: Sequence[Tensor], host_offsets: Sequence[int] | None) -> list[Tensor | None]:
     """None for what belongs to experts without pairs, as the reference has it; nothing changes if nobody knows them.
 
     ``gradients`` list one tensor per expert, several times over.
     """
-    if bounds is None:
+    if host_offsets is None:
         return list(gradients)
-    busy = [start < stop for start, stop in pairwise(bounds)]
+    busy = [start < stop for start, stop in pairwise(host_offsets)]
     return [g if b else None for g, b in zip(gradients, cycle(busy), strict=False)]

@@ -9,64 +9,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ragged import PairTables
-
-Product = Callable[..., Tensor]
+from ...routing import ExpertParameters, PairTables
 
 
 def ragged_linear(
     x: Sequence[Tensor],
-    rows: str,
-    tables: PairTables,
+    index: Tensor,
     offsets: Sequence[int],
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    parameters: ExpertParameters,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """One (P, L, O) per projection.
 
-    ``rows`` names the row of its source that a pair takes, see project() in op.py; ``offsets`` are expert_offsets on
-    the host; ``weight`` and ``bias`` list the projections' experts one after the other.
+    ``x`` is one source for all experts, or one per expert, and ``index``, (P,), the row of it that a pair takes.
+    ``offsets`` are expert_offsets on the host; behind the last one the results are zeros.
     """
+    scale, shift, weight, bias = parameters
     num_experts = len(scale)
-    outputs: list[list[Tensor]] = [[] for _ in range(len(weight) // num_experts)]
-    for e, source, selected in experts(x, rows, tables, offsets):
-        taken = take(source, selected).to(dtype)
+    outputs: list[list[Tensor]] = [[] for _ in parameters.outputs]
+    for e, source, rows in experts(x, index, offsets):
+        taken = take(source, rows).to(dtype)
         for i, output in enumerate(outputs):
             j = i * num_experts + e
             output.append(F.linear(taken, *folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)))
-    padding = len(tables.sample) - offsets[-1]
-    for i, output in enumerate(outputs):
+    padding = len(index) - offsets[-1]
+    for width, output in zip(parameters.outputs, outputs, strict=True):
         if padding or not output:
-            output.append(x[0].new_zeros((padding, x[0].shape[1], weight[i * num_experts].shape[0]), dtype=dtype))
+            output.append(x[0].new_zeros((padding, x[0].shape[1], width), dtype=dtype))
     return [torch.cat(output) if len(output) > 1 else output[0] for output in outputs]
 
 
 def ragged_linear_on_device(
-    x: Sequence[Tensor],
-    rows: str,
-    tables: PairTables,
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    dtype: torch.dtype,
+    x: Sequence[Tensor], index: Tensor, tables: PairTables, parameters: ExpertParameters, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The same in operators alone, none of which needs the offsets on the host: what is traced serves every routing."""
+    """The same in operators alone, none of which needs the offsets on the host: one trace serves every routing."""
+    scale, shift, weight, bias = parameters
     num_experts, num_pairs, first = len(scale), tables.sample.shape[0], x[0]  # len() would keep the number as it is now
     pairs = torch.arange(num_pairs, device=first.device)
     outputs = [first.new_zeros(num_pairs, first.shape[1], w.shape[0], dtype=dtype) for w in weight[::num_experts]]
     for e in range(num_experts):
         own = (pairs >= tables.expert_offsets[e]) & (pairs < tables.expert_offsets[e + 1])
         own = own.nonzero().squeeze(1)
-        index = own if rows == "pair" else getattr(tables, rows)[own]
-        taken = (x[e] if len(x) > 1 else first).index_select(0, index).to(dtype)
+        taken = (x[e] if len(x) > 1 else first).index_select(0, index[own]).to(dtype)
         for i, output in enumerate(outputs):
             j = i * num_experts + e
-            parameters = folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)
-            outputs[i] = output.index_put((own,), F.linear(taken, *parameters))
+            layer = folded(scale[e], shift[e], weight[j], bias[j] if bias else None, dtype)
+            outputs[i] = output.index_put((own,), F.linear(taken, *layer))
     return outputs
 
 
@@ -81,55 +69,55 @@ def folded(
     return (weight * scale).to(dtype), constant.to(dtype)
 
 
-def ragged_linear_backward(
-    grads: Sequence[Tensor],
-    x: Sequence[Tensor],
-    rows: str,
-    tables: PairTables,
-    offsets: Sequence[int],
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    needs_x: bool,
-    product: Product = F.linear,
-    gradients: Callable[..., tuple[Tensor, ...]] | None = None,
+def forward(
+    x: Sequence[Tensor], shared: bool, tables: PairTables, parameters: ExpertParameters, dtype: torch.dtype
 ) -> list[Tensor]:
-    """Gradients of x (nothing if not ``needs_x``), scale, shift, weight and bias, in this order.
-
-    With V = W diag(scale) and s = sum dy: dx = dy V and db = s. The others are those of :func:`weight_gradients` or of
-    ``gradients``, which is something better.
-    """
-    gradients = gradients or weight_gradients
-    num_experts = len(scale)
-    grad_x, grad_scale, grad_shift, grad_weight, grad_bias = (
-        [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in tensors]  # as the fake promises
-        for tensors in (x if needs_x else (), scale, shift, weight, bias)
-    )
-    for e, source, selected in experts(x, rows, tables, offsets):
-        taken = take(source, selected).flatten(0, 1)
-        for i, grad in enumerate(grads):
-            j = i * num_experts + e
-            dy = grad[offsets[e] : offsets[e + 1]].flatten(0, 1)
-            found = gradients(e, dy, taken.to(dy.dtype), scale[e], shift[e], weight[j])
-            grad_weight[j].copy_(found[0])
-            grad_scale[e] += found[1]
-            grad_shift[e] += found[2]
-            if bias:
-                grad_bias[j].copy_(found[3])
-            if needs_x:
-                dx = product(dy, (weight[j] * scale[e]).to(dy.dtype).t())
-                dx = dx.to(source.dtype).unflatten(0, (len(selected), -1))
-                grad_x[e if len(x) > 1 else 0].index_add_(0, selected, dx)
-    return [*grad_x, *grad_scale, *grad_shift, *grad_weight, *grad_bias]
+    """:func:`ragged_linear` for the raw op, which reads the offsets when it runs; ``shared``: x is one source."""
+    index = tables.sample if shared else tables.row
+    return ragged_linear(x, index, tables.expert_offsets.tolist(), parameters, dtype)
 
 
-def weight_gradients(
+def layer_gradients(
     _: int, dy: Tensor, x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """An expert, (R, O), (R, C), (C,), (C,), (O, C) -> gradients of weight, scale, shift and bias, fp32 or wider."""
     total = dy.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32))
     return unfolded(dy.t() @ x, total, scale, shift, weight)
+
+
+def backward(
+    grads: Sequence[Tensor],
+    x: Sequence[Tensor],
+    shared: bool,
+    tables: PairTables,
+    parameters: ExpertParameters,
+    needs_x: bool,
+    product: Callable[..., Tensor] = F.linear,
+    gradients: Callable[..., tuple[Tensor, ...]] = layer_gradients,
+) -> list[Tensor]:
+    """Gradients of x (nothing if not ``needs_x``), scale, shift, weight and bias, in this order.
+
+    With V = W diag(scale) and s = sum dy: dx = dy V and db = s. ``gradients`` computes the others.
+    """
+    offsets, num_experts = tables.expert_offsets.tolist(), len(parameters.scale)
+    grad_x = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x if needs_x else ())]
+    found = parameters.like_zeros()
+    for e, source, rows in experts(x, tables.sample if shared else tables.row, offsets):
+        taken = take(source, rows).flatten(0, 1)
+        scale, shift = parameters.scale[e], parameters.shift[e]
+        for i, grad in enumerate(grads):
+            j = i * num_experts + e
+            dy, weight = grad[offsets[e] : offsets[e + 1]].flatten(0, 1), parameters.weight[j]
+            of_weight, of_scale, of_shift, of_bias = gradients(e, dy, taken.to(dy.dtype), scale, shift, weight)
+            found.weight[j].copy_(of_weight)
+            found.scale[e].add_(of_scale)
+            found.shift[e].add_(of_shift)
+            if found.bias:
+                found.bias[j].copy_(of_bias)
+            if needs_x:
+                dx = product(dy, (weight * scale).to(dy.dtype).t()).to(source.dtype)
+                grad_x[e if len(x) > 1 else 0].index_add_(0, rows, dx.unflatten(0, (len(rows), -1)))
+    return [*grad_x, *(t for group in found for t in group)]
 
 
 def unfolded(
@@ -141,16 +129,16 @@ def unfolded(
     return grad_weight, (grad_folded * wide).sum(0), total @ wide, total
 
 
-def experts(
-    x: Sequence[Tensor], rows: str, tables: PairTables, offsets: Sequence[int]
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def experts(x: Sequence[Tensor], index: Tensor, offsets: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(expert, its tokens, the rows of its pairs) for every expert which has pairs."""
-    index = torch.arange(offsets[-1], device=x[0].device) if rows == "pair" else getattr(tables, rows)
     for e, (start, stop) in enumerate(pairwise(offsets)):
         if stop > start:
             yield e, x[e] if len(x) > 1 else x[0], index[start:stop]
 
 
 def take(source: Tensor, rows: Tensor) -> Tensor:
-    # Within an expert rows ascend without repeats: as many rows as the source has are all of them, in order.
+    """These rows of the source, without a copy if they are all of it.
+
+    Within an expert rows ascend without repeats, so as many rows as the source has are all of them, in order.
+    """
     return source if rows.shape[0] == source.shape[0] else source.index_select(0, rows)

@@ -23,7 +23,7 @@ from ..._triton.device import (
     stages_with_fences,
 )
 from ..._triton.tuning import Config, bucket, tuned
-from ...ragged import PairTables
+from ...routing import ExpertParameters, PairTables
 from .triton_kernels import collect_kernel, fold_kernel, grad_weight_kernel, project_kernel, sum_kernel
 
 # (arithmetic, whether tiles of 128 are cut somewhere) -> tile of the result (two sides), step of the loop, warps,
@@ -64,62 +64,44 @@ class Folded(NamedTuple):
 
 
 def forward(
-    x: Sequence[Tensor],
-    rows: str,
-    tables: PairTables,
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    dtype: torch.dtype,
+    x: Sequence[Tensor], shared: bool, tables: PairTables, parameters: ExpertParameters, dtype: torch.dtype
 ) -> list[Tensor]:
     """One (P, L, O) per projection; ``x`` in ``dtype``; arguments as in op.py."""
     num_pairs, length = len(tables.sample), x[0].shape[1]
     with torch.cuda.device_of(x[0]):
-        folded = fold(tables, scale, shift, weight, bias, dtype)
+        folded = fold(tables, parameters, dtype)
         outs = [x[0].new_empty((num_pairs, length, o)) for o in folded.outputs]
         if num_pairs * length:
-            _project(x, getattr(tables, rows), tables, folded, outs)
+            _project(x, tables.sample if shared else tables.row, tables, folded, outs)
     return outs
 
 
 def backward(
     grads: Sequence[Tensor],
     x: Sequence[Tensor],
-    rows: str,
+    shared: bool,
     tables: PairTables,
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    parameters: ExpertParameters,
     needs_x: bool,
 ) -> list[Tensor]:
     """Gradients of x (nothing if not ``needs_x``), scale, shift, weight and bias; zeros where nothing was selected."""
     grad_x: list[Tensor] = []
     with torch.cuda.device_of(x[0]):
         if needs_x:
-            folded = fold(tables, scale, shift, weight, bias, x[0].dtype)
-            shared = rows == "sample"
+            folded = fold(tables, parameters, x[0].dtype)
             grad_x = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in x]
             if not shared:  # the kernel writes the rows of the pairs alone
                 torch._foreach_zero_(grad_x)
             collect(grads, None, folded, tables, grad_x, None if shared else tables.row, by_sample=shared)
-        found = grad_weights(grads, None, x, getattr(tables, rows), None, tables, scale, shift, weight, bias)
-    return [*grad_x, *found]
+        index = tables.sample if shared else tables.row
+        return [*grad_x, *grad_weights(grads, None, x, index, None, tables, parameters)]
 
 
-def fold(
-    tables: PairTables,
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    dtype: torch.dtype,
-) -> Folded:
+def fold(tables: PairTables, parameters: ExpertParameters, dtype: torch.dtype) -> Folded:
     """The weights of the experts which have pairs; those of the others are left unwritten."""
+    scale, shift, weight, bias = parameters
     num_experts = len(scale)
-    widths = tuple(len(g) for g in scale)
-    outputs = tuple(len(w) for w in weight[::num_experts])
+    widths, outputs = tuple(len(g) for g in scale), tuple(parameters.outputs)
     folded = scale[0].new_empty(sum(widths) * sum(outputs), dtype=dtype)
     constant = scale[0].new_empty((num_experts, sum(outputs)), dtype=torch.float32)
     blocks = tuple(triton.cdiv(o, FOLD_ROWS) for o in outputs)
@@ -159,7 +141,7 @@ def collect(
         num_tiles = triton.cdiv(length, config["TILE_M"]) * n_tiles * num_outs
         collect_kernel[(min(programs, num_tiles),)](
             tuple(a), *_strides(a), a_index, tuple(outs), out_index, residual, gate,
-            tables.expert, tables.num_used, tables.by_sample if by_sample else None, tables.sample_offsets,
+            tables.expert, tables.num_valid, tables.by_sample if by_sample else None, tables.sample_offsets,
             folded.weight, folded.constant, num_outs, *residual_strides,
             WIDTHS=folded.widths, OUTPUTS=folded.outputs, TOTAL=total, L=length, TRANSPOSED=transposed,
             N_TILES=n_tiles, CUT=length % config["TILE_M"] != 0 or any(w % config["TILE_N"] for w in widths_out),
@@ -177,16 +159,13 @@ def grad_weights(
     index: Tensor | None,
     gate: Tensor | None,
     tables: PairTables,
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    parameters: ExpertParameters,
 ) -> list[Tensor]:
     """Gradients of scale, shift, weight and bias, in this order; see grad_weight_kernel."""
+    scale, shift, weight, bias = parameters
     grads, x = [adjacent_channels(t) for t in grads], [adjacent_channels(t) for t in x]
-    num_experts, length = len(scale), x[0].shape[1]
-    widths = tuple(len(g) for g in scale)
-    outputs = tuple(len(w) for w in weight[::num_experts])
+    length = x[0].shape[1]
+    widths, outputs = tuple(len(g) for g in scale), tuple(parameters.outputs)
     grad_weight, grad_bias = (  # of one dtype, so that a kernel can choose among them
         [torch.empty(t.shape, dtype=tensors[0].dtype, device=t.device) for t in tensors] for tensors in (weight, bias)
     )
@@ -194,7 +173,7 @@ def grad_weights(
     tiles = tuple(triton.cdiv(o, SUM_COLUMNS) for o in outputs)
     if sums.numel():
         sum_kernel[(len(sums) * SUM_SPLITS, sum(tiles))](
-            tuple(grads), *_strides(grads), grad_index, tables.num_used, sums,
+            tuple(grads), *_strides(grads), grad_index, tables.num_valid, sums,
             OUTPUTS=outputs, TILES=tiles, TOTAL=sum(outputs), L=length,
             SPLITS=SUM_SPLITS, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, maxnreg=REGISTERS,
         )  # fmt: skip
@@ -226,25 +205,31 @@ def grad_weights(
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What tools/compile_gate.py compiles: keys and values, and queries, of the official model; odd sizes."""
     official = (1536, 512, 256, 1536, 768, 768, 256)
-    yield "K, V bfloat16", functools.partial(_compile_case, torch.bfloat16, official, (1024, 1024), 2304, "row")
-    yield "Q bfloat16", functools.partial(_compile_case, torch.bfloat16, (1024,) * 7, (1024,), 2304, "sample")
-    yield "K, V float32", functools.partial(_compile_case, torch.float32, official, (1024, 1024), 2304, "row")
-    yield "K, V tf32", functools.partial(_compile_case, torch.float32, official, (1024, 1024), 2304, "row", tf32=True)
-    yield "odd sizes bfloat16", functools.partial(_compile_case, torch.bfloat16, (1000, 90), (1000,), 2300, "row")
+    yield "K, V bfloat16", functools.partial(_compile_case, torch.bfloat16, official, (1024, 1024), 2304)
+    yield "Q bfloat16", functools.partial(_compile_case, torch.bfloat16, (1024,) * 7, (1024,), 2304, shared=True)
+    yield "K, V float32", functools.partial(_compile_case, torch.float32, official, (1024, 1024), 2304)
+    yield "K, V tf32", functools.partial(_compile_case, torch.float32, official, (1024, 1024), 2304, tf32=True)
+    yield "odd sizes bfloat16", functools.partial(_compile_case, torch.bfloat16, (1000, 90), (1000,), 2300)
 
 
 def _compile_case(
-    dtype: torch.dtype, widths: Sequence[int], outputs: Sequence[int], length: int, rows: str, tf32: bool = False
+    dtype: torch.dtype,
+    widths: Sequence[int],
+    outputs: Sequence[int],
+    length: int,
+    shared: bool = False,
+    tf32: bool = False,
 ) -> None:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     table = torch.empty(24, dtype=torch.int64, device="meta")
     tables = PairTables(*[table] * 6)
-    sources = [empty(8, length, c) for c in (widths[:1] if rows == "sample" else widths)]
+    sources = [empty(8, length, c) for c in (widths[:1] if shared else widths)]
     affine, weights = [empty(c) for c in widths], [empty(o, c) for o in outputs for c in widths]
     biases = [empty(o) for o in outputs for _ in widths]
-    outs = forward(sources, rows, tables, affine, affine, weights, biases, dtype)
-    backward(outs, sources, rows, tables, affine, affine, weights, biases, True)
+    parameters = ExpertParameters(affine, affine, weights, biases)
+    outs = forward(sources, shared, tables, parameters, dtype)
+    backward(outs, sources, shared, tables, parameters, True)
 
 
 def _project(x: Sequence[Tensor], index: Tensor, tables: PairTables, folded: Folded, outs: Sequence[Tensor]) -> None:
@@ -255,7 +240,7 @@ def _project(x: Sequence[Tensor], index: Tensor, tables: PairTables, folded: Fol
         tiles = tuple(triton.cdiv(o, config["TILE_N"]) for o in folded.outputs)
         tiles_per_pair = triton.cdiv(length, config["TILE_M"]) * sum(tiles)
         project_kernel[(min(programs, num_pairs * tiles_per_pair),)](
-            tuple(x), *_strides(x), tuple(outs), index, tables.expert, tables.num_used,
+            tuple(x), *_strides(x), tuple(outs), index, tables.expert, tables.num_valid,
             folded.weight, folded.constant, num_pairs,
             WIDTHS=folded.widths, OUTPUTS=folded.outputs, TILES=tiles, TOTAL=sum(folded.outputs), L=length,
             TILES_PER_PAIR=tiles_per_pair,

@@ -107,13 +107,13 @@ def fold_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs"])  # another one every batch: it must not be compiled anew
 def project_kernel(
-    sources, source_strides, token_strides, outs, index, expert, count, folded, constant, num_pairs,
+    sources, source_strides, token_strides, outs, index, expert, num_valid, folded, constant, num_pairs,
     WIDTHS: tl.constexpr, OUTPUTS: tl.constexpr, TILES: tl.constexpr, TOTAL: tl.constexpr, L: tl.constexpr,
     TILES_PER_PAIR: tl.constexpr, CUT: tl.constexpr, CUT_K: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """outs[i][p] = x V^T + constant, where x is row index[p] of the source of the pair's expert; zeros for padding."""
-    used = tl.load(count)
+    valid = tl.load(num_valid)
     ks = tl.arange(0, TILE_K)
     M_TILES: tl.constexpr = (L + TILE_M - 1) // TILE_M
     for step in range(0, num_pairs * TILES_PER_PAIR - tl.program_id(0), tl.num_programs(0)):
@@ -126,7 +126,7 @@ def project_kernel(
         width_out = pick(OUTPUTS, i)
         row_ok, column_ok = rows < L, columns < width_out
         acc = tl.zeros((TILE_M, TILE_N), tl.float32)
-        if p < used:
+        if p < valid:
             e = tl.load(expert + p)
             width = pick(WIDTHS, e)
             weight_rows = _sum_before(OUTPUTS, i) + columns
@@ -145,7 +145,7 @@ def project_kernel(
 
 @triton.jit(do_not_specialize=["num_outs"])
 def collect_kernel(
-    a, a_strides, token_strides, a_index, outs, out_index, residual, gate, expert, count, by_sample, sample_offsets,
+    a, a_strides, token_strides, a_index, outs, out_index, residual, gate, expert, num_valid, by_sample, sample_offsets,
     folded, constant, num_outs, residual_stride, residual_token_stride,
     WIDTHS: tl.constexpr, OUTPUTS: tl.constexpr, TOTAL: tl.constexpr, L: tl.constexpr, TRANSPOSED: tl.constexpr,
     N_TILES: tl.constexpr, CUT: tl.constexpr, CUT_K: tl.constexpr,
@@ -157,7 +157,7 @@ def collect_kernel(
     A sample's sum starts with its residual, if there is one. A pair's product goes to row out_index[p] (None: p) of its
     expert's out; nothing is written for padding.
     """
-    used = tl.load(count)
+    valid = tl.load(num_valid)
     ks = tl.arange(0, TILE_K)
     M_TILES: tl.constexpr = (L + TILE_M - 1) // TILE_M
     for step in range(0, num_outs * M_TILES * N_TILES - tl.program_id(0), tl.num_programs(0)):
@@ -173,8 +173,8 @@ def collect_kernel(
             stop = tl.load(sample_offsets + target + 1)
         else:
             start = target
-            stop = tl.minimum(target + 1, used)
-            if target < used:
+            stop = tl.minimum(target + 1, valid)
+            if target < valid:
                 if (inside // M_TILES) * TILE_N >= pick(WIDTHS, tl.load(expert + target)):
                     stop = start  # a wider expert's columns
         for s in range(start, stop):
@@ -208,7 +208,7 @@ def collect_kernel(
                 acc += tl.load(base + columns[None, :], mask=ok, other=0.0).to(tl.float32)
             out = outs[0] + (target * L + rows[:, None]) * width_out + columns[None, :]
             tl.store(out, acc.to(out.dtype.element_ty), mask=ok)
-        elif target < used:
+        elif target < valid:
             e = tl.load(expert + target)
             out_row = target
             if out_index is not None:
@@ -221,14 +221,14 @@ def collect_kernel(
 
 @triton.jit
 def sum_kernel(
-    grads, grad_strides, token_strides, grad_index, count, sums,
+    grads, grad_strides, token_strides, grad_index, num_valid, sums,
     OUTPUTS: tl.constexpr, TILES: tl.constexpr, TOTAL: tl.constexpr, L: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """sums (P, SPLITS, O): dy of a pair, summed over a part of its tokens; nothing is written for padding."""
     part = tl.program_id(0).to(tl.int64)
     p = part // SPLITS
-    if p >= tl.load(count):
+    if p >= tl.load(num_valid):
         return
     i, tile = _locate(tl.program_id(1), TILES)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)

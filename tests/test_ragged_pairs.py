@@ -10,7 +10,7 @@ from helpers import ROUTINGS, mask, padded_pairs
 from torch import Tensor
 
 from mova_kernels import RaggedPairs, device_routing
-from mova_kernels.ragged import validated_routing
+from mova_kernels.routing import Routing
 
 # Enough small masks to meet every way of being empty or full, from sparse to dense.
 RANDOM = [
@@ -60,8 +60,8 @@ def check_tables(pairs: RaggedPairs, selected: Tensor, rows: dict[tuple[int, int
     assert all(t.dtype == torch.int64 for t in (*tables, pairs.expert_offsets, pairs.sample_offsets))
     for t, size in ((pairs.sample, num_samples), (pairs.expert, num_experts), (pairs.row, num_samples)):
         assert ((t >= 0) & (t < max(size, 1))).all(), "padding must not point outside"
-    if pairs.bounds is not None:
-        assert pairs.num_pairs == used and pairs.bounds == tuple(pairs.expert_offsets.tolist())
+    if pairs.host_offsets is not None:
+        assert pairs.num_pairs == used and pairs.host_offsets == tuple(pairs.expert_offsets.tolist())
         assert pairs.most_per_sample == max(per_sample, default=0)
     else:
         assert used <= pairs.num_pairs == num_samples * pairs.most_per_sample
@@ -215,9 +215,9 @@ def test_device_routing_pads_as_the_compiler_does() -> None:
     compiled = padded_pairs(selected)
     with device_routing():
         pairs = RaggedPairs.from_routing(selected)
-    assert pairs.bounds is None
+    assert pairs.host_offsets is None
     torch.testing.assert_close(pairs.tables, compiled.tables, rtol=0, atol=0)
-    assert RaggedPairs.from_routing(selected).bounds is not None
+    assert RaggedPairs.from_routing(selected).host_offsets is not None
 
 
 @pytest.mark.parametrize("selected", [mask("x.x", "..x"), mask("x.x", "xxx")], ids=["odd", "even"])
@@ -233,7 +233,7 @@ def test_device_routing_refuses_a_routing_on_the_host() -> None:
     with device_routing(), pytest.raises(ValueError, match=r"routing must be on meta in .*, got device\(type='cpu'\)"):
         RaggedPairs.from_routing(mask("x.x"), device="meta")
     with device_routing(), pytest.raises(ValueError, match="routing must be on meta"):
-        validated_routing(mask("x.x"), torch.device("meta"))
+        Routing.validated(mask("x.x"), torch.device("meta"))
 
 
 @pytest.mark.parametrize("table", ["sample", "expert", "row", "expert_offsets", "by_sample", "sample_offsets"])
