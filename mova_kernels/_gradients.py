@@ -19,10 +19,7 @@ def need_reference(grads: Sequence[Tensor]) -> bool:
 
 
 def of_reference(
-    function: Callable[..., Sequence[Tensor]],
-    inputs: Sequence[Tensor],
-    needed: Sequence[bool],
-    grads: Sequence[Tensor],
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], needed: Sequence[bool], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """The gradients of ``function(*inputs)`` for the inputs that need one, differentiable any number of times.
 

@@ -136,11 +136,7 @@ def choose(
 
 
 def implementation(
-    op: str,
-    backend: str,
-    x: Tensor,
-    sizes: Mapping[str, int] | None = None,
-    unfit: Mapping[str, str] | None = None,
+    op: str, backend: str, x: Tensor, sizes: Mapping[str, int] | None = None, unfit: Mapping[str, str] | None = None
 ) -> ModuleType:
     """The module with the kernels of ``op`` for tensors like ``x``; ``sizes`` and ``unfit`` as in :func:`choose`.
 

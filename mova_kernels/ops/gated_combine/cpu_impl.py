@@ -30,12 +30,7 @@ _bwd = _compiled.function(
 
 
 def forward(
-    x: Tensor,
-    attended: Tensor,
-    gate: Tensor,
-    tables: PairTables,
-    parameters: ExpertParameters,
-    eps: float,
+    x: Tensor, attended: Tensor, gate: Tensor, tables: PairTables, parameters: ExpertParameters, eps: float
 ) -> Tensor:
     """(B, L, C), (P, L, I), fp32 (P,) -> (B, L, C) in the dtype of x; arguments as in op.py."""
     gates, experts = gate.tolist(), tables.expert.tolist()
@@ -78,12 +73,7 @@ def _combined(
 
 
 def backward(
-    grad: Tensor,
-    attended: Tensor,
-    gate: Tensor,
-    tables: PairTables,
-    parameters: ExpertParameters,
-    eps: float,
+    grad: Tensor, attended: Tensor, gate: Tensor, tables: PairTables, parameters: ExpertParameters, eps: float
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of attended, gate, and (scale, shift, weight and bias); that of x is ``grad`` itself.
 

@@ -78,12 +78,7 @@ def _weigh_backward_kernel(
 
 
 def forward(
-    x: Tensor,
-    attended: Tensor,
-    gate: Tensor,
-    tables: PairTables,
-    parameters: ExpertParameters,
-    eps: float,
+    x: Tensor, attended: Tensor, gate: Tensor, tables: PairTables, parameters: ExpertParameters, eps: float
 ) -> Tensor:
     """(B, L, C), (P, L, I), fp32 (P,) -> (B, L, C) in the dtype of x; arguments as in op.py."""
     y = x.new_empty(x.shape)
@@ -96,12 +91,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    attended: Tensor,
-    gate: Tensor,
-    tables: PairTables,
-    parameters: ExpertParameters,
-    eps: float,
+    grad: Tensor, attended: Tensor, gate: Tensor, tables: PairTables, parameters: ExpertParameters, eps: float
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of attended, gate, and (scale, shift, weight and bias); that of x is ``grad`` itself.
 

@@ -13,11 +13,7 @@ from ...routing import ExpertParameters, PairTables
 
 
 def ragged_linear(
-    x: Sequence[Tensor],
-    index: Tensor,
-    offsets: Sequence[int],
-    parameters: ExpertParameters,
-    dtype: torch.dtype,
+    x: Sequence[Tensor], index: Tensor, offsets: Sequence[int], parameters: ExpertParameters, dtype: torch.dtype
 ) -> list[Tensor]:
     """One (P, L, O) per projection.
 
