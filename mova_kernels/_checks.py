@@ -23,12 +23,12 @@ def check_tensor(argument: str, value: object, shape: tuple[int | str, ...]) -> 
     """
     check_dense(argument, value)
     assert isinstance(value, Tensor)
-    found = value.shape
-    if found == shape:
+    actual = value.shape
+    if actual == shape:
         return
-    fits = len(found) == len(shape)
+    fits = len(actual) == len(shape)
     if fits:
-        for want, have in zip(shape, found, strict=True):
+        for want, have in zip(shape, actual, strict=True):
             if have != want and not isinstance(want, str):
                 fits = False
     if not fits:

@@ -40,8 +40,8 @@ def of_reference(
             return [None] * len(needed)
         outputs, grads = zip(*reached, strict=True)
         leaves = [x for x, wanted in zip(inputs, needed, strict=True) if wanted]
-        found = iter(torch.autograd.grad(outputs, leaves, grads, create_graph=True, allow_unused=True))
-    return [next(found) if wanted else None for wanted in needed]
+        gradients = iter(torch.autograd.grad(outputs, leaves, grads, create_graph=True, allow_unused=True))
+    return [next(gradients) if wanted else None for wanted in needed]
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:

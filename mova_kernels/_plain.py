@@ -123,13 +123,13 @@ def autocast(kind: str) -> bool:
 
 
 def _tensors(arguments: Sequence[object]) -> list[Tensor]:
-    found = []
+    tensors = []
     for argument in arguments:
         if isinstance(argument, Tensor):
-            found.append(argument)
+            tensors.append(argument)
         elif isinstance(argument, (list, tuple)):
-            found += [x for x in argument if isinstance(x, Tensor)]
-    return found
+            tensors += [x for x in argument if isinstance(x, Tensor)]
+    return tensors
 
 
 def _name(names: Sequence[str], arguments: Sequence[object], x: Tensor) -> str:

@@ -105,8 +105,8 @@ def unreadable(parent: nn.Module, name: str, description: Description, like: Ten
     module = parent._modules.get(name)
     if type(module) is not description.kind:
         return [name]
-    found = [f"{name}.{part}" for child, d in description.children for part in unreadable(module, child, d, like)]
-    return found if found or is_readable(module, description, like) else [name]
+    parts = [f"{name}.{part}" for child, d in description.children for part in unreadable(module, child, d, like)]
+    return parts if parts or is_readable(module, description, like) else [name]
 
 
 def is_plain_linear(module: nn.Module, x: Tensor) -> bool:
@@ -202,8 +202,8 @@ def _fits(module: nn.Module, description: Description, tensors: list[Tensor]) ->
     modules = state["_modules"]
     if len(modules) != len(children):
         return False
-    for (name, child), (found, inner) in zip(children, modules.items(), strict=True):
-        if name != found or inner is None or not _fits(inner, child, tensors):
+    for (name, child), (inner_name, inner) in zip(children, modules.items(), strict=True):
+        if name != inner_name or inner is None or not _fits(inner, child, tensors):
             return False
     return True
 

@@ -201,8 +201,8 @@ class MoVAdapter(
         adapter = cls(read_config(source, hub) if config is None else config)
         state = read_weights(source, map_location, hub)
         if dtype is None:
-            found = sorted({str(tensor.dtype) for name, tensor in state.items() if ".rope." not in name})
-            check(len(found) == 1, "dtype", f"must be given for the weights in {source}, which have several", found)
+            dtypes = sorted({str(tensor.dtype) for name, tensor in state.items() if ".rope." not in name})
+            check(len(dtypes) == 1, "dtype", f"must be given for the weights in {source}, which have several", dtypes)
             dtype = next(tensor.dtype for name, tensor in state.items() if ".rope." not in name)
         adapter.to(map_location, dtype).load_state_dict(state, strict=strict)
         return adapter.eval()

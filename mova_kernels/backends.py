@@ -190,9 +190,9 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
     answer: dict[str, dict[str, str]] = {}
     for op, implementations in _TABLE.items():
         try:
-            chosen = choose(op, None, device, dtype, tensors=())
+            selected = choose(op, None, device, dtype, tensors=())
         except BackendError:
-            chosen = None
+            selected = None
         answer[op] = {}
         for b in implementations.values():
             idle = b.only_when_asked(device) if requested(op, None) == "auto" else None
@@ -201,9 +201,9 @@ def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
                 b.declines(device, dtype)
                 or special
                 or idle
-                or f"could run, but {chosen or requested(op, None)} was chosen"
+                or f"could run, but {selected or requested(op, None)} was chosen"
             )
-            answer[op][b.name] = "runs" if b.name == chosen else reason
+            answer[op][b.name] = "runs" if b.name == selected else reason
     return answer
 
 

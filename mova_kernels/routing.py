@@ -174,10 +174,10 @@ class RaggedPairs:
     def __post_init__(self) -> None:
         if self.host_offsets is None:  # sizes may be symbols
             return
-        pairs, found = self.host_offsets[-1], [tuple(table.shape) for table in self.tables]
+        pairs, shapes = self.host_offsets[-1], [tuple(table.shape) for table in self.tables]
         samples, experts = self.selected.shape
         wanted = [(pairs,), (pairs,), (pairs,), (experts + 1,), (pairs,), (samples + 1,)]
-        check(found == wanted, "the tables of pairs", f"must have the shapes {wanted}", found)
+        check(shapes == wanted, "the tables of pairs", f"must have the shapes {wanted}", shapes)
 
     @classmethod
     def from_routing(

@@ -47,16 +47,16 @@ def tuned(
         device: of the tensors.
     """
     request = os.environ.get(VARIABLE, "0")
-    found = _known(device_name(device), request)
+    known = _known(device_name(device), request)
     search = request not in ("", "0")
-    if not found and not search:
+    if not known and not search:
         return default
     name = " ".join(map(str, (op, kernel, *key)))
-    if search and name not in found and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        found[name] = _search(name, default, candidates, launch)
+    if search and name not in known and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        known[name] = _search(name, default, candidates, launch)
         if request != "1":
-            _save(_file(Path(request), device_name(device)), found)
-    return found.get(name, default)
+            _save(_file(Path(request), device_name(device)), known)
+    return known.get(name, default)
 
 
 @functools.cache
@@ -84,10 +84,10 @@ def _load(file: Path) -> dict[str, Config]:
     return {name: tuple(config) for name, config in json.loads(file.read_text()).items()}
 
 
-def _save(file: Path, found: dict[str, Config]) -> None:
-    """One configuration per line; whole, whoever else writes or reads."""
+def _save(file: Path, configs: dict[str, Config]) -> None:
+    """Add configurations to the file, one per line. It is replaced atomically, so readers never see half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"{json.dumps(name)}: {json.dumps(config)}" for name, config in sorted({**_load(file), **found}.items())]
+    lines = [f"{json.dumps(name)}: {json.dumps(config)}" for name, config in sorted({**_load(file), **configs}.items())]
     part = file.with_suffix(f".{os.getpid()}")
     part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     part.replace(file)

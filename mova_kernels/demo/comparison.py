@@ -140,7 +140,7 @@ class _Batch:
         self.config = config
         self.base, self.text = noise(config.num_tokens, config.in_channels), noise(config.text_channels)
         self.features = [noise(side * side, c) for side, c in zip(grids, config.expert_channels, strict=True)]
-        self.routing = torch.tensor([[name in chosen for name in EXPERTS] for chosen in SELECTED])
+        self.routing = torch.tensor([[name in selected for name in EXPERTS] for selected in SELECTED])
         self.packed = [
             f[picked.to(device)] if picked.any() else None
             for f, picked in zip(self.features, self.routing.T, strict=True)

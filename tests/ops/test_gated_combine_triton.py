@@ -116,7 +116,7 @@ def test_opcheck() -> None:
     x, attended, gate, *parameters = problem(selected, torch.float32)
     padding = pairs.num_pairs - len(gate)
     attended, gate = F.pad(attended, (0, 0, 0, 0, 0, padding)), F.pad(gate, (0, padding))
-    arguments = (attended, gate, list(pairs.tables), *(parameters[i : i + 3] for i in range(0, 12, 3)), 1e-5)
+    arguments = (attended, gate, list(pairs.tables), *(parameters[i : i + 3] for i in range(0, 12, 3)), 1e-5, "triton")
     torch.library.opcheck(RAW.gated_combine_fwd.default, (x, *arguments))
     torch.library.opcheck(RAW.gated_combine_bwd.default, (torch.randn_like(x), *arguments))
 

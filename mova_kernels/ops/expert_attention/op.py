@@ -149,7 +149,7 @@ class _ExpertAttention(torch.autograd.Function):
         num_heads, backend = ctx.arguments
         if need_reference([grad]):
             function = lambda *t: [reference.expert_attention(*t, cos, sin, num_heads, stored=True)]  # type: ignore[call-arg, misc]  # noqa: E731
-            found = of_reference(function, (q, k, v), ctx.needs_input_grad[:3], [grad])
-            return *found, None, None, None, None, None
+            gradients = of_reference(function, (q, k, v), ctx.needs_input_grad[:3], [grad])
+            return *gradients, None, None, None, None, None
         grads = _bwd(grad, q, k, v, out, lse, cos, sin, num_heads, num_valid, backend)
         return *grads, None, None, None, None, None

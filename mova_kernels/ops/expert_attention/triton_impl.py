@@ -104,27 +104,27 @@ def _forward_kernel(
     k_tile = tile_of(k, pair, head, columns, stride_kp, stride_kl, D)
     v_tile = tile_of(v, pair, head, columns, stride_vp, stride_vl, D)
     k_step, v_step = STEP * tl.cast(stride_kl, tl.int64), STEP * tl.cast(stride_vl, tl.int64)
-    largest = tl.full((TILE,), float("-inf"), tl.float32)
+    row_max = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     acc = tl.zeros((TILE, D), tl.float32)
     for start in range(0, L, STEP):
         scores = tl.dot(q_tile, tl.trans(load_tile(k_tile, start + columns, L, STEPS_CUT)), input_precision=PRECISION)
         if STEPS_CUT:
             scores = tl.where((start + columns < L)[None, :], scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1) * scale)
-        odds = tl.exp2(scores * scale - larger[:, None])
-        shrink = tl.exp2(largest - larger)
-        total = total * shrink + tl.sum(odds, 1)
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+        probabilities = tl.exp2(scores * scale - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        total = total * rescale + tl.sum(probabilities, 1)
         v_now = load_tile(v_tile, start + columns, L, STEPS_CUT)
-        acc = tl.dot(odds.to(v_now.dtype), v_now, acc * shrink[:, None], input_precision=PRECISION)
-        largest = larger
+        acc = tl.dot(probabilities.to(v_now.dtype), v_now, acc * rescale[:, None], input_precision=PRECISION)
+        row_max = new_max
         k_tile += k_step
         v_tile += v_step
     result = acc / total[:, None]
     store_tile(o_tile, result, rows, L, TILES_CUT)
     # A sum of values may overflow although their mean does not. NaN hands such a query to triton_wide.py.
     fits = tl.sum(result * 0.0, 1) == 0.0
-    tl.store(lse_row, tl.where(fits, (largest + tl.log2(total)) / LOG2_E, float("nan")), mask=rows < L)
+    tl.store(lse_row, tl.where(fits, (row_max + tl.log2(total)) / LOG2_E, float("nan")), mask=rows < L)
 
 
 @triton.jit

@@ -32,10 +32,10 @@ def _any_wide(lse, rows, L: tl.constexpr):
 
 @triton.jit
 def _any_wide_in_head(lse, L: tl.constexpr):
-    found = False
+    wide = False
     for start in range(0, L, LOOK):
-        found = found | _any_wide(lse, start + tl.arange(0, LOOK), L)
-    return found
+        wide = wide | _any_wide(lse, start + tl.arange(0, LOOK), L)
+    return wide
 
 
 @triton.jit
@@ -51,11 +51,11 @@ def _rotated_tile(x, cos, sin, pair, head, rows, stride_p, stride_l, L: tl.const
 
 
 @triton.jit
-def _with_key(largest, total, score):
-    """The queries' largest score and sum of exponentials with one more key; what shrinks older terms; the key's own."""
-    larger = tl.maximum(largest, score)
-    shrink, odds = tl.exp(largest - larger), tl.exp(score - larger)
-    return larger, total * shrink + odds, shrink, odds
+def _with_key(row_max, total, score):
+    """The queries' row_max score and sum of exponentials with one more key; what shrinks older terms; the key's own."""
+    new_max = tl.maximum(row_max, score)
+    rescale, probabilities = tl.exp(row_max - new_max), tl.exp(score - new_max)
+    return new_max, total * rescale + probabilities, rescale, probabilities
 
 
 @triton.jit
@@ -74,15 +74,15 @@ def _wide_forward_kernel(
         rows = first + start + tl.arange(0, TOKENS)
         if _any_wide(head_lse, rows, L):
             q_rows = _rotated_tile(q, cos, sin, pair, head, rows, stride_qp, stride_ql, L, D) * root
-            largest = tl.full((TOKENS,), float("-inf"), tl.float64)
+            row_max = tl.full((TOKENS,), float("-inf"), tl.float64)
             total = tl.zeros((TOKENS,), tl.float64)
             acc = tl.zeros((TOKENS, D), tl.float64)
             for key in range(L):
                 at = key + tl.arange(0, 1)
                 k_row = _rotated_tile(k, cos, sin, pair, head, at, stride_kp, stride_kl, L, D)
-                largest, total, shrink, odds = _with_key(largest, total, tl.sum(q_rows * k_row, 1))
+                row_max, total, rescale, probabilities = _with_key(row_max, total, tl.sum(q_rows * k_row, 1))
                 v_row = _wide_tile(v, pair, head, at, stride_vp, stride_vl, L, D)
-                acc = acc * shrink[:, None] + odds[:, None] * v_row
+                acc = acc * rescale[:, None] + probabilities[:, None] * v_row
             lse_rows = tl.load(head_lse + rows, mask=rows < L, other=0.0)
             wide = (rows < L) & ~(tl.abs(lse_rows) <= LARGEST_LSE)
             pointers = tile_of(out, pair, head, rows, stride_op, stride_ol, D)
@@ -99,7 +99,7 @@ def _wide_grad_q_kernel(
 ):  # fmt: skip
     """grad_q of heads with wide queries, and what :func:`_wide_grad_kv_kernel` needs of their queries.
 
-    That is the largest score, the sum of the exponentials relative to it, and delta: ``statistics``, (P, H, 3, L).
+    That is the row_max score, the sum of the exponentials relative to it, and delta: ``statistics``, (P, H, 3, L).
     """
     pair, head, tile, padding = place(num_valid, H, num_tiles, TILE)
     if padding or not _any_wide_in_head(lse + (pair * H + head) * L, L):
@@ -109,27 +109,27 @@ def _wide_grad_q_kernel(
         rows = first + start + tl.arange(0, TOKENS)
         q_rows = _rotated_tile(q, cos, sin, pair, head, rows, stride_qp, stride_ql, L, D) * root
         g_rows = _wide_tile(grad, pair, head, rows, stride_gp, stride_gl, L, D)
-        largest = tl.full((TOKENS,), float("-inf"), tl.float64)
+        row_max = tl.full((TOKENS,), float("-inf"), tl.float64)
         total = tl.zeros((TOKENS,), tl.float64)
         delta = tl.zeros((TOKENS,), tl.float64)
         for key in range(L):
             at = key + tl.arange(0, 1)
             k_row = _rotated_tile(k, cos, sin, pair, head, at, stride_kp, stride_kl, L, D)
-            largest, total, shrink, odds = _with_key(largest, total, tl.sum(q_rows * k_row, 1))
+            row_max, total, rescale, probabilities = _with_key(row_max, total, tl.sum(q_rows * k_row, 1))
             v_row = _wide_tile(v, pair, head, at, stride_vp, stride_vl, L, D)
-            delta = delta * shrink + odds * tl.sum(g_rows * v_row, 1)
+            delta = delta * rescale + probabilities * tl.sum(g_rows * v_row, 1)
         delta /= total
         acc = tl.zeros((TOKENS, D), tl.float64)
         for key in range(L):
             at = key + tl.arange(0, 1)
             k_row = _rotated_tile(k, cos, sin, pair, head, at, stride_kp, stride_kl, L, D)
             v_row = _wide_tile(v, pair, head, at, stride_vp, stride_vl, L, D)
-            weight = tl.exp(tl.sum(q_rows * k_row, 1) - largest) / total
+            weight = tl.exp(tl.sum(q_rows * k_row, 1) - row_max) / total
             acc += (weight * (tl.sum(g_rows * v_row, 1) - delta))[:, None] * k_row
         acc = rotated(acc * root, cos, sin, rows, L, D, True, True).to(tl.float32)
         store_tile(tile_of(grad_q, pair, head, rows, stride_dp, stride_dl, D), acc, rows, L, True)
         own = statistics + (pair * H + head) * 3 * L + rows
-        tl.store(own, largest, mask=rows < L)
+        tl.store(own, row_max, mask=rows < L)
         tl.store(own + L, total, mask=rows < L)
         tl.store(own + 2 * L, delta, mask=rows < L)
 
@@ -191,7 +191,7 @@ def _launch(kernel, tensors, strided: tuple[Tensor, ...], num_heads: int) -> Non
     strides = [s for t in strided for s in t.stride()[:2]]
     tokens = 1024 // width  # at a time: what fits into the registers
     # Fused multiply-adds would be free to round a score differently in the two kernels of the backward pass, or in the
-    # two loops of one. These subtract the largest score from it, and are right only if both have the same bits.
+    # two loops of one. These subtract the row_max score from it, and are right only if both have the same bits.
     kernel[(num_tiles * num_heads * num_pairs,)](
         *tensors, *strides, num_heads, num_tiles, width**-0.5,
         L=length, D=width, TILE=ROWS, TOKENS=tokens, maxnreg=REGISTERS, enable_fp_fusion=False,

@@ -26,8 +26,8 @@ def _rankable(logits):
 def _softmax(logits, kept):
     """Over the kept logits, in fp64; 0 where not kept, also if nothing is."""
     logits = tl.where(kept, logits.to(tl.float64), float("-inf"))
-    odds = tl.where(kept, tl.exp(logits - tl.max(logits)), 0.0)
-    return tl.where(kept, odds / tl.sum(odds), 0.0)
+    exponentials = tl.where(kept, tl.exp(logits - tl.max(logits)), 0.0)
+    return tl.where(kept, exponentials / tl.sum(exponentials), 0.0)
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _forward_kernel(
     inside = experts < N
     logits += sample * stride_lb
     selected += sample * stride_sb
-    chosen = tl.load(selected + experts * stride_sn, mask=inside, other=False)
+    is_selected = tl.load(selected + experts * stride_sn, mask=inside, other=False)
     values = _load(logits + experts * stride_ln, inside)
     mine = _rankable(values)
     rank = tl.zeros((BLOCK,), tl.int32)
@@ -49,7 +49,7 @@ def _forward_kernel(
         other = _rankable(_load(logits + rival * stride_ln, True))
         ahead = (other > mine) | ((other == mine) & (rival < experts))
         rank += (ahead & tl.load(selected + rival * stride_sn)).to(tl.int32)
-    best = chosen & (rank < topk)
+    best = is_selected & (rank < topk)
     tl.store(weights + sample * N + experts, _softmax(values, best).to(tl.float32), mask=inside)
     tl.store(kept + sample * N + experts, best, mask=inside)
 

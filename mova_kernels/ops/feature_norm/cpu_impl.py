@@ -81,11 +81,11 @@ def _backward(
     resampled = torch.empty_like(y)  # its gradient, rounded to the dtype as in torch
     M, L, C = y.shape
     _bwd(grad=grad, rows=rows, y=y, rstd=rstd, grad_t=resampled, M=M, L=L, C=C, dtype=y.dtype)
-    found = resampled if in_size == out_size else feature_resample.backward(resampled, in_size, out_size)
+    grad_x = resampled if in_size == out_size else feature_resample.backward(resampled, in_size, out_size)
     if rows is None:
-        return found
-    chosen = rows >= 0
-    return found.new_zeros((num_rows, *found.shape[1:])).index_add_(0, rows[chosen], found[chosen])
+        return grad_x
+    valid = rows >= 0
+    return grad_x.new_zeros((num_rows, *grad_x.shape[1:])).index_add_(0, rows[valid], grad_x[valid])
 
 
 def _grids(sizes: Sequence[int]) -> tuple[list[list[int]], list[int]]:

@@ -76,23 +76,23 @@ def feature_norm(
             check(r.dtype == torch.int64, f"rows[{e}]", "must be int64", r.dtype, TypeError)
             check_device(f"rows[{e}]", r, "the features", x)
     sizes = [side for size in (*in_sizes, out_size) for side in size]
-    chosen = backends.choose(
+    selected = backends.choose(
         "feature_norm", backend, features[0].device, features[0].dtype, _sizes(features, sizes), features
     )
-    if chosen == "reference":
+    if selected == "reference":
         sources = zip(features, in_sizes, rows, strict=True)
-        # What was asked of feature_norm is asked of its part: backend="reference" means both.
+        # The request holds for both ops: backend="reference" means both.
         resampled = [feature_resample(x, size, out_size, r, backend=backend) for x, size, r in sources]
         return reference.feature_norm(resampled, eps)
     if torch.is_grad_enabled() and any(x.requires_grad for x in features):
-        if chosen == "triton":  # whose backward pass would keep one of the gradients
+        if selected == "triton":  # its backward pass would keep one of the gradients
             for e, r in enumerate(rows):
                 if r is not None:
                     ordered = r.sort().values
                     differ = (ordered[1:] != ordered[:-1]) | (ordered[1:] < 0)
                     torch._assert_async(differ.all(), f"rows[{e}] must not repeat a row")
-        return _FeatureNorm.apply(sizes, eps, chosen, *rows, *features)[: len(features)]
-    return tuple(_fwd(features, rows, sizes, eps, chosen)[0])
+        return _FeatureNorm.apply(sizes, eps, selected, *rows, *features)[: len(features)]
+    return tuple(_fwd(features, rows, sizes, eps, selected)[0])
 
 
 class CentredFeatures(NamedTuple):
@@ -253,14 +253,14 @@ class _FeatureNorm(torch.autograd.Function):
         if again or not (torch.compiler.is_compiling() or all(g is None for g in of_rstds)):
             tokens = map(_gradient_of_tokens, of_results, of_rstds, results, rstds)
             grids = [list(size) for size in zip(sizes[::2], sizes[1::2], strict=True)]
-            found = [
+            gradients = [
                 None if t is None else _gradient_of_resampling(t, r, n, grid, grids[-1])
                 for t, r, n, grid in zip(tokens, rows, num_rows, grids[:-1], strict=True)
             ]
         else:
-            given = [torch.zeros_like(y) if g is None else g for g, y in zip(of_results, results, strict=True)]
-            found = _bwd(given, results, rstds, rows, num_rows, sizes, backend)
-        return None, None, None, *(None for _ in rows), *found
+            filled = [torch.zeros_like(y) if g is None else g for g, y in zip(of_results, results, strict=True)]
+            gradients = _bwd(filled, results, rstds, rows, num_rows, sizes, backend)
+        return None, None, None, *(None for _ in rows), *gradients
 
 
 def _gradient_of_tokens(of_result, of_rstd, result, rstd):
@@ -283,8 +283,8 @@ def _gradient_of_tokens(of_result, of_rstd, result, rstd):
 def _gradient_of_resampling(grad, rows, num_rows, in_size, out_size):
     # The map is linear: any features do. grad.new_zeros would be batched where grad is.
     zeros = torch.zeros(num_rows, in_size[0] * in_size[1], grad.shape[-1], dtype=grad.dtype, device=grad.device)
-    (found,) = of_reference(lambda x: [reference_resample(x, rows, in_size, out_size)], [zeros], [True], [grad])
-    return found
+    (gradient,) = of_reference(lambda x: [reference_resample(x, rows, in_size, out_size)], [zeros], [True], [grad])
+    return gradient
 
 
 def _halves(values):

@@ -31,7 +31,7 @@ NARROWEST = 256  # BLOCK of all experts with fewer channels: one warp's 16-byte 
 
 @triton.jit
 def _number(disguised):
-    """The inverse of :func:`_disguised`."""
+    """The inverse of :func:`_unspecialised`."""
     return (disguised >> 1) - 1
 
 
@@ -262,12 +262,12 @@ def forward(
     with torch.cuda.device_of(features[0]):
         table, table_starts = _table(rows, counts)
         rows_fit = None if table is None else torch.ones((), dtype=torch.int32, device=table.device)
-        num_rows = _disguised(x.shape[0] for x in features)
+        num_rows = _unspecialised(x.shape[0] for x in features)
         _launch(
             _forward_kernel,
             (
                 features, tuple(results), tuple(rstds), table, table_starts, rows_fit, num_rows, *_strides(features),
-                _disguised(heights), _disguised(widths), eps,
+                _unspecialised(heights), _unspecialised(widths), eps,
             ),
             counts, [out_h * out_w] * len(counts), [x.shape[2] for x in features],
             H=out_h, W=out_w,
@@ -299,12 +299,13 @@ def backward(
         table, table_starts = _table(rows, counts)
         _launch(
             _grad_norm_kernel,
-            (grads, results, rstds, buffers, table, table_starts, *_strides(grads), _disguised(resampled)),
+            (grads, results, rstds, buffers, table, table_starts, *_strides(grads), _unspecialised(resampled)),
             counts, [out_h * out_w] * len(counts), channels,
             L=out_h * out_w,
         )  # fmt: skip
         _launch(
-            _gather_kernel, (buffers, grad_features, table, table_starts, _disguised(heights), _disguised(widths)),
+            _gather_kernel,
+            (buffers, grad_features, table, table_starts, _unspecialised(heights), _unspecialised(widths)),
             [m if some else 0 for m, some in zip(counts, resampled, strict=True)], tokens, channels,
             H=out_h, W=out_w,
         )  # fmt: skip
@@ -323,10 +324,10 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "odd float16", functools.partial(_compile_case, torch.float16, (33,), (5,), 7, False)
 
 
-def _compile_case(dtype: torch.dtype, channels: Sequence[int], sides: Sequence[int], out: int, chosen: bool) -> None:
+def _compile_case(dtype: torch.dtype, channels: Sequence[int], sides: Sequence[int], out: int, with_rows: bool) -> None:
     experts = len(channels)
     features = [torch.empty(2, s * s, c, dtype=dtype, device="meta") for s, c in zip(sides, channels, strict=True)]
-    rows = [torch.empty(2, dtype=torch.int64, device="meta") if chosen else None] * experts
+    rows = [torch.empty(2, dtype=torch.int64, device="meta") if with_rows else None] * experts
     sizes = [side for s in (*sides, out) for side in (s, s)]
     results, rstds, _ = forward(features, rows, sizes, 1e-5)
     backward(results, results, rstds, rows, [2] * experts, sizes)
@@ -347,18 +348,18 @@ def _table(rows: Sequence[Tensor | None], counts: Sequence[int]) -> tuple[Tensor
     Not a pointer per expert: Triton compiles anew when one of them is or is not at a multiple of 16 bytes, as slices
     happen to be.
     """
-    starts = _disguised(accumulate(counts[:-1], initial=0))
+    starts = _unspecialised(accumulate(counts[:-1], initial=0))
     device = next((r.device for r in rows if r is not None), None)
     if device is None:
         return None, starts
-    given = [torch.arange(m, device=device) if r is None else r for r, m in zip(rows, counts, strict=True)]
-    return torch.cat(given), starts
+    indices = [torch.arange(m, device=device) if r is None else r for r, m in zip(rows, counts, strict=True)]
+    return torch.cat(indices), starts
 
 
-def _disguised(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Numbers from 0 which change from batch to batch (an absent expert has no grid), as odd ones from 3.
+def _unspecialised(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Numbers that change from batch to batch, encoded as odd ones from 3, for which Triton compiles once.
 
-    Triton compiles anew when an integer in a tuple becomes 1 or divisible by 16, or ceases to be;
+    Triton compiles anew when an integer in a tuple becomes 1 or divisible by 16, or ceases to be, and
     ``do_not_specialize`` does not reach into tuples.
     """
     return tuple(2 * n + 3 for n in numbers)
@@ -374,7 +375,7 @@ def _launch(
     *starts, total = accumulate((m * p for m, p in zip(counts, programs, strict=True)), initial=0)
     if total:
         kernel[(total,)](
-            *arguments, _disguised(programs), _disguised(starts),
+            *arguments, _unspecialised(programs), _unspecialised(starts),
             CHANNELS=tuple(channels), BLOCKS=blocks, EACH_BLOCK=tuple(sorted(set(blocks))),
             TILE=tile, STEPS=STEPS, num_warps=tile // ELEMENTS_PER_WARP, maxnreg=REGISTERS, **sizes,
         )  # fmt: skip

@@ -55,10 +55,10 @@ def ragged_linear(
         backends.BackendError: the requested backend cannot run here.
     """
     shared = isinstance(x, Tensor)
-    given = [x] if isinstance(x, Tensor) else list(x)
-    centred = [source if isinstance(source, CentredFeatures) else None for source in given]
-    sources = [source.tokens if isinstance(source, CentredFeatures) else source for source in given]
-    names = ["x"] if shared else [f"x[{e}]" for e in range(len(given))]
+    inputs = [x] if isinstance(x, Tensor) else list(x)
+    centred = [source if isinstance(source, CentredFeatures) else None for source in inputs]
+    sources = [source.tokens if isinstance(source, CentredFeatures) else source for source in inputs]
+    names = ["x"] if shared else [f"x[{e}]" for e in range(len(inputs))]
     for name, source in zip(names, sources, strict=True):
         check_dense(name, source)
     check(shared or len(sources) == pairs.num_experts, "x", f"must be one tensor or {pairs.num_experts}", len(sources))

@@ -97,7 +97,7 @@ def backward(
     """
     offsets, num_experts = tables.expert_offsets.tolist(), len(parameters.scale)
     grad_x = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x if needs_x else ())]
-    found = parameters.like_zeros()
+    results = parameters.like_zeros()
     for e, source, rows in experts(x, tables.sample if shared else tables.row, offsets):
         taken = take(source, rows).flatten(0, 1)
         scale, shift = parameters.scale[e], parameters.shift[e]
@@ -105,15 +105,15 @@ def backward(
             j = i * num_experts + e
             dy, weight = grad[offsets[e] : offsets[e + 1]].flatten(0, 1), parameters.weight[j]
             of_weight, of_scale, of_shift, of_bias = gradients(e, dy, taken.to(dy.dtype), scale, shift, weight)
-            found.weight[j].copy_(of_weight)
-            found.scale[e].add_(of_scale)
-            found.shift[e].add_(of_shift)
-            if found.bias:
-                found.bias[j].copy_(of_bias)
+            results.weight[j].copy_(of_weight)
+            results.scale[e].add_(of_scale)
+            results.shift[e].add_(of_shift)
+            if results.bias:
+                results.bias[j].copy_(of_bias)
             if needs_x:
                 dx = product(dy, (weight * scale).to(dy.dtype).t()).to(source.dtype)
                 grad_x[e if len(x) > 1 else 0].index_add_(0, rows, dx.unflatten(0, (len(rows), -1)))
-    return [*grad_x, *(t for group in found for t in group)]
+    return [*grad_x, *(t for group in results for t in group)]
 
 
 def unfolded(

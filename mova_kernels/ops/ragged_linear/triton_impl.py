@@ -198,8 +198,8 @@ def grad_weights(
     sums = partial.sum(1)
     affine = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*scale, *shift)]
     torch._foreach_copy_(affine, [*sums[0].split(widths), *sums[1].split(widths)])
-    found = zip((*grad_weight, *grad_bias), (*weight, *bias), strict=True)
-    return [*affine, *(g.to(t.dtype) for g, t in found)]
+    of_layers = zip((*grad_weight, *grad_bias), (*weight, *bias), strict=True)
+    return [*affine, *(g.to(t.dtype) for g, t in of_layers)]
 
 
 def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:

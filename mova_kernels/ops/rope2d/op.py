@@ -78,6 +78,6 @@ class _Rope2d(torch.autograd.Function):
         if need_reference([grad]):
             # The gradient does not depend on x, which was not kept.
             x = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
-            found = of_reference(lambda x: [reference.rope2d(x, cos, sin)], [x], [True], [grad])
-            return found[0], None, None, None
+            gradients = of_reference(lambda x: [reference.rope2d(x, cos, sin)], [x], [True], [grad])
+            return gradients[0], None, None, None
         return _bwd(grad, cos, sin, ctx.backend), None, None, None

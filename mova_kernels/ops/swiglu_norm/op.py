@@ -124,7 +124,7 @@ class _SwigluNorm(torch.autograd.Function):
             bias = torch.zeros_like(weight, dtype=ctx.bias_dtype)  # the gradient does not depend on it
             settings = (ctx.eps, ctx.settings[0])
             inputs, needed = (gate, up, weight, bias), ctx.needs_input_grad[:4]
-            found = of_reference(lambda *t: [reference.swiglu_norm(*t, *settings)], inputs, needed, [grad])  # type: ignore[call-arg]
-            return *found, None, None, None
+            gradients = of_reference(lambda *t: [reference.swiglu_norm(*t, *settings)], inputs, needed, [grad])  # type: ignore[call-arg]
+            return *gradients, None, None, None
         grad_gate, grad_up, grad_weight, grad_bias = _bwd(grad, gate, up, weight, mean, rstd, *ctx.settings)
         return grad_gate, grad_up, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype), None, None, None
