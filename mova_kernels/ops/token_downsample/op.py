@@ -146,8 +146,8 @@ def _backward_flop(grad, x, weights, saved, resolution, eps, pool, of_weights, b
     return (1 + of_weights) * _forward_flop(x, weights, resolution, eps, pool, backend)
 
 
-# One stage, with the pooling behind it if ``pool``. Returns the result, (B, R*R or (R // 2)**2, C) in x's dtype, and, in
-# the dtype of the convolutions, what the backward pass needs: a = conv1 x, c = conv2 SiLU(LN a) and d = conv3 v with
+# One stage, with the pooling behind it if ``pool``. Returns the result, (B, R*R or (R // 2)**2, C) in x's dtype, and
+# what the backward pass needs in the dtype of the convolutions: a = conv1 x, c = conv2 SiLU(LN a) and d = conv3 v with
 # v = SE(SiLU(LN c)), the mean (B, C), the squeezed mean (B, S) before its SiLU, and the gate (B, C) before its sigmoid.
 _fwd = define(
     "token_downsample_stage_fwd",
