@@ -118,7 +118,7 @@ def project(
     rstds: Sequence[Tensor | None] = (),
     sizes: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
-    """The op without checks. A pair takes row ``tables.sample`` of the ``shared`` source, or else ``tables.row``."""
+    """The op without checks: a pair takes row ``tables.sample`` of the ``shared`` source, or else ``tables.row``."""
     first = parameters.weight[0]
     dtype = torch.get_autocast_dtype(first.device.type) if autocast(first.device.type) else first.dtype
     unfit = dict.fromkeys(("triton", "reference"), "it takes no CentredFeatures") if rstds else None
@@ -140,7 +140,7 @@ def project(
 
 
 def _pending(centred: Sequence[CentredFeatures | None]) -> tuple[list[Tensor | None], list[int]]:
-    """As a schema has it: per expert rstd or None; and h, w, H, W, all 0 for None."""
+    """The arguments ``rstds`` and ``sizes`` of the raw ops: per expert rstd or None; and h, w, H, W, all 0 for None."""
     sizes = [size for c in centred for size in ((*c.in_size, *c.out_size) if c else (0, 0, 0, 0))]
     return [c.rstd if c else None for c in centred], sizes
 
@@ -268,7 +268,7 @@ def _reference(settings: _Settings, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def without_idle(gradients: Sequence[Tensor], host_offsets: Sequence[int] | None) -> list[Tensor | None]:
-    """None for what belongs to experts without pairs, as the reference has it; nothing changes if nobody knows them.
+    """The gradients, with None for those of experts without pairs, as from the reference; all of them without offsets.
 
     ``gradients`` list one tensor per expert, several times over.
     """

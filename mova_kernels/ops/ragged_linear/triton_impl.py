@@ -1,7 +1,7 @@
 """ragged_linear in Triton: folds the weights of the selected experts, then launches the products of all pairs.
 
-Folding happens at every call: to read and write the weights of the selected experts once is little beside the products,
-and nothing can become stale. gated_combine uses fold, collect and grad_weights, too.
+Folding happens at every call: it reads and writes the weights of the selected experts once, which is little beside the
+products, and nothing can become stale. gated_combine uses fold, collect and grad_weights, too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONFIGS = {
     ("ieee", True): (64, 64, 32, 8, 2, 2),
 }
 TILES = ((128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
-CANDIDATES = {  # what a search tries (_triton/tuning.py)
+CANDIDATES = {  # the configurations that a search tries (_triton/tuning.py)
     kind: [
         (*tile, step, warps, stages, programs)
         for tile in TILES
@@ -50,7 +50,7 @@ CANDIDATES = {  # what a search tries (_triton/tuning.py)
     ]
     for kind in ("16-bit", "tf32", "ieee")
 }
-FOLD_ROWS, FOLD_COLUMNS = 16, 256  # the part of a weight that a program of the fold has in its registers
+FOLD_ROWS, FOLD_COLUMNS = 16, 256  # the part of a weight that one program of the fold holds in its registers
 # Programs per pair, so that one pair fills a GPU, and the part of dy that each has in its registers.
 SUM_SPLITS, SUM_ROWS, SUM_COLUMNS = 8, 32, 128
 

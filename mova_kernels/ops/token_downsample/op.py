@@ -67,7 +67,7 @@ def token_downsample(
 
 
 def _as_autocast_asks(stage: StageWeights, device: str) -> StageWeights:
-    """What enters matrix products in autocast's dtype, as torch would do inside them."""
+    """The stage with the operands of its matrix products in autocast's dtype, to which torch itself would cast them."""
     if not autocast(device):
         return stage
     dtype = torch.get_autocast_dtype(device)
@@ -170,7 +170,7 @@ _bwd = define(
 
 
 class _Stage(torch.autograd.Function):
-    """Of x, the 13 weights, and what the raw ops take behind them; keeps x and what the forward op gives besides."""
+    """Takes x, 13 weights and the raw ops' other arguments; saves x, the weights and the forward op's other results."""
 
     @staticmethod
     def forward(x, *arguments):
