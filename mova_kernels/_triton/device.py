@@ -67,7 +67,7 @@ def stages_with_fences(num_stages: int, kind: str) -> int:
     """The pipeline stages of a loop with products in ``kind`` (:func:`arithmetic`): 1 for Triton 3.6 from sm_90 on.
 
     wgmma and tcgen05 read shared memory through another proxy than threads write it, so a fence.proxy.async must lie
-    between. Triton 3.6 leaves it out of pipelined loops (triton-lang/triton#9610, mended in 3.7), but not with one stage.
+    between. Triton 3.6 leaves it out of pipelined loops (triton-lang/triton#9610, mended in 3.7), not with one stage.
     """
     if num_stages == 1 or kind == "ieee" or VERSION >= (3, 7) or target() < 90:
         return num_stages
