@@ -16,7 +16,7 @@ MK_API int mk_matmul(const void* block, uint64_t nbytes) {
     return status;
   }
   if (a.M == 0 || a.N == 0) return MK_OK;
-  const mk::MatmulOf& loops = a.dtype == MK_F32 ? matmul_loops().f32 : matmul_loops().bf16;
+  const mk::MatmulOf& loops = matmul_loops()[a.dtype];
   const int64_t groups = (a.N + mk::matmul_columns - 1) / mk::matmul_columns;
   const int64_t panels = (a.M + mk::matmul_rows - 1) / mk::matmul_rows;
   const int64_t left_bytes = loops.left_bytes(a.K), grain = 1 + (1 << 20) / (mk::matmul_rows * (a.K + 1));

@@ -31,7 +31,7 @@ int check(const char* function, const Args& a) {
 // Head `head` of pair `pair`, of whose tensors the strides are in elements.
 template <class Args>
 mk::AttentionHead head(const Args& a, int64_t index) {
-  const int64_t pair = index / a.H, head = index % a.H, bytes = a.dtype == MK_F32 ? 4 : 2;
+  const int64_t pair = index / a.H, head = index % a.H, bytes = mk::itemsize(a.dtype);
   const auto at = [&](uint64_t base, int64_t stride_pair) {
     return (char*)base + bytes * (pair * stride_pair + head * a.D);
   };
@@ -57,7 +57,7 @@ MK_API int mk_expert_attention_fwd(const void* block, uint64_t nbytes) {
   mk_expert_attention_fwd_args a;
   if (int status = mk::read_args(function, block, nbytes, &a)) return status;
   if (int status = check(function, a)) return status;
-  const auto& loops = a.dtype == MK_F32 ? attention_forward_loops().f32 : attention_forward_loops().bf16;
+  const auto& loops = attention_forward_loops()[a.dtype];
   const int64_t bytes = loops.workspace_bytes(a.L, a.D), groups = (a.L + mk::query_group - 1) / mk::query_group;
 
   // A part of the range covers whole heads but for its ends, so that a thread packs few heads that another packs, too.
@@ -83,8 +83,8 @@ MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
   mk_expert_attention_bwd_args a;
   if (int status = mk::read_args(function, block, nbytes, &a)) return status;
   if (int status = check(function, a)) return status;
-  const auto& loops = a.dtype == MK_F32 ? attention_backward_loops().f32 : attention_backward_loops().bf16;
-  const int64_t heads = a.P * a.H, bytes = loops.workspace_bytes(a.L, a.D), itemsize = a.dtype == MK_F32 ? 4 : 2;
+  const auto& loops = attention_backward_loops()[a.dtype];
+  const int64_t heads = a.P * a.H, bytes = loops.workspace_bytes(a.L, a.D), itemsize = mk::itemsize(a.dtype);
   if (heads == 0) return MK_OK;
 
   // Keys of a head are split where there are few heads: by their number alone, so that threads do not change the bits.

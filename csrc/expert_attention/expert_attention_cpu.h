@@ -1,7 +1,7 @@
 // What the driver hands to the loops.
 #pragma once
 
-#include <stdint.h>
+#include "common/dtype.h"
 
 namespace mk {
 
@@ -53,11 +53,7 @@ struct AttentionBackward {
   AttentionOutcome (*queries)(const AttentionGradients&, const float* part, int64_t parts);
 };
 
-struct AttentionForwardLoops {
-  AttentionForward f32, bf16;
-};
-struct AttentionBackwardLoops {
-  AttentionBackward f32, bf16;
-};
+typedef ByDtype<AttentionForward> AttentionForwardLoops;
+typedef ByDtype<AttentionBackward> AttentionBackwardLoops;
 
 }  // namespace mk

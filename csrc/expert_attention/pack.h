@@ -11,7 +11,7 @@ namespace {
 template <class Format, class Product>
 inline void stage_row(const typename Format::type* src, int64_t D, const float* cos, const float* sin,
                       typename Product::element* dst) {
-  for_lanes(D, [&](int64_t d, int count) __attribute__((always_inline)) {
+  for_each_register<F32>(D, [&](int64_t d, int count) MK_ALWAYS_INLINE {
     vfloat v = load<Format>(src + d, count);
     if (cos) v = rotate<false>(v, load<F32>(cos + d, count), load<F32>(sin + d, count));
     Product::store(dst + d, v);
@@ -111,7 +111,7 @@ float longest_row(const unit* tokens, int64_t count, int64_t row_units) {
   float most = 0;
   for (int64_t i = 0; i < count; ++i, tokens += row_units) {
     vfloat squares[1] = {};
-    for_lanes(row_units, [&](int64_t k, int count) __attribute__((always_inline)) {
+    for_each_register<F32>(row_units, [&](int64_t k, int count) MK_ALWAYS_INLINE {
       vuint v = {};
       memcpy(&v, tokens + k, count * sizeof *tokens);
       squares[0] = Product::add(v, v, squares[0]);

@@ -1,5 +1,6 @@
 #include <math.h>
 
+#include "common/dtype.h"
 #include "common/host.h"
 #include "expert_gate/expert_gate.h"
 
@@ -19,34 +20,15 @@ struct Row {
   T& operator[](int64_t expert) const { return first[expert * stride]; }
 };
 
-struct BF16 {
-  uint16_t bits;
-};
-
-float to_float(float v) { return v; }
-float to_float(BF16 v) {
-  const uint32_t bits = (uint32_t)v.bits << 16;
-  float wide;
-  memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-void from_float(float v, float* narrow) { *narrow = v; }
-void from_float(float v, BF16* narrow) {  // to nearest, ties to even; the carry could turn a NaN into an infinity
-  uint32_t bits;
-  memcpy(&bits, &v, sizeof bits);
-  narrow->bits = isnan(v) ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // Over the kept logits of one sample; 0 where not kept. Reads no other logit.
 template <class T>
 void softmax(const Row<const T>& logits, const Row<const bool>& kept, int64_t N, double* weights) {
   double most = -INFINITY, sum = 0;
   for (int64_t e = 0; e < N; ++e) {
-    if (kept[e]) most = fmax(most, to_float(logits[e]));
+    if (kept[e]) most = fmax(most, mk::to_float(logits[e]));
   }
   for (int64_t e = 0; e < N; ++e) {
-    weights[e] = kept[e] ? exp(to_float(logits[e]) - most) : 0;
+    weights[e] = kept[e] ? exp(mk::to_float(logits[e]) - most) : 0;
     sum += weights[e];
   }
   for (int64_t e = 0; e < N; ++e) weights[e] = kept[e] ? weights[e] / sum : 0;
@@ -55,7 +37,7 @@ void softmax(const Row<const T>& logits, const Row<const bool>& kept, int64_t N,
 // A total order: NaN counts as infinity.
 template <class T>
 float rankable(T logit) {
-  const float value = to_float(logit);
+  const float value = mk::to_float(logit);
   return isnan(value) ? INFINITY : value;
 }
 
@@ -94,7 +76,7 @@ void backward(const mk_expert_gate_bwd_args& a) {
     double mean = 0;
     for (int64_t e = 0; e < a.N; ++e) mean += kept[e] ? weights[e] * grad[e] : 0;
     for (int64_t e = 0; e < a.N; ++e) {
-      from_float(kept[e] ? (float)(weights[e] * (grad[e] - mean)) : 0, &grad_logits[e]);
+      mk::from_float(kept[e] ? (float)(weights[e] * (grad[e] - mean)) : 0, &grad_logits[e]);
     }
   }
 }
@@ -111,7 +93,7 @@ MK_API int mk_expert_gate_fwd(const void* block, uint64_t nbytes) {
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
-  a.dtype == MK_F32 ? forward<float>(a) : forward<BF16>(a);
+  a.dtype == MK_F32 ? forward<float>(a) : forward<uint16_t>(a);
   return MK_OK;
 }
 
@@ -123,6 +105,6 @@ MK_API int mk_expert_gate_bwd(const void* block, uint64_t nbytes) {
           function, {{"B", a.B, 0, INT64_MAX}, {"N", a.N, 0, max_experts}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
-  a.dtype == MK_F32 ? backward<float>(a) : backward<BF16>(a);
+  a.dtype == MK_F32 ? backward<float>(a) : backward<uint16_t>(a);
   return MK_OK;
 }

@@ -28,8 +28,8 @@ MK_API int mk_feature_norm_fwd(const void* block, uint64_t nbytes) {
   if (int status = check_grids(function, a)) return status;
   const mk::AxisTable h(a.in_h, a.out_h, a.in_w * a.x_stride_token, false), w(a.in_w, a.out_w, a.x_stride_token, false);
   const int64_t* const rows = (const int64_t*)a.rows;
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
-  const auto run = a.dtype == MK_F32 ? feature_norm_loops().f32 : feature_norm_loops().bf16;
+  const int64_t bytes = mk::itemsize(a.dtype);
+  const auto run = feature_norm_loops().norm[a.dtype];
 
   const int64_t grain = 1 + (1 << 16) / (a.out_w * a.C + 1);
   return mk::parallel_for(a.M * a.out_h, grain, [&](int64_t begin, int64_t end) {
@@ -48,10 +48,10 @@ MK_API int mk_feature_norm_centre(const void* block, uint64_t nbytes) {
   mk_feature_norm_centre_args a;
   if (int status = mk::read_args(function, block, nbytes, &a)) return status;
   if (int status = check_grids(function, a)) return status;
-  const int64_t tokens = a.in_h * a.in_w, bytes = a.dtype == MK_F32 ? 4 : 2;
+  const int64_t tokens = a.in_h * a.in_w, bytes = mk::itemsize(a.dtype);
   const int64_t* const rows = (const int64_t*)a.rows;
-  const auto centre = a.dtype == MK_F32 ? feature_norm_loops().centre_f32 : feature_norm_loops().centre_bf16;
-  const auto run = a.dtype == MK_F32 ? feature_norm_loops().rstd_f32 : feature_norm_loops().rstd_bf16;
+  const auto centre = feature_norm_loops().centre[a.dtype];
+  const auto run = feature_norm_loops().rstd[a.dtype];
 
   int status = mk::parallel_for(a.M * a.in_h, 1 + (1 << 16) / (a.in_w * a.C + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -82,8 +82,8 @@ MK_API int mk_feature_norm_bwd(const void* block, uint64_t nbytes) {
     return status;
   }
   const int64_t* const rows = (const int64_t*)a.rows;
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
-  const auto run = a.dtype == MK_F32 ? feature_norm_loops().grad_f32 : feature_norm_loops().grad_bf16;
+  const int64_t bytes = mk::itemsize(a.dtype);
+  const auto run = feature_norm_loops().grad[a.dtype];
 
   const int64_t grain = 1 + (1 << 16) / (a.C + 1);
   return mk::parallel_for(a.M * a.L, grain, [&](int64_t begin, int64_t end) {

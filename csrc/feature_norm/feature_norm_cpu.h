@@ -1,8 +1,6 @@
 // What the driver hands to the loops.
 #pragma once
 
-#include <stdint.h>
-
 #include "feature_resample/feature_resample_cpu.h"
 
 namespace mk {
@@ -35,14 +33,9 @@ struct GradNormTokens {
 };
 
 struct NormLoops {
-  void (*f32)(const NormLine&);
-  void (*bf16)(const NormLine&);
-  void (*rstd_f32)(const NormLine&);  // the line is not written
-  void (*rstd_bf16)(const NormLine&);
-  void (*centre_f32)(const CentreTokens&);
-  void (*centre_bf16)(const CentreTokens&);
-  void (*grad_f32)(const GradNormTokens&);
-  void (*grad_bf16)(const GradNormTokens&);
+  ByDtype<void (*)(const NormLine&)> norm, rstd;  // rstd does not write the line
+  ByDtype<void (*)(const CentreTokens&)> centre;
+  ByDtype<void (*)(const GradNormTokens&)> grad;
 };
 
 }  // namespace mk

@@ -26,8 +26,8 @@ int resample(const char* function, const void* block, uint64_t nbytes, bool adjo
   const mk::AxisTable h(a.in_h, a.out_h, src.w * src.stride_token, adjoint);
   const mk::AxisTable w(a.in_w, a.out_w, src.stride_token, adjoint);
   const int64_t* rows = (const int64_t*)a.rows;
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
-  const auto run = a.dtype == MK_F32 ? feature_resample_loops().f32 : feature_resample_loops().bf16;
+  const int64_t bytes = mk::itemsize(a.dtype);
+  const auto run = feature_resample_loops()[a.dtype];
 
   const int64_t grain = 1 + (1 << 16) / (dst.w * a.C + 1);
   return mk::parallel_for(a.M * dst.h, grain, [&](int64_t begin, int64_t end) {

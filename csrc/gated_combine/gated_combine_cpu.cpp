@@ -20,7 +20,7 @@ MK_API int mk_gated_combine_fwd(const void* block, uint64_t nbytes) {
   mk_gated_combine_fwd_args a;
   if (int status = mk::read_args(function, block, nbytes, &a)) return status;
   if (int status = check(function, a)) return status;
-  const auto run = a.dtype == MK_F32 ? gated_combine_loops().weigh_f32 : gated_combine_loops().weigh_bf16;
+  const auto run = gated_combine_loops().weigh[a.dtype];
   return mk::parallel_for(a.L, 1 + (1 << 16) / a.I, [&](int64_t begin, int64_t end) { run(a, begin, end); });
 }
 
@@ -29,7 +29,7 @@ MK_API int mk_gated_combine_bwd(const void* block, uint64_t nbytes) {
   mk_gated_combine_bwd_args a;
   if (int status = mk::read_args(function, block, nbytes, &a)) return status;
   if (int status = check(function, a)) return status;
-  const auto run = a.dtype == MK_F32 ? gated_combine_loops().grad_f32 : gated_combine_loops().grad_bf16;
+  const auto run = gated_combine_loops().grad[a.dtype];
   const int64_t parts = (a.L + mk::tokens_per_part - 1) / mk::tokens_per_part;
   return mk::parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) run(a, part);

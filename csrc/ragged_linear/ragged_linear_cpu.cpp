@@ -28,7 +28,7 @@ MK_API int mk_ragged_linear_sum(const void* block, uint64_t nbytes) {
           function, {{"R", a.R, 0, INT64_MAX}, {"C", a.C, 0, INT64_MAX}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
-  return over_columns(a, a.R, a.dtype == MK_F32 ? ragged_linear_loops().sum_f32 : ragged_linear_loops().sum_bf16);
+  return over_columns(a, a.R, ragged_linear_loops().sum[a.dtype]);
 }
 
 MK_API int mk_ragged_linear_unfold(const void* block, uint64_t nbytes) {
@@ -39,7 +39,7 @@ MK_API int mk_ragged_linear_unfold(const void* block, uint64_t nbytes) {
           function, {{"O", a.O, 0, INT64_MAX}, {"C", a.C, 0, INT64_MAX}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
-  return over_columns(a, a.O, a.dtype == MK_F32 ? ragged_linear_loops().unfold_f32 : ragged_linear_loops().unfold_bf16);
+  return over_columns(a, a.O, ragged_linear_loops().unfold[a.dtype]);
 }
 
 MK_API int mk_ragged_linear_resample(const void* block, uint64_t nbytes) {
@@ -56,8 +56,8 @@ MK_API int mk_ragged_linear_resample(const void* block, uint64_t nbytes) {
     return status;
   }
   const mk::AxisTable h(a.in_h, a.out_h, a.in_w * a.C, false), w(a.in_w, a.out_w, a.C, false);
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
-  const auto run = a.dtype == MK_F32 ? ragged_linear_loops().resample_f32 : ragged_linear_loops().resample_bf16;
+  const int64_t bytes = mk::itemsize(a.dtype);
+  const auto run = ragged_linear_loops().resample[a.dtype];
   return mk::parallel_for(a.M * a.out_h, 1 + (1 << 16) / (a.out_w * a.C + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const char* const x = (const char*)a.x + bytes * (i / a.out_h) * a.in_h * a.in_w * a.C;

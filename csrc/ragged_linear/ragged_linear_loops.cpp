@@ -1,5 +1,4 @@
 // Compiled once per instruction set; see common/simd.h for what that forbids.
-#include "common/columns.h"
 #include "common/cpu.h"
 #include "feature_resample/sum_taps.h"
 #include "ragged_linear/ragged_linear_cpu.h"
@@ -98,38 +97,24 @@ struct Unfold {
 // As many vectors of fp32 at once as leave registers for the rest.
 template <template <class, int> class Columns, class Format, int vectors>
 void over_columns(const typename Columns<Format, 1>::Args& a, int64_t begin, int64_t end) {
-  constexpr int n = vectors / Format::parts, pass = n * Format::width;
-  int64_t c = begin;
-  for (; c + pass <= end; c += pass) Columns<Format, n>::run(a, c, Format::width);
-  for (; c + Format::width <= end; c += Format::width) Columns<Format, 1>::run(a, c, Format::width);
-  if (c < end) Columns<Format, 1>::run(a, c, (int)(end - c));
-}
-
-template <class Format, int chunks>
-inline void resample(const mk::ScaledLine& line, int64_t x, int64_t c, int count, typename Format::type* dst) {
-  vfloat sum[chunks][1];
-  sum_taps<Format>(line.resample, x, c, count, sum);
-  MK_UNROLL for (int i = 0; i < chunks; ++i) {
-    const vfloat shift = load<F32>(line.shift + c + i * lanes, count);
-    store<Format>(dst + c + i * lanes, count, line.scale[x] * sum[i][0] + shift);
-  }
+  for_each_block<Format, vectors / Format::parts>(
+      end - begin, [&](int64_t c, int count, auto registers)
+                       MK_ALWAYS_INLINE { Columns<Format, registers.value>::run(a, begin + c, count); });
 }
 
 template <class Format>
 void resample_line(const mk::ScaledLine& line) {
-  constexpr int pass = chunks_per_pass * lanes;
-  const int64_t C = line.resample.C;
   for (int64_t x = 0; x < line.resample.width; ++x) {
     auto* const dst = static_cast<typename Format::type*>(line.resample.dst) + x * line.resample.dst_stride;
-    int64_t c = 0;
-    for (; c + pass <= C; c += pass) resample<Format, chunks_per_pass>(line, x, c, lanes, dst);
-    for (; c + lanes <= C; c += lanes) resample<Format, 1>(line, x, c, lanes, dst);
-    if (c < C) resample<Format, 1>(line, x, c, (int)(C - c), dst);
+    resample<Format>(line.resample, x, [&](int64_t c, int count, int, const vfloat* sum) MK_ALWAYS_INLINE {
+      store<Format>(dst + c, count, line.scale[x] * sum[0] + load<F32>(line.shift + c, count));
+    });
   }
 }
 
 }  // namespace
 
 extern const mk::RaggedLinearLoops MK_ISA_NAME(ragged_linear_loops) = {
-    over_columns<Sum, F32, 4>,     over_columns<Sum, BF16, 4>, over_columns<Unfold, F32, 2>,
-    over_columns<Unfold, BF16, 2>, resample_line<F32>,         resample_line<BF16InOrder>};
+    {over_columns<Sum, F32, 4>, over_columns<Sum, BF16, 4>},
+    {over_columns<Unfold, F32, 2>, over_columns<Unfold, BF16, 2>},
+    {resample_line<F32>, resample_line<BF16InOrder>}};

@@ -16,8 +16,8 @@ MK_API int mk_swiglu_norm_fwd(const void* block, uint64_t nbytes) {
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
-  const auto run = a.dtype == MK_F32 ? swiglu_norm_loops().f32 : swiglu_norm_loops().bf16;
+  const int64_t bytes = mk::itemsize(a.dtype);
+  const auto run = swiglu_norm_loops().norm[a.dtype];
   return mk::parallel_for(a.B * a.L, 1 + (1 << 15) / (a.F + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sample = i / a.L, token = i % a.L;
@@ -41,8 +41,8 @@ MK_API int mk_swiglu_norm_bwd(const void* block, uint64_t nbytes) {
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2, tokens = a.B * a.L;
-  const auto run = a.dtype == MK_F32 ? swiglu_norm_loops().grad_f32 : swiglu_norm_loops().grad_bf16;
+  const int64_t bytes = mk::itemsize(a.dtype), tokens = a.B * a.L;
+  const auto run = swiglu_norm_loops().grad[a.dtype];
   float* const sums = (float*)a.sums;
 
   const int64_t grain = 1 + (1 << 15) / (tokens / a.blocks * a.F + 1);

@@ -1,7 +1,7 @@
 // What the driver hands to the loops.
 #pragma once
 
-#include <stdint.h>
+#include "common/dtype.h"
 
 namespace mk {
 
@@ -27,10 +27,8 @@ struct GradSwigluToken {
 };
 
 struct SwigluLoops {
-  void (*f32)(const SwigluToken&);
-  void (*bf16)(const SwigluToken&);
-  void (*grad_f32)(const GradSwigluToken&);
-  void (*grad_bf16)(const GradSwigluToken&);
+  ByDtype<void (*)(const SwigluToken&)> norm;
+  ByDtype<void (*)(const GradSwigluToken&)> grad;
 };
 
 }  // namespace mk

@@ -40,8 +40,8 @@ MK_API int mk_token_downsample(const void* block, uint64_t nbytes) {
     return status;
   }
   if (a.C == 0) return MK_OK;
-  const auto run = (a.dtype == MK_F32 ? token_downsample_loops().f32 : token_downsample_loops().bf16)[a.step];
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2, tokens = a.R * a.R, side = a.pool ? a.R / 2 : a.R;
+  const auto run = token_downsample_loops().step[a.step][a.dtype];
+  const int64_t bytes = mk::itemsize(a.dtype), tokens = a.R * a.R, side = a.pool ? a.R / 2 : a.R;
   const bool to_side = a.step == MK_NORM_ADD;
   const int64_t lines = to_side ? side : a.R, window = a.pool ? 2 + a.R % 2 : 1;
   const Sums sums = sums_of_step[a.step];

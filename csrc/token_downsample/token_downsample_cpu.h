@@ -1,7 +1,7 @@
 // What the driver hands to the loops.
 #pragma once
 
-#include <stdint.h>
+#include "common/dtype.h"
 
 namespace mk {
 
@@ -18,9 +18,9 @@ struct StageLine {
   float eps;
 };
 
+typedef ByDtype<void (*)(const StageLine&)> StageStep;
 struct StageLoops {
-  void (*f32[8])(const StageLine&);  // by mk_token_downsample_step
-  void (*bf16[8])(const StageLine&);
+  StageStep step[8];  // by mk_token_downsample_step
 };
 
 }  // namespace mk
