@@ -241,7 +241,7 @@ mk::AttentionOutcome keys(const mk::AttentionGradients& g, void* workspace, int6
 template <class Format, class Product>
 mk::AttentionOutcome queries(const mk::AttentionGradients& g, const float* part, int64_t parts) {
   typedef typename Format::type type;
-  alignas(64) float rows[tile_columns * mk::max_head_width];
+  alignas(64) float rows[tile_columns * MK_MAX_HEAD_WIDTH];
   const mk::AttentionHead& h = g.head;
   const Layout<Product> layout(h.L, h.D);
   bool all_finite = true;

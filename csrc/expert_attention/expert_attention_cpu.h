@@ -2,10 +2,9 @@
 #pragma once
 
 #include "common/dtype.h"
+#include "expert_attention/expert_attention.h"
 
 namespace mk {
-
-constexpr int64_t max_head_width = 256;
 
 // Queries of one head that a thread takes at a time.
 constexpr int64_t query_group = 192;

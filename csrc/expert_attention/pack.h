@@ -51,7 +51,7 @@ inline void stage(const Rows<Format>& x, int64_t first, int64_t rows, int64_t en
 // Tokens as columns of a right operand: (padded / tile_columns, D in units, tile_columns). Tokens from L on are zeros.
 template <class Format, class Product>
 void pack_columns(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, unit* dst) {
-  alignas(64) typename Product::element rows[tile_columns * mk::max_head_width];
+  alignas(64) typename Product::element rows[tile_columns * MK_MAX_HEAD_WIDTH];
   const int64_t units = round_up(D, lanes) / Product::depth, used = (D + Product::depth - 1) / Product::depth;
   for (int64_t t = 0; t < padded; t += tile_columns) {
     stage<Format, Product>(x, t, tile_columns, L, D, rows);
@@ -66,7 +66,7 @@ template <class Format, class Product>
 void pack_depth(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, unit* dst) {
   constexpr int depth = Product::depth;
   const int64_t step = padded / depth * tile_columns, columns = round_up(D, tile_columns);
-  alignas(64) float rows[depth][mk::max_head_width];
+  alignas(64) float rows[depth][MK_MAX_HEAD_WIDTH];
   memset(rows, 0, sizeof rows);
   for (int64_t t = 0; t < padded; t += depth, dst += tile_columns) {
     stage<Format, F32Product>(x, t, 1, L, D, rows[0]);

@@ -49,7 +49,7 @@ void store_rotated_back(const mk::AttentionHead& h, double* x, void* rows, int64
 
 // (batch, D) rows, and the same with the batch as the last dimension.
 struct Batch {
-  double rows[batch][mk::max_head_width], columns[mk::max_head_width][batch];
+  double rows[batch][MK_MAX_HEAD_WIDTH], columns[MK_MAX_HEAD_WIDTH][batch];
 
   void transpose(int64_t D) {
     for (int64_t d = 0; d < D; ++d) {
@@ -88,7 +88,7 @@ template <class T>
 void forward(const mk::AttentionHead& h, const int64_t* queries, int64_t count) {
   const double root = 1 / sqrt((double)h.D);
   Batch query;
-  double x[mk::max_head_width], out[mk::max_head_width][batch];
+  double x[MK_MAX_HEAD_WIDTH], out[MK_MAX_HEAD_WIDTH][batch];
   std::vector<double> weights(h.L * batch);
   for (int64_t first = 0; first < count; first += batch) {
     const int used = (int)(count - first < batch ? count - first : batch);
@@ -125,7 +125,7 @@ void backward(const mk::AttentionGradients& g) {
   const int64_t L = h.L, D = h.D;
   const double root = 1 / sqrt((double)D);
   Batch query, grad;
-  double k[mk::max_head_width], x[mk::max_head_width], grad_q[batch][mk::max_head_width];
+  double k[MK_MAX_HEAD_WIDTH], x[MK_MAX_HEAD_WIDTH], grad_q[batch][MK_MAX_HEAD_WIDTH];
   std::vector<double> weights(L * batch), products(L * batch), grad_k(L * D), grad_v(L * D);
   for (int64_t first = 0; first < L; first += batch) {
     const int used = (int)(L - first < batch ? L - first : batch);

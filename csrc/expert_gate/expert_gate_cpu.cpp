@@ -6,9 +6,6 @@
 
 namespace {
 
-// Choosing takes N * topk steps, and the logits of a sample wait on the stack.
-constexpr int64_t max_experts = 1024;
-
 // One sample of a tensor (B, N).
 template <class T>
 struct Row {
@@ -43,7 +40,7 @@ float rankable(T logit) {
 
 template <class T>
 void forward(const mk_expert_gate_fwd_args& a) {
-  double weights[max_experts];
+  double weights[MK_MAX_EXPERTS];
   for (int64_t b = 0; b < a.B; ++b) {
     const Row<const T> logits(a.logits, b, a.logits_stride_sample, a.logits_stride_expert);
     const Row<const bool> selected(a.selected, b, a.selected_stride_sample, a.selected_stride_expert);
@@ -66,7 +63,7 @@ void forward(const mk_expert_gate_fwd_args& a) {
 
 template <class T>
 void backward(const mk_expert_gate_bwd_args& a) {
-  double weights[max_experts];
+  double weights[MK_MAX_EXPERTS];
   for (int64_t b = 0; b < a.B; ++b) {
     const Row<const T> logits(a.logits, b, a.logits_stride_sample, a.logits_stride_expert);
     const Row<const bool> kept(a.kept, b, a.kept_stride_sample, a.kept_stride_expert);
@@ -81,30 +78,26 @@ void backward(const mk_expert_gate_bwd_args& a) {
   }
 }
 
-}  // namespace
-
-MK_API int mk_expert_gate_fwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_expert_gate_fwd";
-  mk_expert_gate_fwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(function, {{"B", a.B, 0, INT64_MAX},
-                                               {"N", a.N, 0, max_experts},
-                                               {"topk", a.topk, 1, INT64_MAX},
-                                               {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+int run_forward(const char* function, const mk_expert_gate_fwd_args& a) {
+  if (int status = mk::check_limits(
+          function,
+          {{"B", a.B}, {"N", a.N, 0, MK_MAX_EXPERTS}, {"topk", a.topk, 1}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
   a.dtype == MK_F32 ? forward<float>(a) : forward<uint16_t>(a);
   return MK_OK;
 }
 
-MK_API int mk_expert_gate_bwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_expert_gate_bwd";
-  mk_expert_gate_bwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(
-          function, {{"B", a.B, 0, INT64_MAX}, {"N", a.N, 0, max_experts}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+int run_backward(const char* function, const mk_expert_gate_bwd_args& a) {
+  if (int status = mk::check_limits(function,
+                                    {{"B", a.B}, {"N", a.N, 0, MK_MAX_EXPERTS}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
   a.dtype == MK_F32 ? backward<float>(a) : backward<uint16_t>(a);
   return MK_OK;
 }
+
+}  // namespace
+
+MK_DEFINE(mk_expert_gate_fwd, run_forward)
+MK_DEFINE(mk_expert_gate_bwd, run_backward)

@@ -5,9 +5,6 @@
 
 namespace mk {
 
-// A token waits in fp32 on the stack, in the L1 cache, until its statistics are known.
-constexpr int64_t max_norm_channels = 8192;
-
 // One line of pixels of one row.
 struct NormLine {
   ResampleLine resample;

@@ -10,7 +10,7 @@ template <class Format, bool writes>
 void norm_line(const mk::NormLine& line) {
   constexpr int parts = Format::parts;
   const int64_t C = line.resample.C;
-  vfloat token[mk::max_norm_channels / lanes];
+  vfloat token[MK_MAX_NORM_CHANNELS / lanes];
   for (int64_t x = 0; x < line.resample.width; ++x) {
     vfloat sum[sums] = {};
     resample<Format>(line.resample, x, [&](int64_t c, int, int i, const vfloat* y) MK_ALWAYS_INLINE {
@@ -36,7 +36,7 @@ template <class Format>
 void centre_tokens(const mk::CentreTokens& t) {
   typedef typename Format::type type;
   constexpr int parts = Format::parts;
-  vfloat token[mk::max_norm_channels / lanes];
+  vfloat token[MK_MAX_NORM_CHANNELS / lanes];
   for (int64_t i = 0; i < t.tokens; ++i) {
     const type* const x = static_cast<const type*>(t.x) + i * t.x_stride;
     type* const n = static_cast<type*>(t.n) + i * t.C;

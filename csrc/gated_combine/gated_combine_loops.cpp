@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int64_t max_vectors = mk::max_combine_channels / lanes;
+constexpr int64_t max_vectors = MK_MAX_NORM_CHANNELS / lanes;
 
 // Channels become fp32 vectors in the order of Format::load. Lanes without a channel hold zeros.
 template <class Format>
@@ -70,8 +70,8 @@ void grad(const mk_gated_combine_bwd_args& a, int64_t part) {
   memset(grad_scale, 0, bytes);
   memset(grad_shift, 0, bytes);
   const float gate = (float)a.gate;
-  const int64_t begin = part * mk::tokens_per_part;
-  const int64_t end = begin + mk::tokens_per_part < a.L ? begin + mk::tokens_per_part : a.L;
+  const int64_t begin = part * MK_COMBINE_TOKENS_PER_PART;
+  const int64_t end = begin + MK_COMBINE_TOKENS_PER_PART < a.L ? begin + MK_COMBINE_TOKENS_PER_PART : a.L;
   for (int64_t l = begin; l < end; ++l) {
     const float rstd = normalise<Format>((const type*)a.x + l * a.x_stride_token, a.I, (float)a.eps, token);
     const type* const dz = (const type*)a.dz + l * a.I;

@@ -5,14 +5,13 @@
 
 MK_DECLARE_LOOPS(mk::RopeLoops, rope2d_loops)
 
-MK_API int mk_rope2d(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_rope2d";
-  mk_rope2d_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(function, {{"B", a.B, 0, INT64_MAX},
-                                               {"L", a.L, 0, INT64_MAX},
-                                               {"H", a.H, 0, INT64_MAX},
-                                               {"D", a.D, 0, INT64_MAX},
+namespace {
+
+int rotate(const char* function, const mk_rope2d_args& a) {
+  if (int status = mk::check_limits(function, {{"B", a.B},
+                                               {"L", a.L},
+                                               {"H", a.H},
+                                               {"D", a.D},
                                                {"adjoint", a.adjoint, 0, 1},
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
@@ -29,3 +28,7 @@ MK_API int mk_rope2d(const void* block, uint64_t nbytes) {
     }
   });
 }
+
+}  // namespace
+
+MK_DEFINE(mk_rope2d, rotate)

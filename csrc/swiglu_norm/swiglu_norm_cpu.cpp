@@ -5,13 +5,12 @@
 
 MK_DECLARE_LOOPS(mk::SwigluLoops, swiglu_norm_loops)
 
-MK_API int mk_swiglu_norm_fwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_swiglu_norm_fwd";
-  mk_swiglu_norm_fwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(function, {{"B", a.B, 0, INT64_MAX},
-                                               {"L", a.L, 0, INT64_MAX},
-                                               {"width", a.width, 0, mk::max_swiglu_channels},
+namespace {
+
+int forward(const char* function, const mk_swiglu_norm_fwd_args& a) {
+  if (int status = mk::check_limits(function, {{"B", a.B},
+                                               {"L", a.L},
+                                               {"width", a.width, 0, MK_MAX_NORM_CHANNELS},
                                                {"F", a.F, 0, a.width},
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
@@ -29,13 +28,10 @@ MK_API int mk_swiglu_norm_fwd(const void* block, uint64_t nbytes) {
   });
 }
 
-MK_API int mk_swiglu_norm_bwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_swiglu_norm_bwd";
-  mk_swiglu_norm_bwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(function, {{"B", a.B, 0, INT64_MAX},
-                                               {"L", a.L, 0, INT64_MAX},
-                                               {"width", a.width, 0, mk::max_swiglu_channels},
+int backward(const char* function, const mk_swiglu_norm_bwd_args& a) {
+  if (int status = mk::check_limits(function, {{"B", a.B},
+                                               {"L", a.L},
+                                               {"width", a.width, 0, MK_MAX_NORM_CHANNELS},
                                                {"F", a.F, 0, a.width},
                                                {"blocks", a.blocks, 1, 1 << 16},
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
@@ -74,3 +70,8 @@ MK_API int mk_swiglu_norm_bwd(const void* block, uint64_t nbytes) {
     }
   });
 }
+
+}  // namespace
+
+MK_DEFINE(mk_swiglu_norm_fwd, forward)
+MK_DEFINE(mk_swiglu_norm_bwd, backward)

@@ -5,9 +5,6 @@
 
 namespace mk {
 
-// What several passes need of a token waits in fp32 on the stack, in the L1 cache.
-constexpr int64_t max_swiglu_channels = 8192;
-
 struct SwigluToken {
   const void *gate, *up;
   const float *weight, *bias;

@@ -15,7 +15,7 @@ void norm_token(const mk::SwigluToken& t) {
   typedef typename Format::type type;
   const type *const gate = static_cast<const type*>(t.gate), *const up = static_cast<const type*>(t.up);
   type* const y = static_cast<type*>(t.y);
-  vfloat product[mk::max_swiglu_channels / lanes];
+  vfloat product[MK_MAX_NORM_CHANNELS / lanes];
   vfloat sum[sums] = {};
   for_each_summand<Format>(t.F, [&](int64_t c, int count, int k) MK_ALWAYS_INLINE {
     const vfloat g = load<Format>(gate + c, count);
@@ -40,8 +40,8 @@ void grad_norm_token(const mk::GradSwigluToken& t) {
   type *const grad_gate = static_cast<type*>(t.grad_gate), *const grad_up = static_cast<type*>(t.grad_up);
   // All three are stored: a second computation could be fused differently and round differently, and the gradient of a
   // single channel, which is 0, would not be.
-  vfloat sigmoids[mk::max_swiglu_channels / lanes];
-  vfloat product[mk::max_swiglu_channels / lanes], scaled[mk::max_swiglu_channels / lanes];
+  vfloat sigmoids[MK_MAX_NORM_CHANNELS / lanes];
+  vfloat product[MK_MAX_NORM_CHANNELS / lanes], scaled[MK_MAX_NORM_CHANNELS / lanes];
   NormGradient gradient;
   for_each_summand<Format>(t.F, [&](int64_t c, int count, int k) MK_ALWAYS_INLINE {
     const vfloat g = load<Format>(gate + c, count), d = load<Format>(grad + c, count);

@@ -5,9 +5,6 @@
 
 namespace mk {
 
-// A token waits in fp32 on the stack, in the L1 cache, until its statistics are known.
-constexpr int64_t max_stage_channels = 8192;
-
 // One line of the written tensor; the fields of mk_token_downsample_args for its sample.
 struct StageLine {
   const void *x, *grad, *outer;

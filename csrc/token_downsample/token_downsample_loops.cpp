@@ -7,7 +7,7 @@ namespace {
 
 using mk::StageLine;
 
-constexpr int64_t max_vectors = mk::max_stage_channels / lanes;
+constexpr int64_t max_vectors = MK_MAX_NORM_CHANNELS / lanes;
 
 inline vfloat load(const float* p, int64_t c, int count) { return load<F32>(p + c, count); }
 
@@ -68,7 +68,7 @@ void norm_silu(const StageLine& line) {
 template <class Format>
 void conv(const StageLine& line) {
   typedef typename Format::type type;
-  type zeros[mk::max_stage_channels];
+  type zeros[MK_MAX_NORM_CHANNELS];
   memset(zeros, 0, line.C * sizeof *zeros);
   memset(line.sums, 0, line.C * sizeof *line.sums);
   Token t;
@@ -226,7 +226,7 @@ void norm_silu_grad(const StageLine& line) {
 template <class Format>
 void conv_grad(const StageLine& line) {
   typedef typename Format::type type;
-  type zeros[mk::max_stage_channels];
+  type zeros[MK_MAX_NORM_CHANNELS];
   memset(zeros, 0, line.C * sizeof *zeros);
   memset(line.sums, 0, 11 * line.C * sizeof *line.sums);
   Token t;
