@@ -1,4 +1,5 @@
-"""Argument blocks: every C function gets the fields that its header declares, in their order and of their kinds."""
+"""Python and the C headers: every C function gets the fields that its header declares, in their order and of their
+kinds, and a constant that both sides need has the same value on both."""
 
 from __future__ import annotations
 
@@ -12,11 +13,22 @@ import pytest
 import torch
 
 from mova_kernels import _compiled, _linear
+from mova_kernels.ops.gated_combine import cpu_impl as gated_combine
+from mova_kernels.ops.token_downsample import cpu_impl as token_downsample
 
 ROOT = Path(__file__).parents[1]
 HEADERS = "".join(path.read_text() for path in sorted(ROOT.glob("csrc/*/*.h")))
 CALLERS = [path.relative_to(ROOT).with_suffix("") for path in sorted(ROOT.glob("mova_kernels/ops/*/c*_impl.py"))]
 LETTERS = {"uint64_t": "Q", "int64_t": "q", "double": "d"}
+LIMITS = [
+    ("expert_attention", "head widths", "MK_MAX_HEAD_WIDTH"),
+    ("expert_gate", "N", "MK_MAX_EXPERTS"),
+    ("feature_norm", "channels", "MK_MAX_NORM_CHANNELS"),
+    ("feature_norm", "grid sides", "MK_MAX_GRID_SIDE"),
+    ("gated_combine", "attended channels", "MK_MAX_NORM_CHANNELS"),
+    ("swiglu_norm", "F", "MK_MAX_NORM_CHANNELS"),
+    ("token_downsample", "channels", "MK_MAX_NORM_CHANNELS"),
+]
 DECLARATION = r"(struct )?(\w+) ([\w, ]+);"
 
 
@@ -61,6 +73,45 @@ def test_headers_are_understood() -> None:
     assert len(STRUCTS) == len(re.findall(r"struct \w+_args \{", HEADERS))
     assert {name for function in DECLARED for name in STRUCTS if STRUCTS[name] is fields_of(function)} == set(STRUCTS)
     assert set(FUNCTIONS) == set(DECLARED)
+
+
+def constants() -> dict[str, int]:
+    """Everything that an enum or MK_ABI_VERSION defines, by its name in C."""
+    code = re.sub(r"//.*", "", HEADERS)
+    enums = " ".join(re.findall(r"^enum (?:mk_\w+ )?\{(.*?)\};", code, re.MULTILINE | re.DOTALL))
+    return {name: int(value) for name, value in re.findall(r"(MK_\w+)(?: = |\s+)(\d+)", enums + code)}
+
+
+def test_constants_are_those_of_the_headers() -> None:
+    found = constants()
+    assert _compiled.ABI_VERSION == found.pop("MK_ABI_VERSION")
+    assert [_compiled.DTYPES[t] for t in (torch.float32, torch.bfloat16, torch.float16)] == [
+        found.pop(name) for name in ("MK_F32", "MK_BF16", "MK_F16")
+    ]
+    assert found.pop("MK_BAD_ARG") == _compiled._BAD_ARG
+    assert gated_combine.TOKENS_PER_PART == found.pop("MK_COMBINE_TOKENS_PER_PART")
+    # Python tells the other failures from each other by their messages only, and the limits are tested below.
+    rest = {"MK_OK", "MK_UNSUPPORTED", "MK_CUDA_ERROR", "MK_THREADS_ERROR", "MK_NO_MEMORY"}
+    steps = "NORM_SILU CONV NORM_ADD NORM_ADD_BWD GATE_BWD NORM_SILU_BWD CONV_BWD ADD_BWD".split()
+    assert [getattr(token_downsample, name) for name in steps] == [found.pop(f"MK_{name}") for name in steps]
+    assert set(found) == rest | {maximum for _, _, maximum in LIMITS}
+
+
+@pytest.mark.parametrize(("op", "size", "maximum"), LIMITS)
+def test_limits_are_those_of_the_headers(op, size, maximum) -> None:
+    takes = importlib.import_module(f"mova_kernels.ops.{op}.op").LIMITS[size]["cpu"]
+    assert takes[-1] == constants()[maximum]
+
+
+def test_every_limit_of_the_cpu_backend_is_tested() -> None:
+    modules = [(path.parent.name, ".".join(path.parent.parts)) for path in CALLERS if path.name == "cpu_impl"]
+    stated = {
+        (op, size)
+        for op, module in modules
+        for size, takes in getattr(importlib.import_module(f"{module}.op"), "LIMITS", {}).items()
+        if "cpu" in takes
+    }
+    assert stated == {(op, size) for op, size, _ in LIMITS}
 
 
 @pytest.mark.parametrize("name", DECLARED)

@@ -31,13 +31,12 @@ __global__ void __launch_bounds__(256) fill(int32_t* to, int32_t narrow, int64_t
 
 extern "C" __global__ void only_on_hopper(int32_t* to);
 
-#define PROBE(name)                                            \
-  static cudaError_t name(const Args& a);                      \
-  MK_API int mk_##name(const void* block, uint64_t nbytes) {   \
-    Args a;                                                    \
-    if (int s = mk::read_args(#name, block, nbytes, &a)) return s; \
-    return mk::cuda_status(#name, name(a));                    \
-  }                                                            \
+#define PROBE(name)                                                                                           \
+  static cudaError_t name(const Args& a);                                                                     \
+  MK_API int mk_##name(const void* block, uint64_t nbytes) {                                                  \
+    const auto run = +[](const char* f, const Args& a) { return mk::cuda_status(f, name(a)); };               \
+    return mk::call(#name, run, block, nbytes);                                                               \
+  }                                                                                                           \
   static cudaError_t name(const Args& a)
 
 PROBE(launch) {

@@ -1,23 +1,54 @@
-// For loops over the channels of a token, which are compiled once per instruction set.
+// Iteration over the channels of a token, for loops that are compiled once per instruction set.
 #pragma once
 
 #include "common/simd.h"
 
 namespace {
 
+// A number that a lambda knows at compile time.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+// body(c, count, Constant<m>) for m neighbouring registers of `count` channels each, the first of them channel c:
+// blocks of n registers, then single ones, then the rest of the channels. `count` is a constant for all but the rest.
+template <class Format, int n, class Body>
+MK_INLINE void for_each_block(int64_t channels, const Body& body) {
+  constexpr int width = Format::width;
+  int64_t c = 0;
+  for (; c + n * width <= channels; c += n * width) body(c, width, Constant<n>{});
+  for (; n > 1 && c + width <= channels; c += width) body(c, width, Constant<1>{});
+  if (c < channels) body(c, (int)(channels - c), Constant<1>{});
+}
+
+// The vector of channel c and its neighbours, in an array of vectors for all channels. c is a multiple of `lanes`.
+template <class Vector>
+MK_INLINE Vector& at(Vector* vectors, int64_t c) {
+  return *(Vector*)((char*)vectors + c * (int64_t)sizeof(float));
+}
+
 // Enough independent sums to hide the latency of an addition.
 constexpr int sums = 4;
 
-// body(c, count, i) for the `count` channels from `c` on of every vector; i < sums says to which sum it may add.
-// `count` is a constant for all vectors but the last if the body is inlined.
-template <class Body>
-MK_INLINE void for_each_vector(int64_t channels, const Body& body) {
-  int64_t c = 0;
-  for (; c + sums * lanes <= channels; c += sums * lanes) {
-    MK_UNROLL for (int i = 0; i < sums; ++i) body(c + i * lanes, lanes, i);
-  }
-  for (; c + lanes <= channels; c += lanes) body(c, lanes, 0);
-  if (c < channels) body(c, (int)(channels - c), 0);
+// body(c, count, k) for every register, which may add to the sum number k < sums.
+template <class Format, class Body>
+MK_INLINE void for_each_summand(int64_t channels, const Body& body) {
+  for_each_block<Format, sums>(channels, [&](int64_t c, int count, auto registers) MK_ALWAYS_INLINE {
+    MK_UNROLL for (int k = 0; k < registers.value; ++k) body(c + k * Format::width, count, k);
+  });
+}
+
+// body(c, count) for every register.
+template <class Format, class Body>
+MK_INLINE void for_each_register(int64_t channels, const Body& body) {
+  for_each_summand<Format>(channels, [&](int64_t c, int count, int) MK_ALWAYS_INLINE { body(c, count); });
+}
+
+// The first `count` channels of a register in the order of memory, which Format::load may have changed.
+template <class Format>
+inline void store_in_order(float* p, int count, const vfloat v[Format::parts]) {
+  for (int i = 0; i < count; ++i) p[i] = v[i % Format::parts][i / Format::parts];
 }
 
 inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp2(x * -1.44269504f)); }

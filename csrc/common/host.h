@@ -1,4 +1,4 @@
-// What every C entry point needs: a way to fail, and a way to read its argument block.
+// For every C function: how it fails, reads its argument block and checks the numbers in it.
 #pragma once
 
 #include <string.h>
@@ -12,21 +12,27 @@ __attribute__((format(printf, 2, 3))) int fail(int status, const char* format, .
 
 inline int no_memory(const char* function) { return fail(MK_NO_MEMORY, "%s: out of memory", function); }
 
-// Copies the caller's block. A size that differs means that the two sides were built from different headers.
+// Calls run(function, args) with a copy of the caller's block. A size that differs means that the two sides were built
+// from different headers.
 template <class Args>
-int read_args(const char* function, const void* block, uint64_t nbytes, Args* args) {
+int call(const char* function, int (*run)(const char*, const Args&), const void* block, uint64_t nbytes) {
   if (nbytes != sizeof(Args)) {
     return fail(MK_BAD_ARG, "%s: the argument block must have %llu bytes, got %llu", function,
                 (unsigned long long)sizeof(Args), (unsigned long long)nbytes);
   }
-  memcpy(args, block, sizeof(Args));
-  return MK_OK;
+  Args args;
+  memcpy(&args, block, sizeof args);
+  return run(function, args);
 }
 
-// A value of the caller's block and the range it must lie in.
+// Defines the C function `name`, which does what `int run(const char* function, const Args&)` does.
+#define MK_DEFINE(name, run) \
+  MK_API int name(const void* block, uint64_t nbytes) { return mk::call(#name, run, block, nbytes); }
+
+// A number in an argument block and the range it must lie in.
 struct Limits {
   const char* name;
-  int64_t value, least, most;
+  int64_t value, least = 0, most = INT64_MAX;
 };
 
 template <int n>

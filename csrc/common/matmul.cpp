@@ -5,18 +5,15 @@
 
 MK_DECLARE_LOOPS(mk::MatmulLoops, matmul_loops)
 
-MK_API int mk_matmul(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_matmul";
-  mk_matmul_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(function, {{"M", a.M, 0, INT64_MAX},
-                                               {"N", a.N, 0, INT64_MAX},
-                                               {"K", a.K, 0, INT64_MAX},
-                                               {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+namespace {
+
+int matmul(const char* function, const mk_matmul_args& a) {
+  if (int status =
+          mk::check_limits(function, {{"M", a.M}, {"N", a.N}, {"K", a.K}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
   if (a.M == 0 || a.N == 0) return MK_OK;
-  const mk::MatmulOf& loops = a.dtype == MK_F32 ? matmul_loops().f32 : matmul_loops().bf16;
+  const mk::MatmulOf& loops = matmul_loops()[a.dtype];
   const int64_t groups = (a.N + mk::matmul_columns - 1) / mk::matmul_columns;
   const int64_t panels = (a.M + mk::matmul_rows - 1) / mk::matmul_rows;
   const int64_t left_bytes = loops.left_bytes(a.K), grain = 1 + (1 << 20) / (mk::matmul_rows * (a.K + 1));
@@ -47,3 +44,7 @@ MK_API int mk_matmul(const void* block, uint64_t nbytes) {
   });
   return failed ? mk::no_memory(function) : status;
 }
+
+}  // namespace
+
+MK_DEFINE(mk_matmul, matmul)

@@ -1,6 +1,7 @@
 // What the driver of matmul hands to the loops.
 #pragma once
 
+#include "common/dtype.h"
 #include "common/matmul.h"
 
 namespace mk {
@@ -18,8 +19,6 @@ struct MatmulOf {
   // `rows` rows and at most matmul_columns columns of c.
   void (*block)(const mk_matmul_args&, const void* left, const void* right, int64_t row, int64_t rows, int64_t column);
 };
-struct MatmulLoops {
-  MatmulOf f32, bf16;
-};
+typedef ByDtype<MatmulOf> MatmulLoops;
 
 }  // namespace mk

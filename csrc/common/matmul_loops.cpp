@@ -53,7 +53,7 @@ void pack_right(const mk_matmul_args& m, int64_t begin, int64_t end, void* right
     const int64_t columns = least(end - n, tile_columns);
     if (m.b_stride_column == 1) {
       for (int64_t k = 0; k < m.K; k += Product::depth) {
-        for_lanes(columns, [&](int64_t j, int count) __attribute__((always_inline)) {
+        for_each_register<F32>(columns, [&](int64_t j, int count) MK_ALWAYS_INLINE {
           join<Format, Product>(b + k * m.b_stride_row + j, m.b_stride_row, k, m.K, count,
                                 dst + k / Product::depth * tile_columns + j);
         });
@@ -65,7 +65,7 @@ void pack_right(const mk_matmul_args& m, int64_t begin, int64_t end, void* right
       const int64_t length = least(m.K - k, staged);
       for (int64_t j = 0; j < columns; ++j) {
         const type* const column = b + j * m.b_stride_column + k * m.b_stride_row;
-        for_lanes(length, [&](int64_t i, int count) __attribute__((always_inline)) {
+        for_each_register<F32>(length, [&](int64_t i, int count) MK_ALWAYS_INLINE {
           Product::store(rows + j * staged + i, gather<Format>(column + i * m.b_stride_row, m.b_stride_row, count));
         });
       }
@@ -85,7 +85,7 @@ void pack_left(const mk_matmul_args& m, int64_t row, int64_t rows, void* left) {
     const int64_t columns = least(m.K - k, length);
     if (m.a_stride_row == 1) {
       for (int64_t j = 0; j < columns; j += Product::depth) {
-        for_lanes(rows, [&](int64_t i, int count) __attribute__((always_inline)) {
+        for_each_register<F32>(rows, [&](int64_t i, int count) MK_ALWAYS_INLINE {
           alignas(64) unit joined[lanes];
           join<Format, Product>(a + j * m.a_stride_column + i, m.a_stride_column, j, columns, count, joined);
           for (int l = 0; l < count; ++l) dst[(i + l) * Product::chain + j / Product::depth] = joined[l];
@@ -95,7 +95,7 @@ void pack_left(const mk_matmul_args& m, int64_t row, int64_t rows, void* left) {
     }
     for (int64_t i = 0; i < rows; ++i) {
       typename Product::element* const to = (typename Product::element*)(dst + i * Product::chain);
-      for_lanes(columns, [&](int64_t j, int count) __attribute__((always_inline)) {
+      for_each_register<F32>(columns, [&](int64_t j, int count) MK_ALWAYS_INLINE {
         Product::store(to + j,
                        gather<Format>(a + i * m.a_stride_row + j * m.a_stride_column, m.a_stride_column, count));
       });
@@ -124,7 +124,7 @@ void block(const mk_matmul_args& m, const void* left, const void* right, int64_t
     for (int64_t i = 0; i < rows; ++i) {
       const type* const added = m.added ? (const type*)m.added + (row + i) * m.added_stride_row + column : nullptr;
       type* const c = (type*)m.c + (row + i) * m.c_stride_row + column;
-      for_lanes(least(end - column, tile_columns), [&](int64_t j, int count) __attribute__((always_inline)) {
+      for_each_register<F32>(least(end - column, tile_columns), [&](int64_t j, int count) MK_ALWAYS_INLINE {
         vfloat v = load(sums + i * tile_columns + j);
         if (bias) v += load<Format>(bias + j, count);
         if (added) v += load<Format>(added + j, count);

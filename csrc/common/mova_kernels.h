@@ -16,6 +16,9 @@ enum mk_status {
   MK_THREADS_ERROR = 4,
   MK_NO_MEMORY = 5
 };
+// The most channels of a token that is normalised on a CPU: they wait in fp32 on the stack, in the L1 cache.
+enum { MK_MAX_NORM_CHANNELS = 8192 };
+
 enum mk_dtype { MK_F32 = 0, MK_BF16 = 1, MK_F16 = 2 };
 
 MK_API int mk_abi_version(void);

@@ -16,8 +16,10 @@
 #define MK_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// For a function with a `count` of channels: a copy of it for the constant, without calls of memcpy.
+// For a function with a `count` of channels: a copy of it for the constant, without calls of memcpy. The second one is
+// for lambdas, which have the attribute behind their parameters.
 #define MK_INLINE inline __attribute__((always_inline))
+#define MK_ALWAYS_INLINE __attribute__((always_inline))
 
 namespace {
 
@@ -52,6 +54,13 @@ inline vuint shuffle(vuint a, vuint b, vuint from) {
 #endif
 }
 
+inline vuint lane_numbers() {
+  alignas(64) constexpr uint32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vuint v;
+  memcpy(&v, numbers, sizeof v);
+  return v;
+}
+
 // The sum of all lanes of all vectors.
 template <int n>
 inline float total(const vfloat (&v)[n]) {
@@ -62,11 +71,6 @@ inline float total(const vfloat (&v)[n]) {
   memcpy(quarter, &all, sizeof quarter);
   MK_UNROLL for (int i = 1; i < lanes / 4; ++i) quarter[0] += quarter[i];
   return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
-}
-
-// 1 / sqrt(variance + eps), NaN where the squares of a token overflowed: 0 would make it a token of zeros.
-inline float inverse_deviation(float variance, float eps) {
-  return 1 / __builtin_sqrtf(variance + eps) + (variance - variance);
 }
 
 // For exp2: split leaves the rest of x in [-1/2, 1/2] and returns the integer in a form that scale understands, which
@@ -184,14 +188,6 @@ inline vfloat load(const typename Format::type* p, int count) {
 template <class Format>
 inline void store(typename Format::type* p, int count, vfloat v) {
   Format::store(p, count, &v);
-}
-
-// body(i, count) for every vector of n elements: `count` of them from the i-th on. All but the last see a constant.
-template <class Body>
-MK_INLINE void for_lanes(int64_t n, const Body& body) {
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) body(i, lanes);
-  if (i < n) body(i, (int)(n - i));
 }
 
 }  // namespace

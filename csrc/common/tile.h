@@ -6,7 +6,7 @@
 // of each of its columns.
 #pragma once
 
-#include "common/simd.h"
+#include "common/channels.h"
 
 namespace {
 

@@ -69,7 +69,7 @@ void row_products(const typename Format::type* x, int64_t x_stride, const typena
                   int64_t L, int64_t D, float* out) {
   for (int64_t t = 0; t < L; ++t) {
     vfloat sum[1] = {};
-    for_lanes(D, [&](int64_t d, int count) __attribute__((always_inline)) {
+    for_each_register<F32>(D, [&](int64_t d, int count) MK_ALWAYS_INLINE {
       sum[0] += load<Format>(x + t * x_stride + d, count) * load<Format>(y + t * y_stride + d, count);
     });
     out[t] = total(sum);
@@ -120,7 +120,7 @@ bool store_rows(const float* sums, int64_t sums_stride, int64_t rows, int64_t D,
                 const float* sin, typename Format::type* dst, int64_t stride) {
   vfloat zeros[1] = {};
   for (int64_t i = 0; i < rows; ++i) {
-    for_lanes(D, [&](int64_t d, int count) __attribute__((always_inline)) {
+    for_each_register<F32>(D, [&](int64_t d, int count) MK_ALWAYS_INLINE {
       vfloat v = load<F32>(sums + i * sums_stride + d, count) * scale;
       if (cos) v = rotate<true>(v, load<F32>(cos + i * D + d, count), load<F32>(sin + i * D + d, count));
       zeros[0] += v * 0;
@@ -241,7 +241,7 @@ mk::AttentionOutcome keys(const mk::AttentionGradients& g, void* workspace, int6
 template <class Format, class Product>
 mk::AttentionOutcome queries(const mk::AttentionGradients& g, const float* part, int64_t parts) {
   typedef typename Format::type type;
-  alignas(64) float rows[tile_columns * mk::max_head_width];
+  alignas(64) float rows[tile_columns * MK_MAX_HEAD_WIDTH];
   const mk::AttentionHead& h = g.head;
   const Layout<Product> layout(h.L, h.D);
   bool all_finite = true;

@@ -7,6 +7,8 @@
 
 #include "common/mova_kernels.h"
 
+enum { MK_MAX_HEAD_WIDTH = 256 };
+
 // Every field has 8 bytes. Strides are in elements; the stride of a channel is 1. What has no strides is contiguous.
 // Tensors that are written overlap no other.
 struct mk_expert_attention_fwd_args {

@@ -4,7 +4,6 @@
 #include <atomic>
 
 #include "common/cpu.h"
-#include "expert_attention/expert_attention.h"
 #include "expert_attention/wide_rows.h"
 
 MK_DECLARE_LOOPS(mk::AttentionForwardLoops, attention_forward_loops)
@@ -18,10 +17,10 @@ constexpr int64_t most_scratch = 1 << 26;  // bytes, unless so many tasks need m
 
 template <class Args>
 int check(const char* function, const Args& a) {
-  if (int status = mk::check_limits(function, {{"P", a.P, 0, INT64_MAX},
-                                               {"L", a.L, 1, INT64_MAX},
-                                               {"H", a.H, 1, INT64_MAX},
-                                               {"D", a.D, 2, mk::max_head_width},
+  if (int status = mk::check_limits(function, {{"P", a.P},
+                                               {"L", a.L, 1},
+                                               {"H", a.H, 1},
+                                               {"D", a.D, 2, MK_MAX_HEAD_WIDTH},
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
@@ -31,7 +30,7 @@ int check(const char* function, const Args& a) {
 // Head `head` of pair `pair`, of whose tensors the strides are in elements.
 template <class Args>
 mk::AttentionHead head(const Args& a, int64_t index) {
-  const int64_t pair = index / a.H, head = index % a.H, bytes = a.dtype == MK_F32 ? 4 : 2;
+  const int64_t pair = index / a.H, head = index % a.H, bytes = mk::itemsize(a.dtype);
   const auto at = [&](uint64_t base, int64_t stride_pair) {
     return (char*)base + bytes * (pair * stride_pair + head * a.D);
   };
@@ -50,14 +49,9 @@ mk::AttentionHead head(const Args& a, int64_t index) {
           a.D};
 }
 
-}  // namespace
-
-MK_API int mk_expert_attention_fwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_expert_attention_fwd";
-  mk_expert_attention_fwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+int forward(const char* function, const mk_expert_attention_fwd_args& a) {
   if (int status = check(function, a)) return status;
-  const auto& loops = a.dtype == MK_F32 ? attention_forward_loops().f32 : attention_forward_loops().bf16;
+  const auto& loops = attention_forward_loops()[a.dtype];
   const int64_t bytes = loops.workspace_bytes(a.L, a.D), groups = (a.L + mk::query_group - 1) / mk::query_group;
 
   // A part of the range covers whole heads but for its ends, so that a thread packs few heads that another packs, too.
@@ -78,13 +72,10 @@ MK_API int mk_expert_attention_fwd(const void* block, uint64_t nbytes) {
   return failed ? mk::no_memory(function) : status;
 }
 
-MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_expert_attention_bwd";
-  mk_expert_attention_bwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+int backward(const char* function, const mk_expert_attention_bwd_args& a) {
   if (int status = check(function, a)) return status;
-  const auto& loops = a.dtype == MK_F32 ? attention_backward_loops().f32 : attention_backward_loops().bf16;
-  const int64_t heads = a.P * a.H, bytes = loops.workspace_bytes(a.L, a.D), itemsize = a.dtype == MK_F32 ? 4 : 2;
+  const auto& loops = attention_backward_loops()[a.dtype];
+  const int64_t heads = a.P * a.H, bytes = loops.workspace_bytes(a.L, a.D), itemsize = mk::itemsize(a.dtype);
   if (heads == 0) return MK_OK;
 
   // Keys of a head are split where there are few heads: by their number alone, so that threads do not change the bits.
@@ -137,3 +128,8 @@ MK_API int mk_expert_attention_bwd(const void* block, uint64_t nbytes) {
   }
   return MK_OK;
 }
+
+}  // namespace
+
+MK_DEFINE(mk_expert_attention_fwd, forward)
+MK_DEFINE(mk_expert_attention_bwd, backward)

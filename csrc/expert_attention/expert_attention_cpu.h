@@ -1,11 +1,10 @@
 // What the driver hands to the loops.
 #pragma once
 
-#include <stdint.h>
+#include "common/dtype.h"
+#include "expert_attention/expert_attention.h"
 
 namespace mk {
-
-constexpr int64_t max_head_width = 256;
 
 // Queries of one head that a thread takes at a time.
 constexpr int64_t query_group = 192;
@@ -53,11 +52,7 @@ struct AttentionBackward {
   AttentionOutcome (*queries)(const AttentionGradients&, const float* part, int64_t parts);
 };
 
-struct AttentionForwardLoops {
-  AttentionForward f32, bf16;
-};
-struct AttentionBackwardLoops {
-  AttentionBackward f32, bf16;
-};
+typedef ByDtype<AttentionForward> AttentionForwardLoops;
+typedef ByDtype<AttentionBackward> AttentionBackwardLoops;
 
 }  // namespace mk

@@ -63,9 +63,7 @@ template <class Product>
 __attribute__((noinline)) void weigh(const unit* queries, int64_t query_stride, const unit* keys, int64_t units,
                                      float scale, const float* shifts, int64_t valid, typename Product::element* powers,
                                      vfloat* sums) {
-  alignas(64) constexpr uint32_t lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  vuint lane;
-  memcpy(&lane, lane_numbers, sizeof lane);
+  const vuint lane = lane_numbers();
   Tile scores = {};
   add_product<Product>(queries, query_stride, keys, units, scores);
   MK_UNROLL for (int m = 0; m < tile_rows; ++m) {
@@ -185,7 +183,7 @@ int64_t rows(const mk::AttentionHead& h, void* workspace, int64_t first, int64_t
     const float sum = total({sums[i]});
     type* const dst = (type*)h.out + (first + i) * h.out_stride;
     vfloat zeros[1] = {};
-    for_lanes(h.D, [&](int64_t d, int count) __attribute__((always_inline)) {
+    for_each_register<F32>(h.D, [&](int64_t d, int count) MK_ALWAYS_INLINE {
       const vfloat v = load(out + i * layout.columns + d);
       zeros[0] += v * 0;
       store<Format>(dst + d, count, v / sum);

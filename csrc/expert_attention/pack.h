@@ -11,7 +11,7 @@ namespace {
 template <class Format, class Product>
 inline void stage_row(const typename Format::type* src, int64_t D, const float* cos, const float* sin,
                       typename Product::element* dst) {
-  for_lanes(D, [&](int64_t d, int count) __attribute__((always_inline)) {
+  for_each_register<F32>(D, [&](int64_t d, int count) MK_ALWAYS_INLINE {
     vfloat v = load<Format>(src + d, count);
     if (cos) v = rotate<false>(v, load<F32>(cos + d, count), load<F32>(sin + d, count));
     Product::store(dst + d, v);
@@ -51,7 +51,7 @@ inline void stage(const Rows<Format>& x, int64_t first, int64_t rows, int64_t en
 // Tokens as columns of a right operand: (padded / tile_columns, D in units, tile_columns). Tokens from L on are zeros.
 template <class Format, class Product>
 void pack_columns(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, unit* dst) {
-  alignas(64) typename Product::element rows[tile_columns * mk::max_head_width];
+  alignas(64) typename Product::element rows[tile_columns * MK_MAX_HEAD_WIDTH];
   const int64_t units = round_up(D, lanes) / Product::depth, used = (D + Product::depth - 1) / Product::depth;
   for (int64_t t = 0; t < padded; t += tile_columns) {
     stage<Format, Product>(x, t, tile_columns, L, D, rows);
@@ -66,7 +66,7 @@ template <class Format, class Product>
 void pack_depth(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, unit* dst) {
   constexpr int depth = Product::depth;
   const int64_t step = padded / depth * tile_columns, columns = round_up(D, tile_columns);
-  alignas(64) float rows[depth][mk::max_head_width];
+  alignas(64) float rows[depth][MK_MAX_HEAD_WIDTH];
   memset(rows, 0, sizeof rows);
   for (int64_t t = 0; t < padded; t += depth, dst += tile_columns) {
     stage<Format, F32Product>(x, t, 1, L, D, rows[0]);
@@ -111,7 +111,7 @@ float longest_row(const unit* tokens, int64_t count, int64_t row_units) {
   float most = 0;
   for (int64_t i = 0; i < count; ++i, tokens += row_units) {
     vfloat squares[1] = {};
-    for_lanes(row_units, [&](int64_t k, int count) __attribute__((always_inline)) {
+    for_each_register<F32>(row_units, [&](int64_t k, int count) MK_ALWAYS_INLINE {
       vuint v = {};
       memcpy(&v, tokens + k, count * sizeof *tokens);
       squares[0] = Product::add(v, v, squares[0]);

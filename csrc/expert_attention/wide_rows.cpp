@@ -13,27 +13,10 @@ namespace {
 constexpr int batch = 8;
 constexpr double log2e = 1.4426950408889634;
 
-double wide(float x) { return x; }
-double wide(uint16_t x) {
-  const uint32_t bits = (uint32_t)x << 16;
-  float single;
-  memcpy(&single, &bits, sizeof single);
-  return single;
-}
-
-void narrow(double x, float* result) { *result = (float)x; }
-void narrow(double x, uint16_t* result) {
-  const float single = (float)x;
-  uint32_t bits;
-  memcpy(&bits, &single, sizeof bits);
-  // To nearest, ties to even. The carry could turn a NaN into an infinity.
-  *result = (uint16_t)(single != single ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 template <class T>
 void load_row(const void* rows, int64_t stride, int64_t t, int64_t D, double* x) {
   const T* const row = (const T*)rows + t * stride;
-  for (int64_t d = 0; d < D; ++d) x[d] = wide(row[d]);
+  for (int64_t d = 0; d < D; ++d) x[d] = mk::to_float(row[d]);
 }
 
 template <class T>
@@ -50,7 +33,7 @@ void load_rotated(const mk::AttentionHead& h, const void* rows, int64_t stride, 
 template <class T>
 void store_row(const double* x, int64_t D, void* rows, int64_t stride, int64_t t) {
   T* const row = (T*)rows + t * stride;
-  for (int64_t d = 0; d < D; ++d) narrow(x[d], row + d);
+  for (int64_t d = 0; d < D; ++d) mk::from_float((float)x[d], row + d);
 }
 
 template <class T>
@@ -66,7 +49,7 @@ void store_rotated_back(const mk::AttentionHead& h, double* x, void* rows, int64
 
 // (batch, D) rows, and the same with the batch as the last dimension.
 struct Batch {
-  double rows[batch][mk::max_head_width], columns[mk::max_head_width][batch];
+  double rows[batch][MK_MAX_HEAD_WIDTH], columns[MK_MAX_HEAD_WIDTH][batch];
 
   void transpose(int64_t D) {
     for (int64_t d = 0; d < D; ++d) {
@@ -105,7 +88,7 @@ template <class T>
 void forward(const mk::AttentionHead& h, const int64_t* queries, int64_t count) {
   const double root = 1 / sqrt((double)h.D);
   Batch query;
-  double x[mk::max_head_width], out[mk::max_head_width][batch];
+  double x[MK_MAX_HEAD_WIDTH], out[MK_MAX_HEAD_WIDTH][batch];
   std::vector<double> weights(h.L * batch);
   for (int64_t first = 0; first < count; first += batch) {
     const int used = (int)(count - first < batch ? count - first : batch);
@@ -142,7 +125,7 @@ void backward(const mk::AttentionGradients& g) {
   const int64_t L = h.L, D = h.D;
   const double root = 1 / sqrt((double)D);
   Batch query, grad;
-  double k[mk::max_head_width], x[mk::max_head_width], grad_q[batch][mk::max_head_width];
+  double k[MK_MAX_HEAD_WIDTH], x[MK_MAX_HEAD_WIDTH], grad_q[batch][MK_MAX_HEAD_WIDTH];
   std::vector<double> weights(L * batch), products(L * batch), grad_k(L * D), grad_v(L * D);
   for (int64_t first = 0; first < L; first += batch) {
     const int used = (int)(L - first < batch ? L - first : batch);
@@ -187,7 +170,7 @@ template <class T>
 bool finite(const void* rows, int64_t stride, int64_t L, int64_t D) {
   for (int64_t t = 0; t < L; ++t) {
     for (int64_t d = 0; d < D; ++d) {
-      if (!isfinite(wide(((const T*)rows)[t * stride + d]))) return false;
+      if (!isfinite(mk::to_float(((const T*)rows)[t * stride + d]))) return false;
     }
   }
   return true;

@@ -4,6 +4,9 @@
 
 #include "common/mova_kernels.h"
 
+// Choosing takes N * topk steps, and the logits of a sample wait on the stack.
+enum { MK_MAX_EXPERTS = 1024 };
+
 // Every field has 8 bytes; strides are in elements. What has no strides is contiguous.
 struct mk_expert_gate_fwd_args {
   uint64_t logits;    // (B, N), read

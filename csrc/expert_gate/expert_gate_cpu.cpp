@@ -1,12 +1,10 @@
 #include <math.h>
 
+#include "common/dtype.h"
 #include "common/host.h"
 #include "expert_gate/expert_gate.h"
 
 namespace {
-
-// Choosing takes N * topk steps, and the logits of a sample wait on the stack.
-constexpr int64_t max_experts = 1024;
 
 // One sample of a tensor (B, N).
 template <class T>
@@ -19,34 +17,15 @@ struct Row {
   T& operator[](int64_t expert) const { return first[expert * stride]; }
 };
 
-struct BF16 {
-  uint16_t bits;
-};
-
-float to_float(float v) { return v; }
-float to_float(BF16 v) {
-  const uint32_t bits = (uint32_t)v.bits << 16;
-  float wide;
-  memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-void from_float(float v, float* narrow) { *narrow = v; }
-void from_float(float v, BF16* narrow) {  // to nearest, ties to even; the carry could turn a NaN into an infinity
-  uint32_t bits;
-  memcpy(&bits, &v, sizeof bits);
-  narrow->bits = isnan(v) ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 // Over the kept logits of one sample; 0 where not kept. Reads no other logit.
 template <class T>
 void softmax(const Row<const T>& logits, const Row<const bool>& kept, int64_t N, double* weights) {
   double most = -INFINITY, sum = 0;
   for (int64_t e = 0; e < N; ++e) {
-    if (kept[e]) most = fmax(most, to_float(logits[e]));
+    if (kept[e]) most = fmax(most, mk::to_float(logits[e]));
   }
   for (int64_t e = 0; e < N; ++e) {
-    weights[e] = kept[e] ? exp(to_float(logits[e]) - most) : 0;
+    weights[e] = kept[e] ? exp(mk::to_float(logits[e]) - most) : 0;
     sum += weights[e];
   }
   for (int64_t e = 0; e < N; ++e) weights[e] = kept[e] ? weights[e] / sum : 0;
@@ -55,13 +34,13 @@ void softmax(const Row<const T>& logits, const Row<const bool>& kept, int64_t N,
 // A total order: NaN counts as infinity.
 template <class T>
 float rankable(T logit) {
-  const float value = to_float(logit);
+  const float value = mk::to_float(logit);
   return isnan(value) ? INFINITY : value;
 }
 
 template <class T>
 void forward(const mk_expert_gate_fwd_args& a) {
-  double weights[max_experts];
+  double weights[MK_MAX_EXPERTS];
   for (int64_t b = 0; b < a.B; ++b) {
     const Row<const T> logits(a.logits, b, a.logits_stride_sample, a.logits_stride_expert);
     const Row<const bool> selected(a.selected, b, a.selected_stride_sample, a.selected_stride_expert);
@@ -84,7 +63,7 @@ void forward(const mk_expert_gate_fwd_args& a) {
 
 template <class T>
 void backward(const mk_expert_gate_bwd_args& a) {
-  double weights[max_experts];
+  double weights[MK_MAX_EXPERTS];
   for (int64_t b = 0; b < a.B; ++b) {
     const Row<const T> logits(a.logits, b, a.logits_stride_sample, a.logits_stride_expert);
     const Row<const bool> kept(a.kept, b, a.kept_stride_sample, a.kept_stride_expert);
@@ -94,35 +73,31 @@ void backward(const mk_expert_gate_bwd_args& a) {
     double mean = 0;
     for (int64_t e = 0; e < a.N; ++e) mean += kept[e] ? weights[e] * grad[e] : 0;
     for (int64_t e = 0; e < a.N; ++e) {
-      from_float(kept[e] ? (float)(weights[e] * (grad[e] - mean)) : 0, &grad_logits[e]);
+      mk::from_float(kept[e] ? (float)(weights[e] * (grad[e] - mean)) : 0, &grad_logits[e]);
     }
   }
 }
 
+int run_forward(const char* function, const mk_expert_gate_fwd_args& a) {
+  if (int status = mk::check_limits(
+          function,
+          {{"B", a.B}, {"N", a.N, 0, MK_MAX_EXPERTS}, {"topk", a.topk, 1}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+    return status;
+  }
+  a.dtype == MK_F32 ? forward<float>(a) : forward<uint16_t>(a);
+  return MK_OK;
+}
+
+int run_backward(const char* function, const mk_expert_gate_bwd_args& a) {
+  if (int status = mk::check_limits(function,
+                                    {{"B", a.B}, {"N", a.N, 0, MK_MAX_EXPERTS}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+    return status;
+  }
+  a.dtype == MK_F32 ? backward<float>(a) : backward<uint16_t>(a);
+  return MK_OK;
+}
+
 }  // namespace
 
-MK_API int mk_expert_gate_fwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_expert_gate_fwd";
-  mk_expert_gate_fwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(function, {{"B", a.B, 0, INT64_MAX},
-                                               {"N", a.N, 0, max_experts},
-                                               {"topk", a.topk, 1, INT64_MAX},
-                                               {"dtype", a.dtype, MK_F32, MK_BF16}})) {
-    return status;
-  }
-  a.dtype == MK_F32 ? forward<float>(a) : forward<BF16>(a);
-  return MK_OK;
-}
-
-MK_API int mk_expert_gate_bwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_expert_gate_bwd";
-  mk_expert_gate_bwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(
-          function, {{"B", a.B, 0, INT64_MAX}, {"N", a.N, 0, max_experts}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
-    return status;
-  }
-  a.dtype == MK_F32 ? backward<float>(a) : backward<BF16>(a);
-  return MK_OK;
-}
+MK_DEFINE(mk_expert_gate_fwd, run_forward)
+MK_DEFINE(mk_expert_gate_bwd, run_backward)

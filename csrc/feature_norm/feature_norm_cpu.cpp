@@ -3,33 +3,18 @@
 #include "common/cpu.h"
 #include "feature_norm/feature_norm.h"
 #include "feature_resample/axis_table.h"
+#include "feature_resample/checks.h"
 
 MK_DECLARE_LOOPS(mk::NormLoops, feature_norm_loops)
 
 namespace {
 
-template <class Args>
-int check_grids(const char* function, const Args& a) {
-  return mk::check_limits(function, {{"M", a.M, 0, INT64_MAX},
-                                     {"in_h", a.in_h, 1, mk::max_axis},
-                                     {"in_w", a.in_w, 1, mk::max_axis},
-                                     {"out_h", a.out_h, 1, mk::max_axis},
-                                     {"out_w", a.out_w, 1, mk::max_axis},
-                                     {"C", a.C, 0, mk::max_norm_channels},
-                                     {"dtype", a.dtype, MK_F32, MK_BF16}});
-}
-
-}  // namespace
-
-MK_API int mk_feature_norm_fwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_feature_norm_fwd";
-  mk_feature_norm_fwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = check_grids(function, a)) return status;
+int forward(const char* function, const mk_feature_norm_fwd_args& a) {
+  if (int status = mk::check_grids(function, a, MK_MAX_NORM_CHANNELS, MK_BF16)) return status;
   const mk::AxisTable h(a.in_h, a.out_h, a.in_w * a.x_stride_token, false), w(a.in_w, a.out_w, a.x_stride_token, false);
   const int64_t* const rows = (const int64_t*)a.rows;
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
-  const auto run = a.dtype == MK_F32 ? feature_norm_loops().f32 : feature_norm_loops().bf16;
+  const int64_t bytes = mk::itemsize(a.dtype);
+  const auto run = feature_norm_loops().norm[a.dtype];
 
   const int64_t grain = 1 + (1 << 16) / (a.out_w * a.C + 1);
   return mk::parallel_for(a.M * a.out_h, grain, [&](int64_t begin, int64_t end) {
@@ -43,15 +28,12 @@ MK_API int mk_feature_norm_fwd(const void* block, uint64_t nbytes) {
   });
 }
 
-MK_API int mk_feature_norm_centre(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_feature_norm_centre";
-  mk_feature_norm_centre_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = check_grids(function, a)) return status;
-  const int64_t tokens = a.in_h * a.in_w, bytes = a.dtype == MK_F32 ? 4 : 2;
+int centre(const char* function, const mk_feature_norm_centre_args& a) {
+  if (int status = mk::check_grids(function, a, MK_MAX_NORM_CHANNELS, MK_BF16)) return status;
+  const int64_t tokens = a.in_h * a.in_w, bytes = mk::itemsize(a.dtype);
   const int64_t* const rows = (const int64_t*)a.rows;
-  const auto centre = a.dtype == MK_F32 ? feature_norm_loops().centre_f32 : feature_norm_loops().centre_bf16;
-  const auto run = a.dtype == MK_F32 ? feature_norm_loops().rstd_f32 : feature_norm_loops().rstd_bf16;
+  const auto centre = feature_norm_loops().centre[a.dtype];
+  const auto run = feature_norm_loops().rstd[a.dtype];
 
   int status = mk::parallel_for(a.M * a.in_h, 1 + (1 << 16) / (a.in_w * a.C + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -71,19 +53,14 @@ MK_API int mk_feature_norm_centre(const void* block, uint64_t nbytes) {
   });
 }
 
-MK_API int mk_feature_norm_bwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_feature_norm_bwd";
-  mk_feature_norm_bwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(function, {{"M", a.M, 0, INT64_MAX},
-                                               {"L", a.L, 1, INT64_MAX},
-                                               {"C", a.C, 0, INT64_MAX},
-                                               {"dtype", a.dtype, MK_F32, MK_BF16}})) {
+int backward(const char* function, const mk_feature_norm_bwd_args& a) {
+  if (int status =
+          mk::check_limits(function, {{"M", a.M}, {"L", a.L, 1}, {"C", a.C}, {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
   const int64_t* const rows = (const int64_t*)a.rows;
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
-  const auto run = a.dtype == MK_F32 ? feature_norm_loops().grad_f32 : feature_norm_loops().grad_bf16;
+  const int64_t bytes = mk::itemsize(a.dtype);
+  const auto run = feature_norm_loops().grad[a.dtype];
 
   const int64_t grain = 1 + (1 << 16) / (a.C + 1);
   return mk::parallel_for(a.M * a.L, grain, [&](int64_t begin, int64_t end) {
@@ -100,3 +77,9 @@ MK_API int mk_feature_norm_bwd(const void* block, uint64_t nbytes) {
     }
   });
 }
+
+}  // namespace
+
+MK_DEFINE(mk_feature_norm_fwd, forward)
+MK_DEFINE(mk_feature_norm_centre, centre)
+MK_DEFINE(mk_feature_norm_bwd, backward)

@@ -1,14 +1,9 @@
 // What the driver hands to the loops.
 #pragma once
 
-#include <stdint.h>
-
 #include "feature_resample/feature_resample_cpu.h"
 
 namespace mk {
-
-// A token waits in fp32 on the stack, in the L1 cache, until its statistics are known.
-constexpr int64_t max_norm_channels = 8192;
 
 // One line of pixels of one row.
 struct NormLine {
@@ -35,14 +30,9 @@ struct GradNormTokens {
 };
 
 struct NormLoops {
-  void (*f32)(const NormLine&);
-  void (*bf16)(const NormLine&);
-  void (*rstd_f32)(const NormLine&);  // the line is not written
-  void (*rstd_bf16)(const NormLine&);
-  void (*centre_f32)(const CentreTokens&);
-  void (*centre_bf16)(const CentreTokens&);
-  void (*grad_f32)(const GradNormTokens&);
-  void (*grad_bf16)(const GradNormTokens&);
+  ByDtype<void (*)(const NormLine&)> norm, rstd;  // rstd does not write the line
+  ByDtype<void (*)(const CentreTokens&)> centre;
+  ByDtype<void (*)(const GradNormTokens&)> grad;
 };
 
 }  // namespace mk

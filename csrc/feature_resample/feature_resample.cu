@@ -128,9 +128,8 @@ cudaError_t launch(const Resample& p, bool adjoint, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-int resample(const char* function, const void* block, uint64_t nbytes, bool adjoint) {
-  mk_feature_resample_cuda_args args;
-  if (int status = mk::read_args(function, block, nbytes, &args)) return status;
+template <bool adjoint>
+int resample(const char* function, const mk_feature_resample_cuda_args& args) {
   const mk_feature_resample_args& a = args.op;
   if (int status = mk::check(function, a, adjoint)) return status;
   if (a.M == 0 || a.C == 0) return MK_OK;
@@ -165,10 +164,5 @@ int resample(const char* function, const void* block, uint64_t nbytes, bool adjo
 
 }  // namespace
 
-MK_API int mk_feature_resample_cuda_fwd(const void* args, uint64_t nbytes) {
-  return resample("mk_feature_resample_cuda_fwd", args, nbytes, false);
-}
-
-MK_API int mk_feature_resample_cuda_bwd(const void* args, uint64_t nbytes) {
-  return resample("mk_feature_resample_cuda_bwd", args, nbytes, true);
-}
+MK_DEFINE(mk_feature_resample_cuda_fwd, resample<false>)
+MK_DEFINE(mk_feature_resample_cuda_bwd, resample<true>)

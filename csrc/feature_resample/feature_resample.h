@@ -6,6 +6,9 @@
 
 #include "common/mova_kernels.h"
 
+// The longest side of a grid for which all products in taps.h fit in 31 bits.
+enum { MK_MAX_GRID_SIDE = 32767 };
+
 // Every field has 8 bytes. Strides are in elements; the stride of a channel is 1. The two tensors must not overlap.
 struct mk_feature_resample_args {
   uint64_t x;     // (rows of x, in_h * in_w, C); fwd reads it, bwd writes the gradient (M, in_h * in_w, C) to it

@@ -14,9 +14,8 @@ struct Side {
   int64_t h, w, stride_row, stride_token;
 };
 
-int resample(const char* function, const void* block, uint64_t nbytes, bool adjoint) {
-  mk_feature_resample_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+template <bool adjoint>
+int resample(const char* function, const mk_feature_resample_args& a) {
   if (int status = mk::check(function, a, adjoint)) return status;
   if (a.dtype == MK_F16) return mk::fail(MK_UNSUPPORTED, "%s: float16 is not supported on the CPU", function);
 
@@ -26,8 +25,8 @@ int resample(const char* function, const void* block, uint64_t nbytes, bool adjo
   const mk::AxisTable h(a.in_h, a.out_h, src.w * src.stride_token, adjoint);
   const mk::AxisTable w(a.in_w, a.out_w, src.stride_token, adjoint);
   const int64_t* rows = (const int64_t*)a.rows;
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
-  const auto run = a.dtype == MK_F32 ? feature_resample_loops().f32 : feature_resample_loops().bf16;
+  const int64_t bytes = mk::itemsize(a.dtype);
+  const auto run = feature_resample_loops()[a.dtype];
 
   const int64_t grain = 1 + (1 << 16) / (dst.w * a.C + 1);
   return mk::parallel_for(a.M * dst.h, grain, [&](int64_t begin, int64_t end) {
@@ -46,10 +45,5 @@ int resample(const char* function, const void* block, uint64_t nbytes, bool adjo
 
 }  // namespace
 
-MK_API int mk_feature_resample_fwd(const void* args, uint64_t nbytes) {
-  return resample("mk_feature_resample_fwd", args, nbytes, false);
-}
-
-MK_API int mk_feature_resample_bwd(const void* args, uint64_t nbytes) {
-  return resample("mk_feature_resample_bwd", args, nbytes, true);
-}
+MK_DEFINE(mk_feature_resample_fwd, resample<false>)
+MK_DEFINE(mk_feature_resample_bwd, resample<true>)

@@ -1,7 +1,7 @@
 // What the driver hands to the loops. Forward and backward are the same sum with other tables.
 #pragma once
 
-#include <stdint.h>
+#include "common/dtype.h"
 
 namespace mk {
 
@@ -22,9 +22,6 @@ struct ResampleLine {
   int64_t dst_stride;   // elements from pixel to pixel
 };
 
-struct ResampleLoops {
-  void (*f32)(const ResampleLine&);
-  void (*bf16)(const ResampleLine&);
-};
+typedef ByDtype<void (*)(const ResampleLine&)> ResampleLoops;
 
 }  // namespace mk

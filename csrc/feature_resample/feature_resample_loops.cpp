@@ -4,22 +4,13 @@
 
 namespace {
 
-template <class Format, int chunks>
-inline void resample(const mk::ResampleLine& line, int64_t x, int64_t c, int count, typename Format::type* dst) {
-  vfloat sum[chunks][Format::parts];
-  sum_taps<Format>(line, x, c, count, sum);
-  MK_UNROLL for (int i = 0; i < chunks; ++i) Format::store(dst + c + i * Format::width, count, sum[i]);
-}
-
 template <class Format>
 void resample_line(const mk::ResampleLine& line) {
-  constexpr int width = Format::width, pass = chunks_per_pass * width;
   for (int64_t x = 0; x < line.width; ++x) {
-    auto* dst = static_cast<typename Format::type*>(line.dst) + x * line.dst_stride;
-    int64_t c = 0;
-    for (; c + pass <= line.C; c += pass) resample<Format, chunks_per_pass>(line, x, c, width, dst);
-    for (; c + width <= line.C; c += width) resample<Format, 1>(line, x, c, width, dst);
-    if (c < line.C) resample<Format, 1>(line, x, c, (int)(line.C - c), dst);
+    auto* const dst = static_cast<typename Format::type*>(line.dst) + x * line.dst_stride;
+    resample<Format>(line, x, [&](int64_t c, int count, int, const vfloat* sum) MK_ALWAYS_INLINE {
+      Format::store(dst + c, count, sum);
+    });
   }
 }
 

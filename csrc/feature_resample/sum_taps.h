@@ -1,7 +1,7 @@
 // For loops, which are compiled once per instruction set: the sum that is resampling.
 #pragma once
 
-#include "common/simd.h"
+#include "common/channels.h"
 #include "feature_resample/feature_resample_cpu.h"
 
 namespace {
@@ -34,6 +34,16 @@ inline void sum_taps(const mk::ResampleLine& line, int64_t x, int64_t c, int cou
       }
     }
   }
+}
+
+// body(c, count, i, sum) for every register of pixel `x`, the i-th of its pass, with its `Format::parts` sums.
+template <class Format, class Body>
+MK_INLINE void resample(const mk::ResampleLine& line, int64_t x, const Body& body) {
+  for_each_block<Format, chunks_per_pass>(line.C, [&](int64_t c, int count, auto chunks) MK_ALWAYS_INLINE {
+    vfloat sum[chunks.value][Format::parts];
+    sum_taps<Format>(line, x, c, count, sum);
+    MK_UNROLL for (int i = 0; i < chunks.value; ++i) body(c + i * Format::width, count, i, sum[i]);
+  });
 }
 
 }  // namespace

@@ -16,9 +16,6 @@
 
 namespace mk {
 
-// The longest axis for which all products below fit in 31 bits.
-constexpr int64_t max_axis = 32767;
-
 struct ResampleAxis {
   int32_t in, out;
 

@@ -17,8 +17,10 @@ struct mk_gated_combine_fwd_args {
   int64_t dtype;  // mk_dtype of all of them: MK_F32 or MK_BF16
 };
 
-// From dz to the gradients of x, g, b and gate, and z once more. Sums over tokens are taken over
-// 64 of them at a time, parts = ceil(L / 64); the caller adds the partial sums up.
+// From dz to the gradients of x, g, b and gate, and z once more. Each of the `parts` sums over tokens covers this many;
+// the caller adds them up.
+enum { MK_COMBINE_TOKENS_PER_PART = 64 };
+
 struct mk_gated_combine_bwd_args {
   uint64_t x;           // (L, I), read
   uint64_t dz;          // (L, I), read

@@ -8,30 +8,26 @@ namespace {
 
 template <class Args>
 int check(const char* function, const Args& a) {
-  return mk::check_limits(
-      function,
-      {{"L", a.L, 0, INT64_MAX}, {"I", a.I, 1, mk::max_combine_channels}, {"dtype", a.dtype, MK_F32, MK_BF16}});
+  return mk::check_limits(function,
+                          {{"L", a.L}, {"I", a.I, 1, MK_MAX_NORM_CHANNELS}, {"dtype", a.dtype, MK_F32, MK_BF16}});
 }
 
-}  // namespace
-
-MK_API int mk_gated_combine_fwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_gated_combine_fwd";
-  mk_gated_combine_fwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+int forward(const char* function, const mk_gated_combine_fwd_args& a) {
   if (int status = check(function, a)) return status;
-  const auto run = a.dtype == MK_F32 ? gated_combine_loops().weigh_f32 : gated_combine_loops().weigh_bf16;
+  const auto run = gated_combine_loops().weigh[a.dtype];
   return mk::parallel_for(a.L, 1 + (1 << 16) / a.I, [&](int64_t begin, int64_t end) { run(a, begin, end); });
 }
 
-MK_API int mk_gated_combine_bwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_gated_combine_bwd";
-  mk_gated_combine_bwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+int backward(const char* function, const mk_gated_combine_bwd_args& a) {
   if (int status = check(function, a)) return status;
-  const auto run = a.dtype == MK_F32 ? gated_combine_loops().grad_f32 : gated_combine_loops().grad_bf16;
-  const int64_t parts = (a.L + mk::tokens_per_part - 1) / mk::tokens_per_part;
+  const auto run = gated_combine_loops().grad[a.dtype];
+  const int64_t parts = (a.L + MK_COMBINE_TOKENS_PER_PART - 1) / MK_COMBINE_TOKENS_PER_PART;
   return mk::parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) run(a, part);
   });
 }
+
+}  // namespace
+
+MK_DEFINE(mk_gated_combine_fwd, forward)
+MK_DEFINE(mk_gated_combine_bwd, backward)

@@ -1,8 +1,7 @@
 // What the driver hands to the loops.
 #pragma once
 
-#include <stdint.h>
-
+#include "common/dtype.h"
 #include "feature_resample/feature_resample_cpu.h"
 #include "ragged_linear/ragged_linear.h"
 
@@ -19,13 +18,10 @@ struct ScaledLine {
 };
 
 struct RaggedLinearLoops {
-  // Each takes the columns [begin, end).
-  void (*sum_f32)(const mk_ragged_linear_sum_args&, int64_t begin, int64_t end);
-  void (*sum_bf16)(const mk_ragged_linear_sum_args&, int64_t begin, int64_t end);
-  void (*unfold_f32)(const mk_ragged_linear_unfold_args&, int64_t begin, int64_t end);
-  void (*unfold_bf16)(const mk_ragged_linear_unfold_args&, int64_t begin, int64_t end);
-  void (*resample_f32)(const ScaledLine&);
-  void (*resample_bf16)(const ScaledLine&);
+  // Sum and unfold take the columns [begin, end).
+  ByDtype<void (*)(const mk_ragged_linear_sum_args&, int64_t begin, int64_t end)> sum;
+  ByDtype<void (*)(const mk_ragged_linear_unfold_args&, int64_t begin, int64_t end)> unfold;
+  ByDtype<void (*)(const ScaledLine&)> resample;
 };
 
 }  // namespace mk

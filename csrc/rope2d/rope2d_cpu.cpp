@@ -5,24 +5,20 @@
 
 MK_DECLARE_LOOPS(mk::RopeLoops, rope2d_loops)
 
-MK_API int mk_rope2d(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_rope2d";
-  mk_rope2d_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(function, {{"B", a.B, 0, INT64_MAX},
-                                               {"L", a.L, 0, INT64_MAX},
-                                               {"H", a.H, 0, INT64_MAX},
-                                               {"D", a.D, 0, INT64_MAX},
+namespace {
+
+int rotate(const char* function, const mk_rope2d_args& a) {
+  if (int status = mk::check_limits(function, {{"B", a.B},
+                                               {"L", a.L},
+                                               {"H", a.H},
+                                               {"D", a.D},
                                                {"adjoint", a.adjoint, 0, 1},
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
   if (a.D % 2) return mk::fail(MK_BAD_ARG, "%s: D must be even, got %lld", function, (long long)a.D);
-  const mk::RopeLoops& loops = rope2d_loops();
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
-  const auto turn = a.dtype == MK_F32 ? loops.f32 : loops.bf16;
-  const auto turn_back = a.dtype == MK_F32 ? loops.adjoint_f32 : loops.adjoint_bf16;
-  const auto run = a.adjoint ? turn_back : turn;
+  const int64_t bytes = mk::itemsize(a.dtype);
+  const auto run = (a.adjoint ? rope2d_loops().adjoint : rope2d_loops().rotate)[a.dtype];
   return mk::parallel_for(a.B * a.L, 1 + (1 << 16) / (a.H * a.D + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sample = i / a.L, token = i % a.L;
@@ -32,3 +28,7 @@ MK_API int mk_rope2d(const void* block, uint64_t nbytes) {
     }
   });
 }
+
+}  // namespace
+
+MK_DEFINE(mk_rope2d, rotate)

@@ -1,7 +1,7 @@
 // What the driver hands to the loops.
 #pragma once
 
-#include <stdint.h>
+#include "common/dtype.h"
 
 namespace mk {
 
@@ -15,10 +15,7 @@ struct RopeToken {
 };
 
 struct RopeLoops {
-  void (*f32)(const RopeToken&);
-  void (*bf16)(const RopeToken&);
-  void (*adjoint_f32)(const RopeToken&);
-  void (*adjoint_bf16)(const RopeToken&);
+  ByDtype<void (*)(const RopeToken&)> rotate, adjoint;
 };
 
 }  // namespace mk

@@ -5,19 +5,18 @@
 
 MK_DECLARE_LOOPS(mk::SwigluLoops, swiglu_norm_loops)
 
-MK_API int mk_swiglu_norm_fwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_swiglu_norm_fwd";
-  mk_swiglu_norm_fwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(function, {{"B", a.B, 0, INT64_MAX},
-                                               {"L", a.L, 0, INT64_MAX},
-                                               {"width", a.width, 0, mk::max_swiglu_channels},
+namespace {
+
+int forward(const char* function, const mk_swiglu_norm_fwd_args& a) {
+  if (int status = mk::check_limits(function, {{"B", a.B},
+                                               {"L", a.L},
+                                               {"width", a.width, 0, MK_MAX_NORM_CHANNELS},
                                                {"F", a.F, 0, a.width},
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2;
-  const auto run = a.dtype == MK_F32 ? swiglu_norm_loops().f32 : swiglu_norm_loops().bf16;
+  const int64_t bytes = mk::itemsize(a.dtype);
+  const auto run = swiglu_norm_loops().norm[a.dtype];
   return mk::parallel_for(a.B * a.L, 1 + (1 << 15) / (a.F + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t sample = i / a.L, token = i % a.L;
@@ -29,20 +28,17 @@ MK_API int mk_swiglu_norm_fwd(const void* block, uint64_t nbytes) {
   });
 }
 
-MK_API int mk_swiglu_norm_bwd(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_swiglu_norm_bwd";
-  mk_swiglu_norm_bwd_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
-  if (int status = mk::check_limits(function, {{"B", a.B, 0, INT64_MAX},
-                                               {"L", a.L, 0, INT64_MAX},
-                                               {"width", a.width, 0, mk::max_swiglu_channels},
+int backward(const char* function, const mk_swiglu_norm_bwd_args& a) {
+  if (int status = mk::check_limits(function, {{"B", a.B},
+                                               {"L", a.L},
+                                               {"width", a.width, 0, MK_MAX_NORM_CHANNELS},
                                                {"F", a.F, 0, a.width},
                                                {"blocks", a.blocks, 1, 1 << 16},
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2, tokens = a.B * a.L;
-  const auto run = a.dtype == MK_F32 ? swiglu_norm_loops().grad_f32 : swiglu_norm_loops().grad_bf16;
+  const int64_t bytes = mk::itemsize(a.dtype), tokens = a.B * a.L;
+  const auto run = swiglu_norm_loops().grad[a.dtype];
   float* const sums = (float*)a.sums;
 
   const int64_t grain = 1 + (1 << 15) / (tokens / a.blocks * a.F + 1);
@@ -74,3 +70,8 @@ MK_API int mk_swiglu_norm_bwd(const void* block, uint64_t nbytes) {
     }
   });
 }
+
+}  // namespace
+
+MK_DEFINE(mk_swiglu_norm_fwd, forward)
+MK_DEFINE(mk_swiglu_norm_bwd, backward)

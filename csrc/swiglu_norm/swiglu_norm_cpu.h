@@ -1,12 +1,9 @@
 // What the driver hands to the loops.
 #pragma once
 
-#include <stdint.h>
+#include "common/dtype.h"
 
 namespace mk {
-
-// What several passes need of a token waits in fp32 on the stack, in the L1 cache.
-constexpr int64_t max_swiglu_channels = 8192;
 
 struct SwigluToken {
   const void *gate, *up;
@@ -27,10 +24,8 @@ struct GradSwigluToken {
 };
 
 struct SwigluLoops {
-  void (*f32)(const SwigluToken&);
-  void (*bf16)(const SwigluToken&);
-  void (*grad_f32)(const GradSwigluToken&);
-  void (*grad_bf16)(const GradSwigluToken&);
+  ByDtype<void (*)(const SwigluToken&)> norm;
+  ByDtype<void (*)(const GradSwigluToken&)> grad;
 };
 
 }  // namespace mk

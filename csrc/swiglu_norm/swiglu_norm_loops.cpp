@@ -1,6 +1,6 @@
 // Compiled once per instruction set; see common/simd.h for what that forbids.
-#include "common/channels.h"
 #include "common/cpu.h"
+#include "common/layer_norm.h"
 #include "swiglu_norm/swiglu_norm_cpu.h"
 
 namespace {
@@ -15,69 +15,51 @@ void norm_token(const mk::SwigluToken& t) {
   typedef typename Format::type type;
   const type *const gate = static_cast<const type*>(t.gate), *const up = static_cast<const type*>(t.up);
   type* const y = static_cast<type*>(t.y);
-  vfloat product[mk::max_swiglu_channels / lanes];
+  vfloat product[MK_MAX_NORM_CHANNELS / lanes];
   vfloat sum[sums] = {};
-  for_each_vector(t.F, [&](int64_t c, int count, int j) __attribute__((always_inline)) {
+  for_each_summand<Format>(t.F, [&](int64_t c, int count, int k) MK_ALWAYS_INLINE {
     const vfloat g = load<Format>(gate + c, count);
-    const vfloat p = g * sigmoid(g) * load<Format>(up + c, count);
-    product[c / lanes] = p;
-    sum[j] += p;
+    sum[k] += at(product, c) = g * sigmoid(g) * load<Format>(up + c, count);
   });
-  float mean = total(sum) / (float)t.F;
-
-  // Lanes without a channel must not count.
-  for (int64_t c = t.F; c % lanes; ++c) product[c / lanes][c % lanes] = mean;
-
-  // The deviations from a rounded mean have a mean of their own.
-  const int64_t filled = (t.F + lanes - 1) / lanes * lanes;
-  vfloat deviation[sums] = {}, squares[sums] = {};
-  for_each_vector(filled, [&](int64_t c, int, int j) __attribute__((always_inline)) {
-    const vfloat v = product[c / lanes] - mean;
-    deviation[j] += v;
-    squares[j] += v * v;
-  });
-  const float shift = total(deviation) / (float)t.F;
-  const float rstd = inverse_deviation(total(squares) / (float)t.F - shift * shift, t.eps);
-  mean += shift;
+  const Moments m = moments<Format>(product, sum, t.F);
+  const float mean = m.mean + m.correction, rstd = inverse_deviation(m.variance, t.eps);
   *t.mean = mean;
   *t.rstd = rstd;
-  for_each_vector(t.F, [&](int64_t c, int count, int) __attribute__((always_inline)) {
+  for_each_register<Format>(t.F, [&](int64_t c, int count) MK_ALWAYS_INLINE {
     const vfloat weight = load<F32>(t.weight + c, count), bias = load<F32>(t.bias + c, count);
-    store<Format>(y + c, count, (product[c / lanes] - mean) * rstd * weight + bias);
+    store<Format>(y + c, count, (at(product, c) - mean) * rstd * weight + bias);
   });
   clear(y, t.F, t.width);
 }
 
-// With n = (p - mean) * rstd and s = grad * weight, the gradient of p is rstd * (s - mean(s) - n * mean(s * n)).
 template <class Format>
 void grad_norm_token(const mk::GradSwigluToken& t) {
   typedef typename Format::type type;
   const type *const gate = static_cast<const type*>(t.gate), *const up = static_cast<const type*>(t.up);
   const type* const grad = static_cast<const type*>(t.grad);
   type *const grad_gate = static_cast<type*>(t.grad_gate), *const grad_up = static_cast<type*>(t.grad_up);
-  // What is stored is rounded as the means are, where a fused multiply-add would differ: of one channel nothing
-  // remains.
-  vfloat sigmoids[mk::max_swiglu_channels / lanes];
-  vfloat product[mk::max_swiglu_channels / lanes], scaled[mk::max_swiglu_channels / lanes];
-  vfloat sum[sums] = {}, along[sums] = {};
-  for_each_vector(t.F, [&](int64_t c, int count, int j) __attribute__((always_inline)) {
+  // All three are stored: a second computation could be fused differently and round differently, and the gradient of a
+  // single channel, which is 0, would not be.
+  vfloat sigmoids[MK_MAX_NORM_CHANNELS / lanes];
+  vfloat product[MK_MAX_NORM_CHANNELS / lanes], scaled[MK_MAX_NORM_CHANNELS / lanes];
+  NormGradient gradient;
+  for_each_summand<Format>(t.F, [&](int64_t c, int count, int k) MK_ALWAYS_INLINE {
     const vfloat g = load<Format>(gate + c, count), d = load<Format>(grad + c, count);
     const vfloat sigma = sigmoid(g), p = g * sigma * load<Format>(up + c, count);
     const vfloat n = (p - t.mean) * t.rstd, s = d * load<F32>(t.weight + c, count);
-    sigmoids[c / lanes] = sigma;
-    product[c / lanes] = p;
-    scaled[c / lanes] = s;
-    sum[j] += s;
-    along[j] += s * n;
+    at(sigmoids, c) = sigma;
+    at(product, c) = p;
+    at(scaled, c) = s;
+    gradient.add(s, n, k);
     store<F32>(t.sum_weight + c, count, load<F32>(t.sum_weight + c, count) + d * n);
     store<F32>(t.sum_bias + c, count, load<F32>(t.sum_bias + c, count) + d);
   });
-  const float mean = total(sum) / (float)t.F, mean_along = total(along) / (float)t.F;
-  for_each_vector(t.F, [&](int64_t c, int count, int) __attribute__((always_inline)) {
+  gradient.finish(t.F);
+  for_each_register<Format>(t.F, [&](int64_t c, int count) MK_ALWAYS_INLINE {
     const vfloat g = load<Format>(gate + c, count), u = load<Format>(up + c, count);
-    const vfloat n = (product[c / lanes] - t.mean) * t.rstd;
-    const vfloat grad_p = t.rstd * (scaled[c / lanes] - mean - n * mean_along);
-    const vfloat sigma = sigmoids[c / lanes], silu = g * sigma;
+    const vfloat n = (at(product, c) - t.mean) * t.rstd;
+    const vfloat grad_p = gradient.of_input(at(scaled, c), n, t.rstd);
+    const vfloat sigma = at(sigmoids, c), silu = g * sigma;
     store<Format>(grad_up + c, count, grad_p * silu);
     store<Format>(grad_gate + c, count, grad_p * u * (sigma + silu * (1.0f - sigma)));
   });
@@ -87,5 +69,5 @@ void grad_norm_token(const mk::GradSwigluToken& t) {
 
 }  // namespace
 
-extern const mk::SwigluLoops MK_ISA_NAME(swiglu_norm_loops) = {norm_token<F32>, norm_token<BF16InOrder>,
-                                                               grad_norm_token<F32>, grad_norm_token<BF16InOrder>};
+extern const mk::SwigluLoops MK_ISA_NAME(swiglu_norm_loops) = {{norm_token<F32>, norm_token<BF16InOrder>},
+                                                               {grad_norm_token<F32>, grad_norm_token<BF16InOrder>}};

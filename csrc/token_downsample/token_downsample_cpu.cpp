@@ -25,23 +25,18 @@ int add_lines(const float* partial, int64_t lines, int64_t n, float* sums) {
   });
 }
 
-}  // namespace
-
-MK_API int mk_token_downsample(const void* block, uint64_t nbytes) {
-  const char* const function = "mk_token_downsample";
-  mk_token_downsample_args a;
-  if (int status = mk::read_args(function, block, nbytes, &a)) return status;
+int run_step(const char* function, const mk_token_downsample_args& a) {
   if (int status = mk::check_limits(function, {{"step", a.step, MK_NORM_SILU, MK_ADD_BWD},
                                                {"pool", a.pool, 0, 1},
-                                               {"B", a.B, 0, INT64_MAX},
+                                               {"B", a.B},
                                                {"R", a.R, 1 + a.pool, 1 << 24},
-                                               {"C", a.C, 0, mk::max_stage_channels},
+                                               {"C", a.C, 0, MK_MAX_NORM_CHANNELS},
                                                {"dtype", a.dtype, MK_F32, MK_BF16}})) {
     return status;
   }
   if (a.C == 0) return MK_OK;
-  const auto run = (a.dtype == MK_F32 ? token_downsample_loops().f32 : token_downsample_loops().bf16)[a.step];
-  const int64_t bytes = a.dtype == MK_F32 ? 4 : 2, tokens = a.R * a.R, side = a.pool ? a.R / 2 : a.R;
+  const auto run = token_downsample_loops().step[a.step][a.dtype];
+  const int64_t bytes = mk::itemsize(a.dtype), tokens = a.R * a.R, side = a.pool ? a.R / 2 : a.R;
   const bool to_side = a.step == MK_NORM_ADD;
   const int64_t lines = to_side ? side : a.R, window = a.pool ? 2 + a.R % 2 : 1;
   const Sums sums = sums_of_step[a.step];
@@ -66,3 +61,7 @@ MK_API int mk_token_downsample(const void* block, uint64_t nbytes) {
   }
   return MK_OK;
 }
+
+}  // namespace
+
+MK_DEFINE(mk_token_downsample, run_step)

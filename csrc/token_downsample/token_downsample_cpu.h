@@ -1,12 +1,9 @@
 // What the driver hands to the loops.
 #pragma once
 
-#include <stdint.h>
+#include "common/dtype.h"
 
 namespace mk {
-
-// A token waits in fp32 on the stack, in the L1 cache, until its statistics are known.
-constexpr int64_t max_stage_channels = 8192;
 
 // One line of the written tensor; the fields of mk_token_downsample_args for its sample.
 struct StageLine {
@@ -18,9 +15,9 @@ struct StageLine {
   float eps;
 };
 
+typedef ByDtype<void (*)(const StageLine&)> StageStep;
 struct StageLoops {
-  void (*f32[8])(const StageLine&);  // by mk_token_downsample_step
-  void (*bf16[8])(const StageLine&);
+  StageStep step[8];  // by mk_token_downsample_step
 };
 
 }  // namespace mk

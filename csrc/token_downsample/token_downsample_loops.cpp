@@ -1,16 +1,13 @@
 // Compiled once per instruction set; see common/simd.h for what that forbids.
-#include "common/channels.h"
 #include "common/cpu.h"
+#include "common/layer_norm.h"
 #include "token_downsample/token_downsample_cpu.h"
 
 namespace {
 
 using mk::StageLine;
 
-constexpr int64_t max_vectors = mk::max_stage_channels / lanes;
-
-#define MK_BODY \
-  [&]([[maybe_unused]] int64_t c, [[maybe_unused]] int count, [[maybe_unused]] int i) __attribute__((always_inline))
+constexpr int64_t max_vectors = MK_MAX_NORM_CHANNELS / lanes;
 
 inline vfloat load(const float* p, int64_t c, int count) { return load<F32>(p + c, count); }
 
@@ -21,31 +18,23 @@ struct Token {
   vfloat value[max_vectors];
   float mean, rstd;
 
-  inline vfloat normed(int64_t c) const { return (value[c / lanes] - mean) * rstd; }
+  inline vfloat normed(int64_t c) const { return (at(value, c) - mean) * rstd; }
 };
 
-// Of a token whose values are there, with zeros behind the last channel, and their sum.
-inline void find_moments(Token& t, const vfloat (&sum)[sums], int64_t C, float eps) {
-  const float mean = total(sum) / (float)C;
-  for (int64_t c = C; c % lanes; ++c) t.value[c / lanes][c % lanes] = mean;
-  // The deviations from a rounded mean have a mean of their own.
-  vfloat deviation[sums] = {}, squares[sums] = {};
-  for_each_vector(
-      C, MK_BODY {
-        const vfloat v = t.value[c / lanes] - mean;
-        deviation[i] += v;
-        squares[i] += v * v;
-      });
-  const float shift = total(deviation) / (float)C;
-  t.mean = mean + shift;
-  t.rstd = inverse_deviation(total(squares) / (float)C - shift * shift, eps);
+// Given a token's values, with zeros behind the last channel, and their sum.
+template <class Format>
+MK_INLINE void find_moments(Token& t, const vfloat (&sum)[sums], int64_t C, float eps) {
+  const Moments m = moments<Format>(t.value, sum, C);
+  t.mean = m.mean + m.correction;
+  t.rstd = inverse_deviation(m.variance, eps);
 }
 
 template <class Format>
 inline void load_token(const typename Format::type* x, int64_t C, float eps, Token& t) {
   vfloat sum[sums] = {};
-  for_each_vector(C, MK_BODY { sum[i] += t.value[c / lanes] = load<Format>(x + c, count); });
-  find_moments(t, sum, C, eps);
+  for_each_summand<Format>(
+      C, [&](int64_t c, int count, int k) MK_ALWAYS_INLINE { sum[k] += at(t.value, c) = load<Format>(x + c, count); });
+  find_moments<Format>(t, sum, C, eps);
 }
 
 inline vfloat affine(const StageLine& line, const Token& t, int64_t c, int count) {
@@ -69,18 +58,17 @@ void norm_silu(const StageLine& line) {
     const int64_t offset = (line.line * line.R + j) * line.C;
     auto* const y = static_cast<typename Format::type*>(line.y) + offset;
     load_token<Format>(static_cast<const typename Format::type*>(line.x) + offset, line.C, line.eps, t);
-    for_each_vector(
-        line.C, MK_BODY {
-          const vfloat v = affine(line, t, c, count), silu = v * sigmoid(v);
-          store<Format>(y + c, count, line.gate ? silu * load(line.gate, c, count) : silu);
-        });
+    for_each_register<Format>(line.C, [&](int64_t c, int count) MK_ALWAYS_INLINE {
+      const vfloat v = affine(line, t, c, count), silu = v * sigmoid(v);
+      store<Format>(y + c, count, line.gate ? silu * load(line.gate, c, count) : silu);
+    });
   }
 }
 
 template <class Format>
 void conv(const StageLine& line) {
   typedef typename Format::type type;
-  type zeros[mk::max_stage_channels];
+  type zeros[MK_MAX_NORM_CHANNELS];
   memset(zeros, 0, line.C * sizeof *zeros);
   memset(line.sums, 0, line.C * sizeof *line.sums);
   Token t;
@@ -89,21 +77,19 @@ void conv(const StageLine& line) {
     const type* there[9];
     find_neighbours(line, static_cast<const type*>(line.x), j, zeros, there);
     vfloat sum[sums] = {};
-    for_each_vector(
-        line.C, MK_BODY {
-          vfloat v = {};
-          MK_UNROLL for (int k = 0; k < 9; ++k) {
-            v += load<Format>(there[k] + c, count) * load(line.taps + k * line.C, c, count);
-          }
-          sum[i] += t.value[c / lanes] = v;
-          store<Format>(y + c, count, v);
-        });
-    find_moments(t, sum, line.C, line.eps);
-    for_each_vector(
-        line.C, MK_BODY {
-          const vfloat v = affine(line, t, c, count);
-          add(line.sums, c, count, v * sigmoid(v));
-        });
+    for_each_summand<Format>(line.C, [&](int64_t c, int count, int k) MK_ALWAYS_INLINE {
+      vfloat v = {};
+      MK_UNROLL for (int k = 0; k < 9; ++k) {
+        v += load<Format>(there[k] + c, count) * load(line.taps + k * line.C, c, count);
+      }
+      sum[k] += at(t.value, c) = v;
+      store<Format>(y + c, count, v);
+    });
+    find_moments<Format>(t, sum, line.C, line.eps);
+    for_each_register<Format>(line.C, [&](int64_t c, int count) MK_ALWAYS_INLINE {
+      const vfloat v = affine(line, t, c, count);
+      add(line.sums, c, count, v * sigmoid(v));
+    });
   }
 }
 
@@ -116,15 +102,17 @@ void norm_add(const StageLine& line) {
   vfloat window[max_vectors];
   for (int64_t j = 0; j < side; ++j) {
     type* const y = static_cast<type*>(line.y) + (line.line * side + j) * line.C;
-    for_each_vector(line.C, MK_BODY { window[c / lanes] = vfloat{}; });
+    for_each_register<Format>(line.C, [&](int64_t c, int) MK_ALWAYS_INLINE { at(window, c) = vfloat{}; });
     for (int64_t k = 0; k < line.window * line.window; ++k) {
       const int64_t token = (line.line * step + k / line.window) * line.R + j * step + k % line.window;
       const type* const outer = static_cast<const type*>(line.outer) + token * line.outer_stride_token;
       load_token<Format>(static_cast<const type*>(line.x) + token * line.C, line.C, line.eps, t);
-      for_each_vector(
-          line.C, MK_BODY { window[c / lanes] += affine(line, t, c, count) + load<Format>(outer + c, count); });
+      for_each_register<Format>(line.C, [&](int64_t c, int count) MK_ALWAYS_INLINE {
+        at(window, c) += affine(line, t, c, count) + load<Format>(outer + c, count);
+      });
     }
-    for_each_vector(line.C, MK_BODY { store<Format>(y + c, count, window[c / lanes] * share); });
+    for_each_register<Format>(
+        line.C, [&](int64_t c, int count) MK_ALWAYS_INLINE { store<Format>(y + c, count, at(window, c) * share); });
   }
 }
 
@@ -132,21 +120,18 @@ void norm_add(const StageLine& line) {
 // weight and bias.
 template <class Format>
 inline void store_norm_grad(const StageLine& line, const Token& t, const vfloat* grad, typename Format::type* y) {
-  vfloat sum[sums] = {}, along[sums] = {};
-  for_each_vector(
-      line.C, MK_BODY {
-        const vfloat g = grad[c / lanes], n = t.normed(c), weighted = g * load(line.weight, c, count);
-        sum[i] += weighted;
-        along[i] += weighted * n;
-        add(line.sums, c, count, g * n);
-        add(line.sums + line.C, c, count, g);
-      });
-  const float mean = total(sum) / (float)line.C, mean_along = total(along) / (float)line.C;
-  for_each_vector(
-      line.C, MK_BODY {
-        const vfloat weighted = grad[c / lanes] * load(line.weight, c, count);
-        store<Format>(y + c, count, t.rstd * (weighted - mean - t.normed(c) * mean_along));
-      });
+  NormGradient gradient;
+  for_each_summand<Format>(line.C, [&](int64_t c, int count, int k) MK_ALWAYS_INLINE {
+    const vfloat g = at(grad, c), n = t.normed(c);
+    gradient.add(g * load(line.weight, c, count), n, k);
+    add(line.sums, c, count, g * n);
+    add(line.sums + line.C, c, count, g);
+  });
+  gradient.finish(line.C);
+  for_each_register<Format>(line.C, [&](int64_t c, int count) MK_ALWAYS_INLINE {
+    const vfloat weighted = at(grad, c) * load(line.weight, c, count);
+    store<Format>(y + c, count, gradient.of_input(weighted, t.normed(c), t.rstd));
+  });
 }
 
 // Adds to `grad` what the windows that pixel (line, column) is in pass on to it.
@@ -163,7 +148,8 @@ inline void add_from_windows(const StageLine& line, int64_t column, vfloat* grad
     if (!inside_i || !inside_j) continue;
     const auto* const outer =
         static_cast<const typename Format::type*>(line.outer) + (i * side + j) * line.outer_stride_token;
-    for_each_vector(line.C, MK_BODY { grad[c / lanes] += load<Format>(outer + c, count) * share; });
+    for_each_register<Format>(
+        line.C, [&](int64_t c, int count) MK_ALWAYS_INLINE { at(grad, c) += load<Format>(outer + c, count) * share; });
   }
 }
 
@@ -175,7 +161,7 @@ void norm_add_grad(const StageLine& line) {
   vfloat grad[max_vectors];
   for (int64_t j = 0; j < line.R; ++j) {
     const int64_t offset = (line.line * line.R + j) * line.C;
-    for_each_vector(line.C, MK_BODY { grad[c / lanes] = vfloat{}; });
+    for_each_register<Format>(line.C, [&](int64_t c, int) MK_ALWAYS_INLINE { at(grad, c) = vfloat{}; });
     add_from_windows<Format>(line, j, grad);
     load_token<Format>(static_cast<const type*>(line.x) + offset, line.C, line.eps, t);
     store_norm_grad<Format>(line, t, grad, static_cast<type*>(line.y) + offset);
@@ -187,9 +173,11 @@ void add_grad(const StageLine& line) {
   vfloat grad[max_vectors];
   for (int64_t j = 0; j < line.R; ++j) {
     auto* const y = static_cast<typename Format::type*>(line.y) + (line.line * line.R + j) * line.C;
-    for_each_vector(line.C, MK_BODY { grad[c / lanes] = load<Format>(y + c, count); });
+    for_each_register<Format>(line.C,
+                              [&](int64_t c, int count) MK_ALWAYS_INLINE { at(grad, c) = load<Format>(y + c, count); });
     add_from_windows<Format>(line, j, grad);
-    for_each_vector(line.C, MK_BODY { store<Format>(y + c, count, grad[c / lanes]); });
+    for_each_register<Format>(line.C,
+                              [&](int64_t c, int count) MK_ALWAYS_INLINE { store<Format>(y + c, count, at(grad, c)); });
   }
 }
 
@@ -203,12 +191,11 @@ void gate_grad(const StageLine& line) {
     const type* const grad = static_cast<const type*>(line.grad) + offset;
     type* const y = static_cast<type*>(line.y) + offset;
     load_token<Format>(static_cast<const type*>(line.x) + offset, line.C, line.eps, t);
-    for_each_vector(
-        line.C, MK_BODY {
-          const vfloat v = affine(line, t, c, count), silu = v * sigmoid(v);
-          store<Format>(y + c, count, silu * load(line.gate, c, count));
-          add(line.sums, c, count, silu * load<Format>(grad + c, count));
-        });
+    for_each_register<Format>(line.C, [&](int64_t c, int count) MK_ALWAYS_INLINE {
+      const vfloat v = affine(line, t, c, count), silu = v * sigmoid(v);
+      store<Format>(y + c, count, silu * load(line.gate, c, count));
+      add(line.sums, c, count, silu * load<Format>(grad + c, count));
+    });
   }
 }
 
@@ -227,12 +214,11 @@ void norm_silu_grad(const StageLine& line) {
     const int64_t offset = (line.line * line.R + j) * line.C;
     const type* const grad_v = static_cast<const type*>(line.grad) + offset;
     load_token<Format>(static_cast<const type*>(line.x) + offset, line.C, line.eps, t);
-    for_each_vector(
-        line.C, MK_BODY {
-          const vfloat g = load<Format>(grad_v + c, count) * load(line.gate, c, count);
-          const vfloat v = affine(line, t, c, count);
-          grad[c / lanes] = silu_grad(g + load(line.grad_mean, c, count) * share, v, sigmoid(v));
-        });
+    for_each_register<Format>(line.C, [&](int64_t c, int count) MK_ALWAYS_INLINE {
+      const vfloat g = load<Format>(grad_v + c, count) * load(line.gate, c, count);
+      const vfloat v = affine(line, t, c, count);
+      at(grad, c) = silu_grad(g + load(line.grad_mean, c, count) * share, v, sigmoid(v));
+    });
     store_norm_grad<Format>(line, t, grad, static_cast<type*>(line.y) + offset);
   }
 }
@@ -240,7 +226,7 @@ void norm_silu_grad(const StageLine& line) {
 template <class Format>
 void conv_grad(const StageLine& line) {
   typedef typename Format::type type;
-  type zeros[mk::max_stage_channels];
+  type zeros[MK_MAX_NORM_CHANNELS];
   memset(zeros, 0, line.C * sizeof *zeros);
   memset(line.sums, 0, 11 * line.C * sizeof *line.sums);
   Token t;
@@ -250,26 +236,24 @@ void conv_grad(const StageLine& line) {
     const type* there[9];
     find_neighbours(line, static_cast<const type*>(line.grad), j, zeros, there);
     load_token<Format>(static_cast<const type*>(line.x) + offset, line.C, line.eps, t);
-    for_each_vector(
-        line.C, MK_BODY {
-          const vfloat v = affine(line, t, c, count), s = sigmoid(v), h = v * s;
-          vfloat g = {};
-          MK_UNROLL for (int k = 0; k < 9; ++k) {
-            // This pixel is the k-th neighbour of the pixel opposite.
-            const vfloat grad_c = load<Format>(there[8 - k] + c, count);
-            g += grad_c * load(line.taps + k * line.C, c, count);
-            add(line.sums + (2 + k) * line.C, c, count, grad_c * h);
-          }
-          grad[c / lanes] = silu_grad(g, v, s);
-        });
+    for_each_register<Format>(line.C, [&](int64_t c, int count) MK_ALWAYS_INLINE {
+      const vfloat v = affine(line, t, c, count), s = sigmoid(v), h = v * s;
+      vfloat g = {};
+      MK_UNROLL for (int k = 0; k < 9; ++k) {
+        // This pixel is the k-th neighbour of the pixel opposite.
+        const vfloat grad_c = load<Format>(there[8 - k] + c, count);
+        g += grad_c * load(line.taps + k * line.C, c, count);
+        add(line.sums + (2 + k) * line.C, c, count, grad_c * h);
+      }
+      at(grad, c) = silu_grad(g, v, s);
+    });
     store_norm_grad<Format>(line, t, grad, static_cast<type*>(line.y) + offset);
   }
 }
 
 }  // namespace
 
+#define MK_STEP(name) {name<F32>, name<BF16InOrder>}
 extern const mk::StageLoops MK_ISA_NAME(token_downsample_loops) = {
-    {norm_silu<F32>, conv<F32>, norm_add<F32>, norm_add_grad<F32>, gate_grad<F32>, norm_silu_grad<F32>, conv_grad<F32>,
-     add_grad<F32>},
-    {norm_silu<BF16InOrder>, conv<BF16InOrder>, norm_add<BF16InOrder>, norm_add_grad<BF16InOrder>,
-     gate_grad<BF16InOrder>, norm_silu_grad<BF16InOrder>, conv_grad<BF16InOrder>, add_grad<BF16InOrder>}};
+    {MK_STEP(norm_silu), MK_STEP(conv), MK_STEP(norm_add), MK_STEP(norm_add_grad), MK_STEP(gate_grad),
+     MK_STEP(norm_silu_grad), MK_STEP(conv_grad), MK_STEP(add_grad)}};

@@ -17,7 +17,7 @@ from ..._linear import product
 from ...routing import ExpertParameters, PairTables
 from ..ragged_linear.cpu_impl import column_sums
 
-TOKENS_PER_PART = 64  # mk::tokens_per_part of csrc/gated_combine/gated_combine_cpu.h
+TOKENS_PER_PART = 64  # MK_COMBINE_TOKENS_PER_PART of csrc/gated_combine/gated_combine.h
 
 _fwd = _compiled.function(
     "mk_gated_combine_fwd", "x scale shift z", "L I x_stride_token z_stride_token eps:double gate:double dtype"
