@@ -12,8 +12,8 @@ from transformers import pipeline as of_transformers
 
 from mova import MoVAPipeline, chat, experts, prompts
 from mova.demo import small_model
+from mova.demo.pictures import pictures
 from mova.images import open_image, prepare
-from mova.pictures import pictures
 
 PICTURES = pictures()
 IMAGES, QUESTIONS = [p.image for p in PICTURES], [p.question for p in PICTURES]

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from mova import cli
 from mova.demo import ANSWERS
+from mova.demo.pictures import pictures
 from mova.experts import OFFICIAL
-from mova.pictures import pictures
 from mova.pipeline import MoVAPipeline
 
 NAMES = [expert.name for expert in OFFICIAL]

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from mova import MoVAPipeline, experts
 from mova.demo import small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
 
 NAMES = [expert.name for expert in experts.OFFICIAL]
 # Sixteen samples: none, each expert alone, pairs, three, more than top-k, all.
