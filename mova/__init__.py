@@ -16,9 +16,10 @@ from .encoders import VisionEncoder
 from .experts import VisionExpert
 from .image_processing_mova import MoVAImageProcessor
 from .modeling_mova import MoVAForConditionalGeneration, MoVAModel, MoVAPreTrainedModel
-from .pipeline import Answer, Fusion, MoVAPipeline, Route
+from .pipeline import Answer, Fusion, MoVAPipeline
 from .pool import ExpertPool, Placement
 from .processing_mova import MoVAProcessor
+from .router import Route
 from .routing import (
     Prompts,
     RoutingPrompt,
