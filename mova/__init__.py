@@ -11,14 +11,15 @@ except ImportError as error:
 from . import experts
 from .cache import FeatureCache
 from .configuration_mova import MoVAConfig
+from .convert import official_system_prompt, official_template
 from .encoders import VisionEncoder
 from .experts import VisionExpert
 from .image_processing_mova import MoVAImageProcessor
 from .modeling_mova import MoVAForConditionalGeneration, MoVAModel, MoVAPreTrainedModel
-from .official import official_system_prompt, official_template
-from .pipeline import Answer, Fusion, MoVAPipeline, Route
+from .pipeline import Answer, Fusion, MoVAPipeline
 from .pool import ExpertPool, Placement
 from .processing_mova import MoVAProcessor
+from .router import Route
 from .routing import (
     Prompts,
     RoutingPrompt,

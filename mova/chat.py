@@ -1,22 +1,17 @@
-"""Chats in transformers' form: what stands in them, and inputs for which the model picks the experts itself."""
+"""Chats in transformers' form: their checks, their texts, their images and their questions."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.image_utils import load_image
 
 from ._checks import check
 from .images import PreparedImage
-from .routing import is_unicode, prompts
-
-if TYPE_CHECKING:
-    from .modeling_mova import MoVAForConditionalGeneration
-    from .processing_mova import MoVAProcessor
+from .routing import is_unicode
 
 IMAGE_TOKEN = "<image>"
 _KINDS = ("image", "image_url", "text")
@@ -62,54 +57,6 @@ def chat_questions(chat: Sequence[Mapping[str, Any]]) -> list[str]:
         if message["role"] == "user"
     ]
     return [text for text in said if text.strip()]
-
-
-@dataclass(frozen=True)
-class RoutingRequest:
-    """In the place of ``routing`` among the model's arguments: the model is to pick the experts itself.
-
-    Args:
-        processor: the model's.
-        images: M of them.
-        questions: for each image those of its conversation so far.
-    """
-
-    processor: MoVAProcessor
-    images: Sequence[PreparedImage]
-    questions: Sequence[Sequence[str]]
-
-
-def route_requested(model: MoVAForConditionalGeneration, request: RoutingRequest | list[Any]) -> dict[str, Any]:
-    """Ask the router, and prepare what the experts that it picks are given.
-
-    Args:
-        model: in eval mode.
-        request: one, or a list of them: those of a batch.
-
-    Returns:
-        routing, expert_pixel_values, question_ids and question_mask of ``get_image_features``.
-
-    Raises:
-        TypeError: the list holds something else.
-        ValueError: the model is in training mode, in which its features are random.
-    """
-    from .pipeline import MoVAPipeline  # it imports the model
-
-    requests = request if isinstance(request, list) else [request]
-    for each in requests:
-        is_one = isinstance(each, RoutingRequest)
-        check(is_one, "routing", "must be a bool tensor, or what the processor made of a chat", type(each), TypeError)
-    check(not model.training, "model", "must be in eval mode to pick experts (model.eval(), or give experts)", "train")
-    processor = requests[0].processor
-    images = [image for each in requests for image in each.images]
-    questions = [list(asked) for each in requests for asked in each.questions]
-    routes = MoVAPipeline(model, processor).route(images, questions)
-    return processor.routed(images, [route.experts for route in routes], gate_texts(processor, questions))
-
-
-def gate_texts(processor: MoVAProcessor, questions: Sequence[Sequence[str]]) -> list[str]:
-    """What the adapter's gates read of each conversation's questions."""
-    return [prompts(list(asked), processor.pool, topk=processor.topk).text for asked in questions]
 
 
 def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:

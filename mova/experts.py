@@ -165,24 +165,27 @@ def register(
     check(free, "expert", "must have a name that is not registered yet (or replace=True)", expert.name)
     _REGISTRY[expert.name] = expert
     if build is not None:
-        _BUILDERS[expert.name] = build
+        set_builder(expert.name, build)
     return expert
 
 
+def set_builder(name: str, build: Callable[..., nn.Module]) -> None:
+    """Give an expert the function that makes its backbone, see :func:`register`."""
+    _BUILDERS[name] = build
+
+
 def builder(name: str) -> Callable[..., nn.Module]:
-    """What makes the backbone of this expert from sizes: one's own, or that of an official expert or ``clip``.
+    """Return the function that makes this expert's backbone from sizes.
+
+    The official experts and ``clip`` have theirs from :mod:`mova.encoders`.
 
     Raises:
         ValueError: there is none.
     """
     check(isinstance(name, str), "name", "must be a string", name, TypeError)
-    if name in _BUILDERS:
-        return _BUILDERS[name]
-    from .encoders.builders import BUILDERS  # torch and transformers
-
     rule = "must be of an expert with a builder: register it with experts.register(expert, build)"
-    check(name in BUILDERS, "name", rule, name)
-    return BUILDERS[name]
+    check(name in _BUILDERS, "name", rule, name)
+    return _BUILDERS[name]
 
 
 def get(name: str) -> VisionExpert:

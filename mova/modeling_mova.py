@@ -16,7 +16,6 @@ from mova_kernels import MoVAdapter
 
 from ._checks import check, check_weights
 from ._lock import Lock, locked, locked_with_lora
-from .chat import route_requested
 from .checkpoint import check_model_directory
 from .configuration_mova import MoVAConfig
 from .encoders import VisionEncoder
@@ -24,6 +23,7 @@ from .generating import PromptGenerationMixin, cache_length, check_values
 from .hub import UploadsFolders, elsewhere, folder, loading_arguments, pinned
 from .image_features import ImageFeatures
 from .pool import ExpertPool
+from .router import route_requested
 from .routing_lora import LORA_KEYS, ROUTING_LORA, RoutingLoRA
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,28 +12,14 @@ from torch import Tensor
 from ._checks import check
 from ._lock import Lock, locked
 from .cache import FeatureCache
-from .configuration_mova import MoVAConfig
-from .experts import VisionExpert
-from .generating import check_positions, generate_arguments, length_limits
+from .generating import generate_arguments
 from .hub import loading_arguments, pinned
 from .images import PreparedImage
 from .inspection import attention_maps, recorded
 from .modeling_mova import MoVAForConditionalGeneration
 from .processing_mova import MoVAProcessor, per_image
-from .routing import TEMPLATE, Prompts, parse_routing, prompts, routing_mask
-
-ROUTER_TOKENS = 16  # of the router's answer, as in the official code
-ANSWER_TOKENS = 128  # of an answer, if nobody says how many
-
-
-@dataclass(frozen=True)
-class Route:
-    """The ``experts`` of a sample, best first; the router's ``answer`` and the ``letters`` that it was offered, or None
-    and nothing where the experts were chosen by hand."""
-
-    experts: tuple[str, ...]
-    answer: str | None = None
-    letters: Mapping[str, str] = field(default_factory=dict)
+from .router import Route, Router
+from .routing import Prompts, routing_mask
 
 
 @dataclass(frozen=True)
@@ -76,7 +62,7 @@ class MoVAPipeline:
     def __init__(
         self, model: MoVAForConditionalGeneration, processor: MoVAProcessor, *, cache_bytes: int = 1 << 30
     ) -> None:
-        _check_processor(processor, model.config)
+        self._router = Router(model, processor)
         self.model, self.processor = model.eval(), processor
         self.cache = FeatureCache(cache_bytes)
 
@@ -175,7 +161,7 @@ class MoVAPipeline:
         samples, asked = self._samples(images, questions, {"suffix": suffix, "suffix_in": suffix_in})
         routes = self._routes(samples, asked, experts)
         fusion = self._fuse(samples, asked, routes)
-        texts = self._generate([p.answer for p in asked], fusion.tokens, **generate)
+        texts = self._router.generate([p.answer for p in asked], fusion.tokens, **generate)
         return [Answer(*row) for row in zip(texts, routes, fusion.gates, fusion.tokens, strict=True)]
 
     def _samples(
@@ -185,9 +171,7 @@ class MoVAPipeline:
             check(isinstance(value, list | tuple), name, "must be a list", value, TypeError)
         check(images, "images", "must not be empty", images)
         check(len(images) == len(questions), "questions", f"must be {len(images)}, one for each image", len(questions))
-        pool = [self.model.experts.experts[name] for name in self.model.experts.allowed]
-        template = self.processor.routing_template or TEMPLATE
-        asked = [prompts(q, pool, topk=self.processor.topk, template=template, **wording) for q in questions]
+        asked = self._router.prompts(questions, **wording)
         opened = [image if isinstance(image, PreparedImage) else PreparedImage(image) for image in images]
         return opened, asked
 
@@ -208,16 +192,7 @@ class MoVAPipeline:
             [("router", None, sample.key) for sample in samples],
             lambda rows: self.model.routing_tokens(base[rows]),
         )
-        with self.model.routing_pass():
-            texts = [p.router.text for p in asked]
-            answers = self._generate(
-                texts, tokens, max_new_tokens=ROUTER_TOKENS, min_new_tokens=0, do_sample=False, stop_strings=None
-            )
-        topk = self.processor.topk
-        return [
-            Route(parse_routing(answer, p.router.pool, topk=topk), answer, p.router.letters)
-            for answer, p in zip(answers, asked, strict=True)
-        ]
+        return self._router.ask(asked, tokens)
 
     @locked
     def _fuse(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], routes: Sequence[Route]) -> Fusion:
@@ -269,20 +244,6 @@ class MoVAPipeline:
         text[[i for i, is_needed in enumerate(needed) if is_needed]] = found
         return text
 
-    def _generate(self, texts: Sequence[str], image_tokens: Tensor, **generate: Any) -> list[str]:
-        conversations = [self.processor.conversation(text) for text in texts]
-        tokens = self.processor.tokenize(conversations, image_tokens.shape[1])
-        if self.model.generation_config.pad_token_id is None:
-            generate.setdefault("pad_token_id", self.processor.tokenizer.pad_token_id)
-        generate.setdefault("tokenizer", self.processor.tokenizer)  # transformers needs it for stop_strings
-        tokens = {name: value.to(self.model.device) for name, value in tokens.items()}
-        length = tokens["input_ids"].shape[1]
-        check_positions(self.model.config.text_config, length)
-        generate |= length_limits(generate, self.model.generation_config, length, ANSWER_TOKENS)
-        result = self.model.generate(**tokens, image_features=image_tokens, num_return_sequences=1, **generate)
-        new = getattr(result, "sequences", result)[:, length:]
-        return [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
     def _rows(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -> Tensor:
         """One row for each key; those that are not kept come from one call with the first index of each.
 
@@ -297,23 +258,3 @@ class MoVAPipeline:
                 found[full[i]] = row
                 self.cache.put(full[i], row)
         return torch.stack([found[key] for key in full])  # type: ignore[misc]
-
-
-def _check_processor(processor: MoVAProcessor, config: MoVAConfig) -> None:
-    """Raise where the processor is another model's."""
-    words, vocabulary = len(processor.question_tokenizer), config.text_encoder_config.vocab_size
-    fits = words <= vocabulary
-    check(fits, "processor", f"must have a question_tokenizer of the text encoder's {vocabulary} words", words)
-    token, places = config.image_token_id, config.num_image_tokens
-    found = processor.image_token_id
-    check(found == token, "processor", f"must number the image token as the model does ({token})", found)
-    found = processor.num_image_tokens
-    check(found == places, "processor", f"must make as many image tokens as the model ({places})", found)
-    own = (VisionExpert(**processor.base), *processor.pool)
-    known = (config.base_expert, *config.pool)
-    names = [expert.name for expert in known]
-    found = [expert.name for expert in own]
-    check(found == names, "processor", f"must have the model's experts in their order ({', '.join(names)})", found)
-    for one, other in zip(own, known, strict=True):
-        same = replace(one, description=other.description, checkpoint=other.checkpoint) == other
-        check(same, "processor", f"must have the model's {other.name} ({other})", one)

@@ -15,13 +15,14 @@ from transformers.processing_utils import ProcessorMixin
 
 from ._checks import check, check_int
 from ._lock import Lock
-from .chat import IMAGE_TOKEN, RoutingRequest, chat_images, chat_questions, check_chats, gate_texts, message_text
+from .chat import IMAGE_TOKEN, chat_images, chat_questions, check_chats, message_text
 from .checkpoint import read_json
 from .configuration_mova import MoVAConfig
 from .experts import VisionExpert
 from .hub import UploadsFolders, loading_arguments, small_files
 from .image_processing_mova import MoVAImageProcessor, flat_images
 from .images import PreparedImage
+from .router import RoutingRequest, gate_texts
 from .routing import routing_mask
 
 _QUESTIONS = "question_tokenizer"  # the folder of the text encoder's tokenizer

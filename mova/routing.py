@@ -53,7 +53,7 @@ class RoutingPrompt:
             ValueError: one of them is not in the pool.
         """
         letter_of = {name: letter for letter, name in self.letters.items()}
-        names = dict.fromkeys(_members(experts, self.pool))
+        names = dict.fromkeys(member_names(experts, self.pool))
         return ", ".join(letter_of[name] for name in names) or "none"
 
 
@@ -189,7 +189,7 @@ def parse_routing(answer: str, pool: Sequence[str | VisionExpert], *, topk: int 
         TypeError, ValueError: ``answer`` is no string, ``pool`` is empty or has repeated names, ``topk`` is below 1.
     """
     check(isinstance(answer, str), "answer", "must be a string", answer, TypeError)
-    names = _names(pool)
+    names = pool_names(pool)
     check(len(names) <= len(LETTERS), "pool", f"must have at most {len(LETTERS)} entries", len(names))
     member = dict(zip(LETTERS, names, strict=False))
     if topk is not None:
@@ -230,11 +230,11 @@ def selection(experts: str | Iterable[str | VisionExpert], pool: Sequence[str | 
     Raises:
         TypeError, ValueError: another string, or a name that is not in the pool.
     """
-    ordered = _names(pool)
+    ordered = pool_names(pool)
     if isinstance(experts, str):
         check(experts in ("all", "none"), "experts", "must be 'all', 'none' or a sequence of names", experts)
         return [experts == "all"] * len(ordered)
-    chosen = _members(experts, ordered)
+    chosen = member_names(experts, ordered)
     return [name in chosen for name in ordered]
 
 
@@ -247,10 +247,10 @@ def routing_mask(
     is_batch = isinstance(selections, Sequence) and not isinstance(selections, str)
     check(is_batch, "selections", "must be a sequence with one entry for each sample", selections, TypeError)
     rows = [selection(experts, pool) for experts in selections]
-    return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), len(_names(pool)))
+    return torch.tensor(rows, dtype=torch.bool).reshape(len(rows), len(pool_names(pool)))
 
 
-def _names(pool: Sequence[str | VisionExpert]) -> list[str]:
+def pool_names(pool: Sequence[str | VisionExpert]) -> list[str]:
     """The names of a pool, which need not be registered."""
     check(isinstance(pool, list | tuple), "pool", "must be a list or tuple of names or VisionExperts", pool, TypeError)
     names = [_name("pool", e) for e in pool]
@@ -259,7 +259,7 @@ def _names(pool: Sequence[str | VisionExpert]) -> list[str]:
     return names
 
 
-def _members(experts: Iterable[str | VisionExpert], pool: Sequence[str]) -> list[str]:
+def member_names(experts: Iterable[str | VisionExpert], pool: Sequence[str]) -> list[str]:
     is_list = isinstance(experts, Iterable) and not isinstance(experts, str)
     check(is_list, "experts", "must be a sequence of names", experts, TypeError)
     names = [_name("experts", e) for e in experts]

@@ -398,7 +398,7 @@ def test_adapter_in_the_whole_model_as_on_the_host():
     """The whole model in fp32: images, questions and routing arrive from the host, the experts follow the model."""
     pytest.importorskip("transformers")
     from mova.demo import small_model
-    from mova.pictures import pictures
+    from mova.demo.pictures import pictures
 
     host, device = small_model(), small_model()
     device.model.to("cuda")

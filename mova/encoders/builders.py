@@ -21,7 +21,7 @@ from transformers import (
     ViTModel,
 )
 
-from ..experts import builder
+from ..experts import builder, set_builder
 from .codetr import CoDetrConfig, CoDetrModel
 from .vary import VaryConfig, VaryModel
 
@@ -95,3 +95,5 @@ def _build(name: str, **sizes: Any) -> PreTrainedModel:
 
 
 BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {name: partial(_build, name) for name in _RELEASED}
+for _name, _builder in BUILDERS.items():
+    set_builder(_name, _builder)

@@ -179,7 +179,7 @@ class VisionEncoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> VisionEncoder:
-        """An encoder with the weights that :mod:`mova.encoders.keys` made of a checkpoint.
+        """An encoder with the weights that :mod:`mova.convert` made of a checkpoint.
 
         ``dtype`` None is that of the state, ``device`` None the CPU.
 

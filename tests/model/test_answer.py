@@ -8,7 +8,7 @@ import pytest
 from transformers import GenerationConfig
 
 from mova.demo import small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
 
 IMAGES, QUESTIONS = [picture.image for picture in pictures()[:2]], ["What?", "Why is it so?"]
 

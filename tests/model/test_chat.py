@@ -12,8 +12,9 @@ from transformers import pipeline as of_transformers
 
 from mova import MoVAPipeline, chat, experts, prompts
 from mova.demo import small_model
+from mova.demo.pictures import pictures
 from mova.images import open_image, prepare
-from mova.pictures import pictures
+from mova.router import Router
 
 PICTURES = pictures()
 IMAGES, QUESTIONS = [p.image for p in PICTURES], [p.question for p in PICTURES]
@@ -25,13 +26,13 @@ ARGUMENTS = {"tokenize": True, "add_generation_prompt": True, "return_dict": Tru
 def pipeline(monkeypatch) -> MoVAPipeline:
     """A small model whose router always picks :data:`CHOSEN`."""
     pipeline = small_model()
-    generate, places = MoVAPipeline._generate, pipeline.model.config.num_routing_tokens
+    generate, places = Router.generate, pipeline.model.config.num_routing_tokens
 
     def instead(self, texts, image_tokens, **kwargs):
         found = generate(self, texts, image_tokens, **kwargs)
         return ["G, C"] * len(texts) if image_tokens.shape[1] == places else found
 
-    monkeypatch.setattr(MoVAPipeline, "_generate", instead)
+    monkeypatch.setattr(Router, "generate", instead)
     return pipeline
 
 
@@ -78,7 +79,7 @@ def test_a_forward_routes_too(pipeline):
 
 
 def test_experts_that_are_given_are_not_asked_of_the_router(pipeline, monkeypatch):
-    monkeypatch.setattr(MoVAPipeline, "route", None)
+    monkeypatch.setattr(Router, "ask", None)
     inputs = pipeline.processor.apply_chat_template([turn(0)], experts=["deplot"], **ARGUMENTS)
     (answer,) = pipeline.answer(IMAGES[:1], QUESTIONS[:1], experts=["deplot"], max_new_tokens=8)
     torch.testing.assert_close(features(pipeline, inputs), answer.tokens[None])
@@ -87,8 +88,8 @@ def test_experts_that_are_given_are_not_asked_of_the_router(pipeline, monkeypatc
 
 def test_every_image_has_all_questions_of_its_conversation(pipeline, monkeypatch):
     asked = []
-    route = MoVAPipeline.route
-    monkeypatch.setattr(MoVAPipeline, "route", lambda self, i, q: asked.extend(q) or route(self, i, q))
+    route = Router.route
+    monkeypatch.setattr(Router, "route", lambda self, i, q: asked.extend(q) or route(self, i, q))
     reply = {"role": "assistant", "content": "Well."}
     first = [{"role": "system", "content": "Be brief."}, turn(0), reply, {"role": "user", "content": "Why?"}]
     inputs = pipeline.processor.apply_chat_template([first, [turn(1)]], **ARGUMENTS)
@@ -119,7 +120,7 @@ def test_the_pipeline_of_transformers(pipeline, saved_model, batch_size):
 
 
 def test_the_pipeline_of_transformers_takes_experts(pipeline, saved_model, monkeypatch):
-    monkeypatch.setattr(MoVAPipeline, "route", None)
+    monkeypatch.setattr(Router, "ask", None)
     (answer,) = pipeline.answer(IMAGES[:1], QUESTIONS[:1], experts=["deplot"], max_new_tokens=8)
     task = of_transformers("image-text-to-text", model=str(saved_model), device="cpu")
     (row,) = task(text=[turn(0)], max_new_tokens=8, experts=["deplot"], return_full_text=False)

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from mova import cli
 from mova.demo import ANSWERS
+from mova.demo.pictures import pictures
 from mova.experts import OFFICIAL
-from mova.pictures import pictures
 from mova.pipeline import MoVAPipeline
+from mova.router import Router
 
 NAMES = [expert.name for expert in OFFICIAL]
 ROOT = Path(__file__).parents[2]
@@ -151,8 +152,8 @@ def test_streamed_text_is_on_standard_error(answer):
 
 
 def test_route_says_which_and_why(mova, saved_model, monkeypatch):
-    generate = MoVAPipeline._generate
-    monkeypatch.setattr(MoVAPipeline, "_generate", lambda *a, **k: ["G, C" for _ in generate(*a, **k)])
+    generate = Router.generate
+    monkeypatch.setattr(Router, "generate", lambda *a, **k: ["G, C" for _ in generate(*a, **k)])
     code, out, _ = mova("route", "--model", saved_model, "--image", "good.png", "--question", "What?")
     line = json.loads(out)
     assert code == 0 and line["router"] == "G, C" and line["experts"] == ["sam", "codetr"]
@@ -307,7 +308,7 @@ def test_a_failed_batch_leaves_nothing_behind(answer, saved_model, monkeypatch):
     """The first batch fails in the midst of its second pass; the answers are those of a run without it."""
     good = [asked(question="A?", experts=["sam"]), asked(question="B?", experts=["vary"])]
     _, expected, _ = answer("--jsonl", "-", stdin=lines(*good))
-    generate, calls = MoVAPipeline._generate, []
+    generate, calls = Router.generate, []
 
     def once(self, *args, **kwargs):
         calls.append(args)
@@ -316,7 +317,7 @@ def test_a_failed_batch_leaves_nothing_behind(answer, saved_model, monkeypatch):
         assert not any(module._forward_pre_hooks for module in self.model.adapter.modules())
         return generate(self, *args, **kwargs)
 
-    monkeypatch.setattr(MoVAPipeline, "_generate", once)
+    monkeypatch.setattr(Router, "generate", once)
     code, found, _ = answer("--jsonl", "-", stdin=lines(*good))
     assert code == 0 and found == expected and len(calls) == 3
 

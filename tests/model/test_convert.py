@@ -44,11 +44,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mova import MoVAConfig, MoVAPipeline
-from mova import convert as converter
+from mova import MoVAConfig, MoVAPipeline, cli
 from mova.checkpoint import read_state
-from mova.cli import main
-from mova.convert import convert, from_official_checkpoint, to_official_checkpoint
+from mova.convert import from_official_checkpoint, to_official_checkpoint
+from mova.convert.official_layout import TOWERS as OFFICIAL_TOWERS
 from mova_kernels import MoVAdapter, MoVAdapterConfig
 
 PICTURE = Image.linear_gradient("L").convert("RGB")
@@ -109,7 +108,7 @@ def same(found, expected):
 
 
 def test_files(converted):
-    assert [tower.name for tower in converter.TOWERS] == list(NAMES)
+    assert [tower.name for tower in OFFICIAL_TOWERS] == list(NAMES)
     for name in EXPERTS:
         assert {file.name for file in (converted / "experts" / name).iterdir()} == {"config.json", "model.safetensors"}
     assert {file.name for file in converted.iterdir()} == {
@@ -195,7 +194,7 @@ def test_the_way_back(form, official, state, converted, bert, tmp_path):
         AutoModelForImageTextToText.from_pretrained(converted).save_pretrained(tmp_path / "saved")
         shutil.copytree(converted / "official", tmp_path / "saved" / "official")
         converted = tmp_path / "saved"
-    assert convert(tmp_path / "back", back=converted) == 0
+    assert cli.convert(tmp_path / "back", back=converted) == 0
     same(read_state(tmp_path / "back"), expected)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / file).read_bytes() == (source / file).read_bytes()
@@ -365,10 +364,10 @@ def test_missing_towers_can_be_skipped_or_given(changed, state, bert, tmp_path):
     # The same, into a model that is there already.
     vary = tiny_experts.official_state("vary")
     save_file(vary, tmp_path / "vary.safetensors")
-    assert convert(output, expert=(f"vary={tmp_path / 'vary.safetensors'}",)) == 0
+    assert cli.convert(output, expert=(f"vary={tmp_path / 'vary.safetensors'}",)) == 0
     assert torch.equal(model.experts["vary"].backbone.state_dict()["net_2.weight"], vary["net_2.weight"])
     with pytest.raises(ValueError, match=r"expert must be one of the model's \(dinov2, .*\), got 'eva'"):
-        convert(output, expert=("eva=x",))
+        cli.convert(output, expert=("eva=x",))
 
 
 def test_an_own_expert_replaces_the_tower(official, bert, tmp_path):
@@ -452,7 +451,7 @@ CALLS = {
 def test_bad_call(name, tmp_path):
     arguments, message = CALLS[name]
     with pytest.raises(ValueError, match=re.escape(message)):
-        convert(tmp_path / "out", **arguments)
+        cli.convert(tmp_path / "out", **arguments)
 
 
 def test_text_encoder(official, tmp_path, monkeypatch):
@@ -472,7 +471,7 @@ def command(monkeypatch, *arguments):
     """The exit status of ``mova convert``, in this process."""
     monkeypatch.setattr(sys, "argv", ["mova", "convert", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        main()
+        cli.main()
     return end.value.code
 
 
@@ -481,7 +480,7 @@ def test_the_command(official, converted, bert, tmp_path, monkeypatch, capsys):
     line = [sys.executable, "-m", "mova", "convert", "--output", str(back), "--back", str(converted)]
     by_itself = subprocess.Popen(line, stderr=subprocess.DEVNULL)
     run = partial(command, monkeypatch)
-    monkeypatch.setattr(converter, "from_official_checkpoint", tiny_checkpoint)
+    monkeypatch.setattr(cli, "from_official_checkpoint", tiny_checkpoint)
     arguments = ("--output", output, "--official", official, "--text-encoder", bert)
     assert run(*arguments, "--skip", *EXPERTS) == 0
     assert run(*arguments) == 2

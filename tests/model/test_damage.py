@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mova import MoVAForConditionalGeneration, MoVAPipeline, cli
-from mova.convert import _question_tokenizer
+from mova.convert.official_config import question_tokenizer
 from mova.demo import small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
 
 IMAGES, QUESTIONS = [p.image for p in pictures()[:2]], [p.question for p in pictures()[:2]]
 EXPERTS = [["deplot"], ["sam", "vary"]]
@@ -288,7 +288,7 @@ def test_on_the_command_line_there_is_no_traceback(copy, capsys, command, damage
 
 def test_converting_without_the_words_of_the_text_encoder(tmp_path):
     with pytest.raises(OSError, match="no tokenizer of the text encoder at"):
-        _question_tokenizer(str(tmp_path))
+        question_tokenizer(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(OSError, match="no tokenizer of the text encoder at"):
-        _question_tokenizer(str(tmp_path))
+        question_tokenizer(str(tmp_path))

@@ -10,7 +10,7 @@ import torch
 
 from mova import experts
 from mova.demo import small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "mova.md"
 

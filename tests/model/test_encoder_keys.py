@@ -9,8 +9,8 @@ import torch
 from tiny_experts import OFFICIAL, official_state, pixels, tiny
 from torch.nn.functional import interpolate
 
+from mova.convert.expert_keys import from_official, from_public, to_official, to_public
 from mova.encoders import VisionEncoder
-from mova.encoders.keys import from_official, from_public, to_official, to_public
 
 each_expert = pytest.mark.parametrize("name", OFFICIAL)
 

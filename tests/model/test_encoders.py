@@ -20,8 +20,8 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from mova import VisionExpert, experts
+from mova.convert.expert_keys import from_official
 from mova.encoders import VisionEncoder
-from mova.encoders.keys import from_official
 
 each_expert = pytest.mark.parametrize("name", OFFICIAL)
 OWN = VisionExpert("own", "Sees.", 8, (0.5,) * 3, (0.5,) * 3, (4, 4), 3)

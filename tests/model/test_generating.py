@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mova import prompts
 from mova.demo import small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
 
 IMAGES = [picture.image for picture in pictures()]
 NEW = 8

@@ -13,7 +13,7 @@ from fake_hub import running
 
 from mova import MoVAForConditionalGeneration, MoVAPipeline, MoVAProcessor
 from mova.demo import small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
 
 IMAGES, QUESTIONS = [p.image for p in pictures()[:2]], [p.question for p in pictures()[:2]]
 EXPERTS = [["deplot"], ["sam", "vary"]]

@@ -7,7 +7,7 @@ import torch
 
 from mova import MoVAForConditionalGeneration, MoVAPipeline
 from mova.demo import small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
 
 IMAGES, QUESTIONS, EXPERTS = [pictures()[0].image], [pictures()[0].question], [["sam", "deplot"]]
 

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 import mova
 from mova import MoVAConfig, MoVAForConditionalGeneration, MoVAPipeline, MoVAProcessor, prompts
 from mova.demo import small_config, small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
 from mova_kernels import MoVAdapter
 
 EXPERTS = [("sam", "dinov2"), (), ("pix2struct",)]

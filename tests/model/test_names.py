@@ -10,7 +10,7 @@ import torch
 import mova
 from mova import MoVAConfig, MoVAForConditionalGeneration, MoVAPipeline, MoVAProcessor
 from mova.demo import small_config, small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
 
 NAMES = [
     "router",

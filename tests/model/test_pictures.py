@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mova import experts
-from mova.pictures import Picture, pictures
+from mova.demo.pictures import Picture, pictures
 
 SIZES = {
     "chart": (640, 480),

@@ -11,7 +11,8 @@ from PIL import Image, ImageOps
 
 from mova import MoVAPipeline, experts
 from mova.demo import small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
+from mova.router import Router
 
 NAMES = [expert.name for expert in experts.OFFICIAL]
 # Sixteen samples: none, each expert alone, pairs, three, more than top-k, all.
@@ -226,13 +227,13 @@ def test_bad_experts_are_named(pipeline, images, questions, chosen, error):
 
 def test_the_suffix_goes_where_it_is_wanted(pipeline, images, questions, monkeypatch):
     texts: list[list[str]] = []
-    generate = MoVAPipeline._generate
+    generate = Router.generate
 
     def record(self, asked, tokens, **kwargs):
         texts.append(list(asked))
         return generate(self, asked, tokens, **kwargs)
 
-    monkeypatch.setattr(MoVAPipeline, "_generate", record)
+    monkeypatch.setattr(Router, "generate", record)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the random router names nothing
         pipeline.answer(images[:1], questions[:1], suffix="In one word.", max_new_tokens=1)

@@ -12,8 +12,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mova import MoVAImageProcessor, MoVAProcessor, experts, prompts
 from mova.demo import small_model
+from mova.demo.pictures import pictures
 from mova.images import prepare
-from mova.pictures import pictures
 
 IMAGE = Image.new("RGB", (30, 20), "teal")
 OWN_TEMPLATE = (

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, Trainer, TrainingArguments
 
 from mova import MoVAForConditionalGeneration, prompts
 from mova.demo import small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
 
 TARGETS = ["q_proj", "v_proj"]
 

@@ -19,8 +19,8 @@ import torch
 from mova import FeatureCache, MoVAPipeline, VisionEncoder, experts
 from mova._lock import Lock
 from mova.demo import small_model
+from mova.demo.pictures import pictures
 from mova.inspection import attention_maps, recorded
-from mova.pictures import pictures
 
 NAMES = [expert.name for expert in experts.OFFICIAL]
 PICTURES = pictures()

@@ -15,9 +15,11 @@ import torch
 from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 
-from mova import experts, visualize
+from mova import experts
 from mova.inspection import attention_maps, recorded
 from mova.visualize import attention_figure, routing_figure
+from mova.visualize.page import MOST_LINES, MOST_PIXELS, OFFICIAL_COLORS, expert_colors
+from mova.visualize.routing import TRACK
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL = list(experts.names())
@@ -72,8 +74,8 @@ def test_routing_figure_says_everything():
 def test_bars_have_the_weights():
     figure = routing_figure(images(), QUESTIONS, CHOSEN, GATES.bfloat16(), POOL)
     bars = [[(p.get_x(), p.get_width(), to_hex(p.get_facecolor())) for p in a.patches] for a in figure.axes[1::2]]
-    track = (0, 1, visualize.TRACK)
-    sam, codetr, deplot = (visualize.OFFICIAL_COLORS[POOL.index(n)] for n in ("sam", "codetr", "deplot"))
+    track = (0, 1, TRACK)
+    sam, codetr, deplot = (OFFICIAL_COLORS[POOL.index(n)] for n in ("sam", "codetr", "deplot"))
     assert bars[0] == [track, (0, 0.25, sam), (0.25, 0.75, codetr), track, (0, 1, codetr)]
     assert bars[1] == [track, track]
     assert bars[2] == [track, (0, 1, deplot)] * 2
@@ -87,7 +89,7 @@ def test_images_keep_their_shape_and_colour():
         box = axes.get_position()
         assert box.width * figure.get_figwidth() / box.height / figure.get_figheight() == pytest.approx(aspect)
         pixels = np.asarray(axes.images[0].get_array())
-        assert max(pixels.shape) <= visualize.MOST_PIXELS and (pixels == color).all()
+        assert max(pixels.shape) <= MOST_PIXELS and (pixels == color).all()
 
 
 def test_token_map_is_the_first_component():
@@ -131,17 +133,17 @@ def test_long_names_and_texts_are_cut():
     chip = next(t for t in found if t.startswith("nn"))
     assert chip.endswith("…") and len(chip) < 80
     question = found[found.index("gate weights") + 1 : found.index(chip)]
-    assert len(question) == visualize.MOST_LINES and question[-1].endswith("…")
+    assert len(question) == MOST_LINES and question[-1].endswith("…")
     assert LONG[0].startswith(" ".join(question)[:-1])
     check_texts(figure)
     check_texts(attention_figure(images(1)[0], {name: torch.ones(4, 4)}, (0, 0)))
 
 
 def test_colours():
-    colors = visualize._colors(NAMES26)
+    colors = expert_colors(NAMES26)
     assert len(set(colors.values())) == 26
-    assert {n: colors[n] for n in POOL} == dict(zip(POOL, visualize.OFFICIAL_COLORS, strict=True))
-    assert visualize._colors(["sam", "own"])["sam"] == colors["sam"]
+    assert {n: colors[n] for n in POOL} == dict(zip(POOL, OFFICIAL_COLORS, strict=True))
+    assert expert_colors(["sam", "own"])["sam"] == colors["sam"]
     for name, color in colors.items():
         channels = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
         luminance = np.dot([0.2126, 0.7152, 0.0722], channels)
@@ -166,7 +168,7 @@ def test_attention_figure():
         assert axes.get_xlim() == (0, 4) and axes.get_ylim() == (4, 0)
         assert all(tuple(i.get_extent()) == (0, 4, 4, 0) for i in axes.images)
     overlay = np.asarray(sam.images[1].get_array())
-    assert overlay.shape == (4, 4, 4) and to_hex(overlay[0, 0, :3]) == visualize.OFFICIAL_COLORS[-1]
+    assert overlay.shape == (4, 4, 4) and to_hex(overlay[0, 0, :3]) == OFFICIAL_COLORS[-1]
     np.testing.assert_allclose(overlay[..., 3] / overlay[1, 2, 3], weights / 0.75)
     assert np.ptp(np.asarray(own.images[1].get_array())[..., 3]) == 0
 
@@ -190,7 +192,7 @@ def test_of_an_adapter():
         tokens = adapter(base, features, tiny.ROUTING, text, grids=tiny.GRIDS)
     figure = routing_figure(images(4), ["What?"] * 4, chosen, record.gates, pool, tokens)
     bars = figure.axes[1].patches
-    weights = [p.get_width() for p in bars if to_hex(p.get_facecolor()) == visualize.OFFICIAL_COLORS[0]]
+    weights = [p.get_width() for p in bars if to_hex(p.get_facecolor()) == OFFICIAL_COLORS[0]]
     assert weights == pytest.approx(record.gates[0, :, 0].tolist())
     maps = attention_maps(adapter, base, features, tiny.ROUTING, text, (1, 4), grids=tiny.GRIDS)
     figure = attention_figure(images()[0], {pool[e]: m for e, m in maps[3].items()}, (1, 4))

@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from mova import MoVAPipeline
 from mova._wrapped import compute_device, unwrapped
 from mova.demo import small_model
-from mova.pictures import pictures
+from mova.demo.pictures import pictures
 from mova_kernels import MoVAdapter
 
 PARTS = ("language_model", "base", "text_encoder", "adapter")

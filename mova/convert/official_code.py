@@ -6,7 +6,7 @@ import ast
 import re
 from pathlib import Path
 
-from ._checks import check
+from .._checks import check
 
 # A few statements can double a text again and again.
 _LONGEST = 100_000

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check
-from .builders import BUILDERS, config_of
-from .codetr import rope_table
+from ..encoders.builders import BUILDERS, config_of
+from ..encoders.codetr import rope_table
 
 
 class _Rename(NamedTuple):

@@ -10,7 +10,7 @@ from functools import partial
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from .experts import resolve
+from ..experts import resolve
 
 SCALE = 2  # drawn larger and reduced, which smooths the edges
 INK, GREY, PAPER = "#24292f", "#808a94", "#ffffff"
