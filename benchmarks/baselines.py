@@ -1,7 +1,7 @@
-"""What somebody might use instead of this library: the official computation with better parts, and ragged ones.
+"""Alternatives to this library: the official computation with better parts, and ragged computations.
 
-``compute`` is the adapter, or its blocks alone, as careful users of PyTorch would write it. It differs in how the
-experts are fused (:func:`fuse_dense`, :func:`fuse_ragged`, :func:`fuse_packed`) and in the attention
+``compute`` is the adapter, or its blocks alone, as a careful user of PyTorch would write it. Its variants differ in how
+the experts are fused (:func:`fuse_dense`, :func:`fuse_ragged`, :func:`fuse_packed`) and in the attention
 (:func:`stored_scores`, :func:`sdpa`, :func:`flash_varlen`).
 """
 
@@ -46,7 +46,7 @@ def stored_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Torch's fused attention; fp64 and fp32 have no cuDNN."""
+    """Torch's fused attention. cuDNN does not take fp64 and fp32."""
     with sdpa_kernel(SDPA_BACKENDS, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v)
 
@@ -58,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, tables: Tables, atte
 
 
 class Block:
-    """The parameters of one block by their names in it, and what all fusions do with them."""
+    """The parameters of one block by their names in it, and the steps that all fusions share."""
 
     def __init__(self, t: Inputs, i: int, attention: Attention) -> None:
         self.t, self.prefix, self.attention = t, f"blocks.{i}.", attention
@@ -80,7 +80,7 @@ class Block:
         return self.linear(f"{name}.proj", self.norm(f"{name}.inner_attn_ln", out))
 
     def weights(self, x: Tensor) -> Tensor:
-        """(B, N) of the experts; the cases select at most top-k."""
+        """The weights of the experts (B, N). The cases select at most top-k."""
         text = torch.cat([self.t.text, x.mean(1)], -1)
         logits = self.linear("gate.2", F.gelu(self.linear("gate.0", text)))
         wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -126,7 +126,7 @@ def per_expert(block: Block, layer: str, parts: list[Tensor]) -> Tensor:
 
 
 def grouped(block: Block, layer: str, parts: list[Tensor]) -> Tensor:
-    """The same in one grouped product."""
+    """The same as :func:`per_expert`, in one grouped product."""
     x, counts = torch.cat(parts), torch.tensor([len(part) for part in parts], device=parts[0].device)
     names = [f"{block.prefix}cross_attn.{e}.{layer}" for e in block.t.rows]
     weights = torch.stack([block.p[f"{name}.weight"] for name in names]).transpose(1, 2)
@@ -141,7 +141,7 @@ FLEX_BLOCK = {"cpu": 64, "cuda": 128}  # tokens: a multiple of the tiles that it
 
 
 def pair_mask(pairs: int, tokens: int, device: torch.device) -> BlockMask:
-    """Everybody sees their own pair, all of it: no block is cut."""
+    """Each token attends to all tokens of its own pair, so the mask cuts no block."""
     size = FLEX_BLOCK[device.type] if tokens % FLEX_BLOCK[device.type] == 0 else tokens
     n, total = tokens // size, pairs * (tokens // size)
     blocks = torch.arange(total, device=device)
@@ -156,7 +156,7 @@ def pair_mask(pairs: int, tokens: int, device: torch.device) -> BlockMask:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
-    """FlexAttention over all pairs in one sequence, in which a mask lets nobody see another pair."""
+    """FlexAttention over all pairs in one sequence; a mask keeps the pairs apart."""
     packed = (t.transpose(0, 1).flatten(1, 2)[None] for t in (q, k, v))
     out = flex_attention(*packed, block_mask=block.t.block_mask)
     return out[0].unflatten(1, (len(q), -1)).transpose(0, 1)
@@ -219,7 +219,7 @@ def official(t: Inputs, skips: bool | None = None) -> Tensor:
 
 
 def one_by_one(t: Inputs) -> list[Inputs]:
-    """The samples on their own."""
+    """The inputs of each sample."""
     inputs = []
     for b in range(len(t.base)):
         features = {name: [f[b : b + 1] for f in getattr(t, name) or ()] for name in ("aligned", "experts")}
@@ -229,7 +229,7 @@ def one_by_one(t: Inputs) -> list[Inputs]:
 
 
 def sample_by_sample(t: Inputs) -> Tensor:
-    """Official, which skips experts by itself if the batch is 1."""
+    """The official computation in a loop over samples: with a batch of 1 it skips experts."""
     return torch.cat([official(one) for one in one_by_one(t)])
 
 
@@ -239,7 +239,7 @@ def compiled(run: Callable[[Inputs], object]) -> Callable[[Inputs], object]:
 
 
 def graphed(run: Callable[[Inputs], object]) -> Callable[[Inputs], object]:
-    """As a CUDA graph, captured at the first call; the caller must not keep results."""
+    """As a CUDA graph that is captured at the first call. The next call overwrites the results."""
     captured: list[Any] = []
 
     def replay(t: Inputs) -> object:
@@ -300,9 +300,9 @@ def _flex_declines(case: Case, device: torch.device) -> str | None:
 
 
 ragged = functools.partial(compute, fuse=fuse_ragged)
-LADDER = (
+ADAPTER = (
     Variant("official", official),
-    Variant("official, sample by sample", sample_by_sample, declines=_forward_only("it skips in inference alone")),
+    Variant("official, sample by sample", sample_by_sample, declines=_forward_only("it skips in inference only")),
     Variant("official + SDPA", functools.partial(compute, fuse=fuse_dense), note=SDPA_NOTE),
     Variant("official + SDPA, compiled", functools.partial(compute, fuse=fuse_dense), prepare=compiled),
     Variant("ragged + SDPA", ragged, note=SDPA_NOTE),

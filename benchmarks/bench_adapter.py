@@ -1,10 +1,8 @@
-"""The whole adapter, resampling and tail included, against the ladder of what one might use instead."""
+"""The whole adapter, with resampling and tail, against all alternatives."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,17 +10,16 @@ from torch.utils.checkpoint import checkpoint
 
 from mova_kernels import MoVAdapter, MoVAdapterConfig, backends, device_routing, use_backend
 from mova_kernels.dense_reference import rope_tables
+from testing.golden import Golden
 
 from . import baselines, cases
 from .cases import DTYPES, Case
+from .speed_test import speed_test
 from .suite import Draw, Inputs, Suite, Variant, Work
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from golden import Golden
 
 
 def inputs(case: Case, draw: Draw) -> Inputs:
-    """A random problem; the experts are frozen, gradients are those of the base tokens and all parameters."""
+    """A random problem. The experts are frozen; the base tokens and all parameters get gradients."""
     config, n = case.config, case.samples
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in MoVAdapter(config).named_parameters()}
@@ -41,7 +38,7 @@ def in_all_forms(
     text: Tensor,
     grids: list[tuple[int, int]],
 ) -> Inputs:
-    """The problem as the variants take it."""
+    """The problem in the forms that the variants take."""
     device = base.device
     with torch.device("meta"):
         module = MoVAdapter(config)
@@ -63,7 +60,7 @@ def in_all_forms(
 
 
 def truth(t: Inputs) -> Tensor:
-    """Officially, sample by sample; gradients compute the scores again instead of storing all of them."""
+    """The official computation, sample by sample. Its backward pass stores no scores."""
     ones = baselines.one_by_one(t)
     return torch.cat([checkpoint(baselines.official, one, True, use_reentrant=False) for one in ones])
 
@@ -74,13 +71,13 @@ def ours(t: Inputs) -> Tensor:
 
 
 def ours_on_device(t: Inputs) -> Tensor:
-    """The module as a CUDA graph can hold it: for every routing of these samples."""
+    """The module as a CUDA graph holds it, for every routing of these samples."""
     with device_routing():
         return t.module(t.base, t.experts, t.mask, t.text, grids=t.grids)
 
 
 def on_backends(run: Callable[[Inputs], Tensor]) -> list[Variant]:
-    """``run`` on every backend that some op has; ops without it stay on auto."""
+    """``run`` on every backend that an op has. Ops without that backend stay on auto."""
 
     def of(backend: str) -> Variant:
         table = backends.explain()
@@ -117,7 +114,7 @@ def matches_golden_numbers(variant: Variant, device: torch.device) -> None:
 
 
 def block_flop(case: Case) -> tuple[int, int]:
-    """FLOPs of a block's products, forward and backward: no gradient reaches the frozen experts through K and V."""
+    """FLOPs of a block's products, forward and backward. The frozen experts get no gradient through K and V."""
     tokens, width, hidden = case.config.num_tokens, case.width, int(case.width * 8 / 3)
     contexts = [c for row in case.selected for c, s in zip(case.config.expert_channels, row, strict=True) if s]
     attentions = len(contexts) + case.samples
@@ -128,12 +125,12 @@ def block_flop(case: Case) -> tuple[int, int]:
 
 
 def exps(case: Case) -> int:
-    """Exponentials of a block's attention."""
+    """The exponentials of a block's attention."""
     return (int(case.selected.sum()) + case.samples) * case.config.num_tokens**2 * case.config.num_heads
 
 
 def work(case: Case) -> Work:
-    """Of blocks, the tail's 1x1 convolutions and the output layers."""
+    """The work of the blocks, the tail's 1x1 convolutions and the output layers."""
     config, width, out = case.config, case.width, case.config.out_channels
     tail = 2 * (config.num_tokens + config.num_output_tokens) * width**2
     tail += config.num_output_tokens * out * (width + out)
@@ -143,7 +140,7 @@ def work(case: Case) -> Work:
 
 
 def _as_if_trained(name: str, shape: torch.Size, draw: Draw) -> Tensor:
-    """At the initial state every branch ends in zeros, and nothing that an expert says would show."""
+    """Random parameters. In the initial state every branch ends in zeros, so experts would not affect the result."""
     if name.endswith("weight"):
         return draw(*shape, scale=shape[1:].numel() ** -0.5) if len(shape) > 1 else draw(*shape, scale=0.1, shift=1)
     return draw(*shape, scale=0.1)
@@ -154,8 +151,8 @@ IN_A_GRAPH = Variant(
     prepare=baselines.graphed, declines=baselines.graph_declines,
 )  # fmt: skip
 SUITE = Suite(
-    "adapter", cases.LADDER, inputs, baselines.LADDER, work,
+    __name__, "adapter", cases.ADAPTER, inputs, baselines.ADAPTER, work,
     ours=[*on_backends(ours), IN_A_GRAPH],
     truth=truth, verify=matches_golden_numbers,
 )  # fmt: skip
-test_speed = SUITE.test()
+test_speed = speed_test(SUITE)

@@ -1,4 +1,4 @@
-"""One block of the adapter, without what happens once per forward: resampling, and with us normalising the features."""
+"""One block of the adapter, without the steps that run once per forward: resampling, and our normalisation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from mova_kernels._inputs import aligned, checked
 from mova_kernels.dense_reference import feature_align
 
 from . import bench_adapter, cases
-from .baselines import LADDER
+from .baselines import ADAPTER
 from .bench_adapter import block_flop, exps, matches_golden_numbers, on_backends, truth
 from .cases import Case
+from .speed_test import speed_test
 from .suite import Draw, Inputs, Suite, Work
 
 
 def inputs(case: Case, draw: Draw) -> Inputs:
-    """Those of the adapter, and the features on the base grid."""
+    """The inputs of the adapter, and the features on the base grid."""
     t = bench_adapter.inputs(case, draw)
     t.aligned = [feature_align(f, grid, case.side) for f, grid in zip(t.experts, t.grids, strict=True)]
     t.normalised = None
@@ -25,7 +26,7 @@ def inputs(case: Case, draw: Draw) -> Inputs:
 
 
 def ours(t: Inputs) -> Tensor:
-    """The module; at the first call also what a forward does before its blocks, in the form that the backend wants."""
+    """The module. The first call also does the steps of a forward before its blocks, as the backend needs them."""
     if t.normalised is None:
         with torch.no_grad():
             given = checked(t.config, t.base, t.base, t.experts, t.selected, t.text, t.grids)
@@ -39,8 +40,9 @@ def work(case: Case) -> Work:
 
 
 NAMES = ("official", "ragged + SDPA")
-BASELINES = [variant for variant in LADDER if variant.name in NAMES]
+BASELINES = [variant for variant in ADAPTER if variant.name in NAMES]
 SUITE = Suite(
-    "block", cases.BLOCK, inputs, BASELINES, work, ours=on_backends(ours), truth=truth, verify=matches_golden_numbers
-)
-test_speed = SUITE.test()
+    __name__, "block", cases.BLOCK, inputs, BASELINES, work,
+    ours=on_backends(ours), truth=truth, verify=matches_golden_numbers,
+)  # fmt: skip
+test_speed = speed_test(SUITE)

@@ -9,6 +9,7 @@ from mova_kernels._linear import linear
 
 from . import cases
 from .cases import Case
+from .speed_test import speed_test
 from .suite import Draw, Inputs, Suite, Variant, Work
 
 
@@ -31,7 +32,7 @@ def work(case: Case) -> Work:
 
 
 SUITE = Suite(
-    "linear", cases.STAGES, inputs, [Variant("official", official)], work, truth=official,
+    __name__, "linear", cases.STAGES, inputs, [Variant("official", official)], work, truth=official,
     ours=[Variant("mova_kernels", ours, ours=True)],
 )  # fmt: skip
-test_speed = SUITE.test()
+test_speed = speed_test(SUITE)

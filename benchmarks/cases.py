@@ -1,4 +1,4 @@
-"""The sizes of all benchmarks. ``--quick`` takes what fits into minutes on a laptop, ``--full`` everything."""
+"""The sizes of all benchmarks. ``--quick`` takes those that fit into minutes on a laptop, ``--full`` takes all."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ GRIDS = (37, 32, 37, 45, 45, 14, 64)  # of the official experts, where the base 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; the defaults are the released model's dimensions.
+    """One problem. The defaults are the dimensions of the released model.
 
     Attributes:
         samples: B.
-        picks: K, the experts that each sample selected.
-        experts: N. Beyond seven the official experts' widths and grids repeat.
-        side: the base grid has side x side tokens; the experts' grids keep their proportion to it.
-        routing: "mixed": at random. "best": everybody selects the same experts. "worst": as different as possible.
-        width: C, to which the experts' widths keep their proportion.
-        blocks: of the adapter.
-        threads: on a CPU; None for all.
-        quick: is part of ``--quick``.
-        on_gpu: takes a GPU, on a CPU hours.
+        picks: K, the number of experts that each sample selects.
+        experts: N. Beyond seven, the official experts' widths and grids repeat.
+        side: the base grid has side x side tokens. The experts' grids keep their proportion to it.
+        routing: "mixed": at random. "best": all samples select the same experts. "worst": as different as possible.
+        width: C. The experts' widths keep their proportion to it.
+        blocks: the number of blocks of the adapter.
+        threads: the number of threads on a CPU; None for all.
+        quick: whether it is part of ``--quick``.
+        on_gpu: whether it needs a GPU, because it would take hours on a CPU.
     """
 
     dtype: str = "fp32"
@@ -78,7 +78,7 @@ class Case:
     @functools.cached_property
     def selected(self) -> Tensor:
         """(B, N) bool on the host."""
-        generator = torch.Generator().manual_seed(1110)  # of seven the first chosen is the largest, Pix2Struct
+        generator = torch.Generator().manual_seed(1110)  # the first of seven is then the largest, Pix2Struct
         mask = torch.zeros(self.samples, self.experts, dtype=torch.bool)
         same = torch.randperm(self.experts, generator=generator)
         for b in range(self.samples):
@@ -92,7 +92,7 @@ class Case:
         return mask
 
 
-TINY = Case("fp64", BOTH, samples=2, picks=2, experts=3, side=6, width=128)  # on which baselines prove themselves
+TINY = Case("fp64", BOTH, samples=2, picks=2, experts=3, side=6, width=128)  # for verifying baselines
 
 
 def across(base: Case, **choices) -> list[Case]:
@@ -118,7 +118,7 @@ BLOCK = [
 SMALL = Case("bf16", samples=2, side=24)
 FEW_EXPERTS = Case("bf16", samples=2, picks=2, experts=4, side=24)  # for which torch.compile takes half as long
 LARGE = Case("bf16", blocks=3, samples=8, quick=False, on_gpu=True)
-LADDER = [
+ADAPTER = [
     FEW_EXPERTS,
     *across(replace(SMALL, quick=False), dtype=ON_A_CPU),
     *across(replace(SMALL, quick=False), dtype=ON_A_CPU, direction=(BACKWARD, BOTH)),

@@ -1,8 +1,8 @@
 """Compares two files of results by ratios: ``python -m benchmarks.compare old.json new.json``.
 
-What is compared is a variant's median over that of the official computation of the same case in the same file (where a
-file lacks it, over that of the case's first baseline in both): a machine that is slower today is so for both of them.
-Exit status: 0, 1 if one of ours got slower by more than the threshold, 2 if there is nothing to say.
+It compares the median of a variant divided by that of the official computation of the same case in the same file. If a
+file lacks the latter, the case's first baseline in both files replaces it. A slower machine changes both medians alike.
+Exit status: 0; 1 if one of our variants got slower by more than the threshold; 2 if nothing can be compared.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .results import Entry, Results, ResultsError, load
+from .results_file import Entry, Results, ResultsError, load
 
 Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Change:
-    """A variant's ratio to its reference in both files."""
+    """The ratio of a variant to its reference, in both files."""
 
     key: Key
     ours: bool
@@ -30,20 +30,20 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """Above 1: slower."""
+        """Above 1 if the variant got slower."""
         return self.new / self.old
 
     def exceeds(self, threshold: float, symmetric: bool) -> bool:
-        """``symmetric``: in either direction, so that swapping the files changes nothing."""
+        """``symmetric``: whether to look in both directions, so that swapping the files changes nothing."""
         limit = 1 + threshold
         return self.factor > limit or (symmetric and self.factor < 1 / limit)
 
 
 def changes(old: Results, new: Results) -> list[Change]:
-    """Every variant of both files except for the references themselves, those that got slower first.
+    """Every variant of both files except for the references, those that got slower first.
 
     Raises:
-        ResultsError: nothing can be compared, or an entry has run on another device or with other threads.
+        ResultsError: nothing can be compared, or an entry ran on another device or with another number of threads.
     """
     before, after = _by_key(old), _by_key(new)
     common = [key for key in before if key in after]
@@ -85,7 +85,7 @@ def text(found: list[Change], exceeding: list[Change]) -> str:
 
 
 def left_out(here: Results, there: Results, name: str, found: list[Change]) -> list[str]:
-    """What only one file has, and what both have without a baseline to refer to."""
+    """The entries that only one file has, and those that both have without a baseline."""
     reasons = {(m.suite, m.case, m.variant): f"{m.outcome}: {m.reason}" for m in there.missing}
     others, compared = _by_key(there), {c.key[:2] for c in found}
     lines = []

@@ -11,11 +11,12 @@ import torch
 
 from . import machine
 from .cases import Case
-from .race import Result, race
+from .race import race
+from .result import Result
 from .suite import Suite
 
 SECONDS = {"quick": 1.5, "full": 8.0}  # for all rounds of a case
-MISSING = pytest.StashKey[list[dict[str, str]]]()  # what was asked for and not measured
+MISSING = pytest.StashKey[list[dict[str, str]]]()  # the variants that were requested and not measured
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,14 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt  # pytest then still writes what was measured
+        raise KeyboardInterrupt  # pytest then still writes the results so far
 
     signal.signal(signal.SIGTERM, interrupt)
     config.stash[MISSING] = []
 
 
 def device_of(config: pytest.Config) -> torch.device:
-    """On which this session measures."""
+    """The device on which this session measures."""
     return torch.device(config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -48,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
 
 @pytest.fixture(scope="session")
 def races(request: pytest.FixtureRequest) -> Callable[[Suite, Case], dict[str, Result]]:
-    """(suite, case) -> the result of every variant which this session asks for, measured together at the first call."""
+    """(suite, case) -> the results of all variants that this session requests, measured together at the first call."""
     found: dict[tuple[str, Case], dict[str, Result]] = {}
     config = request.config
     quick = not config.getoption("full")

@@ -1,4 +1,4 @@
-"""The plots of a report. Each function returns None where the results lack what it would show."""
+"""The plots of a report. A function returns None if the results have nothing that it could show."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from itertools import cycle, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .results import QUANTITIES, Case, Entry, Results, describe, seconds, si, size
+from .results_file import QUANTITIES, Case, Entry, Results, describe, seconds, si, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OURS, PLAIN, INK = "#1a8fe3", "#d9822b", "#808a94"  # as in the demo's chart: all clear of white and black
+OURS, PLAIN, INK = "#1a8fe3", "#d9822b", "#808a94"  # as in the demo's chart: all of them differ from white and black
 KINDS = {"mova_kernels": OURS, "official computation": PLAIN, "other baselines": INK}
 MARKERS = "osD^vPX<>*hp"
-MODULES = ("adapter", "scaling", "block")  # suites which are no stage of a block
+MODULES = ("adapter", "scaling", "block")  # suites that are no stage of a block
 FAMILIES = 4  # panels of curves in one quantity
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Surrounds drawing and saving: transparent, with ink that is legible on white and on black."""
+    """A context for drawing and saving: transparent, with colours that are legible on white and on black."""
     import matplotlib
 
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
@@ -44,7 +44,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def ladder(results: Results) -> Figure | None:
+def adapter(results: Results) -> Figure | None:
     return _bars(results.of("adapter"), lambda e: e.median, seconds)
 
 
@@ -53,7 +53,7 @@ def memory(results: Results) -> Figure | None:
 
 
 def picture(case: Case, machine: str) -> Figure:
-    """The ladder of one case as it stands in the README: what was not measured is left out."""
+    """The variants of one case, as in the README. Those that were not measured are left out."""
     case = Case(case.suite, case.name, case.entries, ())
     figure = _figure(0.7 + 0.3 * len(case.entries), key=False)
     (axes,) = _panels(figure, [1])
@@ -188,7 +188,7 @@ def errors(results: Results) -> Figure | None:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """To stand in an HTML page: without the declarations of a file, with ids of its own."""
+    """For an HTML page: without the declarations of a file, with ids that no other figure has."""
     file = io.StringIO()
     _save(figure, file, "svg")
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", file.getvalue()[file.getvalue().index("<svg") :])
@@ -220,7 +220,7 @@ def _figure(height: float, key: bool = True) -> Figure:
 
 
 def _panels(figure: Figure, rows: list[int]) -> Iterable[Any]:
-    """Axes below each other, as high as their rows."""
+    """Axes below each other, each as high as its rows."""
     return figure.subplots(len(rows), 1, squeeze=False, height_ratios=[n + 0.8 for n in rows])[:, 0]
 
 
@@ -241,7 +241,7 @@ def _bars(cases: list[Case], value: Callable[[Entry], float | None], text: Calla
 
 
 def _case_bars(axes: Any, case: Case, value: Callable[[Entry], float | None], text: Callable[[Entry], str]) -> None:
-    """The variants of a case, the least first; below them those that are missing."""
+    """The variants of a case, the smallest value first; below them those that are missing."""
     entries = sorted(case.entries, key=lambda e: math.inf if value(e) is None else value(e) or 0)
     for y, e in enumerate(entries):
         axes.barh(y, value(e) or 0, height=0.7, color=_color(e))
@@ -257,7 +257,7 @@ def _case_bars(axes: Any, case: Case, value: Callable[[Entry], float | None], te
 
 
 def _finish_bars(axes: Any, rows: int, longest: float) -> None:
-    """Numbers stand beside the bars, so that no axis is needed; the first bar is on top."""
+    """The numbers are beside the bars, so no axis is drawn. The first bar is on top."""
     axes.set_xlim(0, longest * 1.35 or 1)
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_xticks([])
@@ -271,14 +271,14 @@ def _beside(axes: Any, x: float, y: float, text: str, color: str, points: int, *
 
 
 def _points(axes: Any, points: Iterable[tuple[float, float, Entry]], markers: dict[str, str]) -> None:
-    """Ours on top of the others; the marker tells the suite."""
+    """Our points are drawn over the others; the marker shows the suite."""
     for x, y, e in sorted(points, key=lambda point: point[2].ours):
         axes.plot(x, y, marker=markers[e.suite], color=_color(e), alpha=0.9 if e.ours else 0.6, ls="none")
     axes.set(xscale="log", yscale="log")
 
 
 def _suites(figure: Figure, entries: Iterable[Entry]) -> dict[str, str]:
-    """A marker for each suite, explained beside the panels."""
+    """A marker for each suite, with a legend beside the panels."""
     from matplotlib.lines import Line2D
 
     markers = dict(zip(dict.fromkeys(e.suite for e in entries), cycle(MARKERS), strict=False))
@@ -288,7 +288,7 @@ def _suites(figure: Figure, entries: Iterable[Entry]) -> dict[str, str]:
 
 
 def _ticks(axis: Any, text: Callable[[float], str]) -> None:
-    """Of a logarithmic axis, also where it spans less than a decade."""
+    """Ticks of a logarithmic axis, also if it spans less than a decade."""
     from matplotlib.ticker import LogLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -304,9 +304,9 @@ def _color(entry: Entry) -> str:
     return OURS if entry.ours else PLAIN if entry.plain else INK
 
 
-SCALING = f"Median time of the adapter in cases that differ in this alone; at most {FAMILIES} settings of all the rest."
+SCALING = f"Median time of the adapter where only this quantity differs; at most {FAMILIES} settings of the others."
 PLOTS: list[tuple[str, str, str, Callable[[Results], Figure | None]]] = [
-    ("ladder", "The ladder", "Median time of every variant of the adapter; shorter is better.", ladder),
+    ("adapter", "The adapter", "Median time of every variant of the adapter; shorter is better.", adapter),
     *((f"scaling-{q}", f"Scaling in {q}", SCALING, partial(scaling, quantity=q)) for q in QUANTITIES),
     (
         "stages", "Stages",
@@ -315,13 +315,13 @@ PLOTS: list[tuple[str, str, str, Callable[[Results], Figure | None]]] = [
     ),
     (
         "roofline", "Roofline",
-        "Work that is needed over the median time, under the peaks that were measured on this machine.", roofline,
+        "Necessary work divided by the median time, below the peaks that were measured on this machine.", roofline,
     ),
     ("memory", "Peak memory", "Beyond the inputs.", memory),
     (
         "errors", "Error against fp64",
         "Relative L2 error of every variant beside that of the official computation in the same dtype; "
-        "the budget is twice the latter. An error of zero is in the table alone.",
+        "the budget is twice the latter. An error of zero is in the table only.",
         errors,
     ),
 ]  # fmt: skip

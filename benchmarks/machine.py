@@ -1,4 +1,4 @@
-"""The machine that measures: its name, its limits as measured on the spot, and the versions of what ran."""
+"""The machine that measures: its name, its limits as measured on the spot, and the versions of the software."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECONDS = 0.3  # for each limit
 
 @functools.cache
 def peaks(device: str) -> dict[str, Any]:
-    """The best rates that this machine was seen to reach: what a benchmark's share of the peak refers to.
+    """The best rates that this machine was seen to reach. A benchmark's share of the peak refers to them.
 
     Returns:
         "flops": per dtype, FLOP/s of a large matrix product, the better one of torch's and ours; "bandwidth": bytes/s
@@ -38,15 +38,15 @@ def peaks(device: str) -> dict[str, Any]:
         candidates = [lambda a=a, b=b: a @ b]
         if device == "cpu":
             candidates.append(lambda a=a, b=b: product(a, b.T))
-        flops[name] = 2 * side**3 / min(_seconds(c, device) for c in candidates)
+        flops[name] = 2 * side**3 / min(shortest_seconds(c, device) for c in candidates)
     source = torch.randn(1 << (28 if device == "cuda" else 25), device=device)
     target = torch.empty_like(source)
     cached = torch.randn(1 << (24 if device == "cuda" else 17), device=device)
     out = torch.empty_like(cached)
     return {
         "flops": flops,
-        "bandwidth": 2 * source.nbytes / _seconds(lambda: target.copy_(source), device),
-        "exps": cached.numel() / _seconds(lambda: torch.exp(cached, out=out), device),
+        "bandwidth": 2 * source.nbytes / shortest_seconds(lambda: target.copy_(source), device),
+        "exps": cached.numel() / shortest_seconds(lambda: torch.exp(cached, out=out), device),
     }
 
 
@@ -56,13 +56,13 @@ def describe(device: str) -> dict[str, Any]:
         "name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "clock_mhz": _clock(device),
+        "clock_mhz": clock_mhz(device),
         "peaks": peaks(device),
     }
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides over speed."""
+    """The versions of all software that affects the speed."""
     found = {
         "mova_kernels": mova_kernels.__version__,
         "torch": torch.__version__,
@@ -82,7 +82,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _seconds(call: Callable[[], object], device: str) -> float:
+def shortest_seconds(call: Callable[[], object], device: str) -> float:
     """The shortest time of a call."""
     call()
     best, end = float("inf"), time.perf_counter() + SECONDS
@@ -95,8 +95,8 @@ def _seconds(call: Callable[[], object], device: str) -> float:
     return best
 
 
-def _clock(device: str) -> float | None:
-    """MHz now; None where the system does not tell."""
+def clock_mhz(device: str) -> float | None:
+    """The current clock; None where the system does not tell."""
     if device == "cuda":
         gpu = f"GPU-{torch.cuda.get_device_properties().uuid}"
         query = ["nvidia-smi", "-i", gpu, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]

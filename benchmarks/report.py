@@ -1,7 +1,7 @@
-"""Writes results as one HTML page that needs nothing else: ``python -m benchmarks.report results.json``.
+"""Writes results as one self-contained HTML page: ``python -m benchmarks.report results.json``.
 
-The plots are in the page, and beside it as PNG. With ``--again second.json``, another run of the same commit, the page
-says which ratios are not reproducible. ``--picture docs/x.svg`` writes the ladder of one case instead.
+The plots are in the page, and beside it as PNG. ``--again second.json`` takes another run of the same commit, and the
+page then names the ratios that are not reproducible. ``--picture docs/x.svg`` only draws the variants of one case.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import figures
 from .compare import changes
-from .results import Case, Entry, Results, ResultsError, describe, load, seconds, si, size
+from .results_file import Case, Entry, Results, ResultsError, describe, load, seconds, si, size
 
 CSS = """
 :root { color-scheme: light dark }
@@ -54,7 +54,7 @@ def work(entry: Entry) -> str:
 
 
 def error(entry: Entry, case: Case, field: str) -> str:
-    """An error, and that of the official computation beside it."""
+    """An error, followed by that of the official computation."""
     value, official = getattr(entry, field), getattr(case.plain, field, None)
     if value is None:
         return ""
@@ -90,13 +90,13 @@ COLUMNS: dict[str, Column] = {
 MEANING = (
     "Times are medians. Over official: how many times as fast as the official computation; over best other baseline: "
     "as the fastest baseline that is not the official one. Peak memory: beyond the inputs. Errors: relative L2 against "
-    "fp64, beside them that of the official computation in the same dtype; of the gradients the worst. Needed: what "
-    "the ragged case needs; rates and shares refer to it. Empty: not measured."
+    "fp64, followed by that of the official computation in the same dtype; of the gradients the worst. Needed: the "
+    "least work of the ragged case, to which rates and shares refer. Empty: not measured."
 )
 
 
 def conditions(results: Results) -> list[tuple[str, str]]:
-    """What the numbers depend on; what the file does not know is named as such."""
+    """The conditions on which the numbers depend. Those that the file does not have are called unknown."""
     machine, commit = results.machine, results.commit
     peaks, clock = machine.get("peaks") or {}, machine.get("clock_mhz")
     rates = [f"{dtype} {si(rate, 'FLOP/s')}" for dtype, rate in (peaks.get("flops") or {}).items() if rate]
@@ -116,7 +116,7 @@ def conditions(results: Results) -> list[tuple[str, str]]:
 
 
 def reproducibility(results: Results, again: Results | None) -> str:
-    """Which ratios a second run did not confirm."""
+    """The ratios that a second run did not confirm."""
     if again is None:
         return "not measured (--again takes a second run)"
     found = changes(results, again)
@@ -151,7 +151,7 @@ def tables(results: Results) -> str:
 
 
 def plots(results: Results, directory: Path) -> str:
-    """Every plot for the page; its PNG goes to ``directory``."""
+    """Every plot for the page. Their PNG files are written to ``directory``."""
     parts = []
     for name, title, caption, draw in figures.PLOTS:
         parts.append(f"<h3>{title}</h3>")
@@ -181,7 +181,7 @@ def page(results: Results, directory: Path, second_run: str) -> str:
 <table class="about">
 {about}
 </table>
-<h2>Everything that was measured, and what was not</h2>
+<h2>All results, and what was not measured</h2>
 <p>{MEANING}</p>
 {tables(results)}
 <h2>Plots</h2>
@@ -191,7 +191,7 @@ def page(results: Results, directory: Path, second_run: str) -> str:
 """
 
 
-def ladder_case(results: Results, name: str | None) -> Case:
+def pictured_case(results: Results, name: str | None) -> Case:
     """The named case of the adapter or a block of it; without a name the adapter's with the most work."""
     cases = results.of("adapter")
     if name is not None:
@@ -206,7 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="JSON that the benchmarks have written")
     parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="for report.html and the PNG files")
     parser.add_argument("--again", type=Path, metavar="FILE", help="results of a second run of the same commit")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the ladder alone, as SVG or PNG")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="only draw the variants of one case, as SVG or PNG"
+    )
     parser.add_argument("--case", help="the adapter's case in the picture; default: the one with the most work")
     args = parser.parse_args(arguments)
     try:
@@ -220,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.picture:
             machine = dict(conditions(results))
             with figures.style():
-                figure = figures.picture(ladder_case(results, args.case), f"{machine['machine']}, {machine['device']}")
+                figure = figures.picture(
+                    pictured_case(results, args.case), f"{machine['machine']}, {machine['device']}"
+                )
                 figures.write(figure, args.picture)
             return 0
     except ResultsError as error:

@@ -1,20 +1,18 @@
-"""What a benchmark is: a problem, our implementations of it, and everything that somebody might use instead."""
+"""A benchmark consists of a problem, our implementations of it, and everything that somebody might use instead."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from mova_kernels import backends
 
-from . import replay
 from .cases import DTYPES, TINY, Case
 
 Outputs = Tensor | Sequence[Tensor]
@@ -23,11 +21,11 @@ AGREEMENT = 1e-9  # relative L2 in fp64: the same function, summed in another or
 
 
 class Inputs(SimpleNamespace):
-    """Tensors of one problem under names of the suite's choosing.
+    """The tensors of one problem, under names that the suite chooses.
 
     Attributes:
-        leaves: those that get gradients.
-        reads: all tensors that a computation cannot do without; what it must move at least is counted from them.
+        leaves: the tensors that get gradients.
+        reads: all tensors that every computation has to read. The least memory traffic is counted from them.
     """
 
     leaves: Sequence[Tensor]
@@ -35,14 +33,14 @@ class Inputs(SimpleNamespace):
 
 
 class Draw:
-    """Random numbers, the same for everybody who measures a case: fp32 ones, rounded to the case's dtype."""
+    """Random fp32 numbers rounded to the case's dtype, the same for every variant of a case."""
 
     def __init__(self, case: Case, device: torch.device, wide: bool = False) -> None:
         self.dtype, self.device, self.wide = DTYPES[case.dtype], device, wide
         self._generator = torch.Generator(device).manual_seed(0)
 
     def __call__(self, *shape: int, scale: float = 1, shift: float = 0) -> Tensor:
-        """Normal numbers; in fp64 if ``wide``, without changing their values."""
+        """Normal numbers. ``wide`` makes them fp64 without changing their values."""
         return self.cast(torch.randn(shape, generator=self._generator, device=self.device) * scale + shift)
 
     def cast(self, x: Tensor) -> Tensor:
@@ -52,12 +50,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class Work:
-    """What a forward pass needs at least, and the backward pass as a multiple.
+    """The least work of a forward pass, and that of the backward pass as a multiple of it.
 
     Attributes:
-        flop: of matrix products, of the selected (sample, expert) pairs only.
-        exps: exponentials.
-        backward: FLOPs of the backward pass by those of the forward pass.
+        flop: FLOPs of the matrix products of the selected (sample, expert) pairs.
+        exps: the number of exponentials.
+        backward: FLOPs of the backward pass divided by those of the forward pass.
     """
 
     flop: int = 0
@@ -65,7 +63,7 @@ class Work:
     backward: float = 2.0
 
     def of(self, direction: str) -> tuple[int, int]:
-        """FLOPs and exponentials; a backward pass which stores no scores computes the exponentials again."""
+        """FLOPs and exponentials. A backward pass without stored scores computes the exponentials again."""
         forward, backward = "forward" in direction, "backward" in direction
         return int(self.flop * (forward + backward * self.backward)), self.exps * (forward + backward)
 
@@ -76,12 +74,13 @@ class Variant:
 
     Attributes:
         run: Inputs -> outputs, differentiable.
-        ours: one of our backends.
+        ours: whether it is one of our backends.
         declines: gives the reason why it cannot run a case on a device, or None.
-        prepare: turns ``run`` into what is measured, for example by torch.compile.
+        prepare: turns ``run`` into the function that is measured, for example by torch.compile.
         note: a remark for the report.
-        quick: is part of ``--quick``.
-        in_fp32: whether it can compute what it is verified with; its error in the case's dtype is judged in any case.
+        quick: whether it is part of ``--quick``.
+        in_fp32: whether it can run in the dtype in which baselines are verified. Its error in the case's dtype is
+            judged in any case.
     """
 
     name: str
@@ -98,20 +97,21 @@ class Suite:
     """The benchmark of one op or module.
 
     Args:
-        name: of the op, if it has one.
-        cases: what ``benchmarks/cases.py`` has for it.
+        module: ``__name__`` of the module whose ``SUITE`` this is. Another process finds the suite by it.
+        name: the name of the op, or of the module that is measured.
+        cases: its cases in ``benchmarks/cases.py``.
         inputs: (case, draw) -> Inputs.
         baselines: the first is the official computation.
         work: case -> Work.
         op: (Inputs, backend) -> outputs, for a suite of an op with backends.
         ours: our variants, for a suite of something else.
         truth: Inputs in fp64 -> outputs; default: the op's reference.
-        verify: (variant, device): fails for a baseline that computes something else. Default: on a small problem in
-            fp64 it must agree with the truth.
+        verify: (variant, device), fails for a baseline that computes something else; default: :meth:`verify_in_fp64`.
     """
 
     def __init__(
         self,
+        module: str,
         name: str,
         cases: Sequence[Case],
         inputs: Callable[[Case, Draw], Inputs],
@@ -123,15 +123,20 @@ class Suite:
         truth: Callable[[Inputs], Outputs] | None = None,
         verify: Callable[[Variant, torch.device], None] | None = None,
     ) -> None:
-        self.name, self.cases, self.inputs, self.work = name, list(cases), inputs, work
+        self.module, self.name, self.cases, self.inputs, self.work = module, name, list(cases), inputs, work
         if op is not None:
             ours = [_of_backend(name, backend, op) for backend in backends.explain()[name]]
             truth = truth or functools.partial(op, backend="reference")
         assert truth is not None, name
-        self.truth, self.verify = truth, verify or self._agrees
+        self.truth, self.verify = truth, verify or self.verify_in_fp64
         self.variants = {v.name: v for v in (*baselines, *ours)}
 
-    def _agrees(self, variant: Variant, device: torch.device) -> None:
+    def verify_in_fp64(self, variant: Variant, device: torch.device) -> None:
+        """Compare a variant with the truth on a small problem.
+
+        Raises:
+            ValueError: it computes something else.
+        """
         with torch.no_grad():
             found, expected = (listed(run(self.inputs(TINY, Draw(TINY, device)))) for run in (variant.run, self.truth))
         for f, e in zip(found, expected, strict=True):
@@ -139,16 +144,10 @@ class Suite:
             if not error < AGREEMENT:
                 raise ValueError(f"{variant.name} computes something else: relative error {error:.2g} in fp64")
 
-    def test(self) -> Callable[..., None]:
-        """The pytest function which measures every variant on every case."""
 
-        @pytest.mark.benchmark(timer=replay.clock)
-        @pytest.mark.parametrize("variant", self.variants)
-        @pytest.mark.parametrize("case", self.cases, ids=str)
-        def test_speed(benchmark: Any, races: Any, case: Case, variant: str) -> None:
-            replay.hold(benchmark, self, case, variant, races(self, case)[variant])
-
-        return test_speed
+def find(module: str) -> Suite:
+    """The suite of a module that has been named to :class:`Suite`."""
+    return importlib.import_module(module).SUITE
 
 
 def listed(outputs: Outputs) -> list[Tensor]:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from golden import Golden, parameter_shapes
 
 from mova_kernels import MoVAdapter, MoVAdapterConfig, _compiled, split_concatenated, use_backend
 from mova_kernels.ops.feature_norm.op import resampling_may_wait
+from testing.golden import Golden, parameter_shapes
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:

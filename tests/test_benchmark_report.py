@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, report, results
+from benchmarks import compare, report, results_file
 from mova_kernels import MoVAdapterConfig
 
 CASE = "B2-K3-N7-24x24-bf16-forward"
 VOID = {"meta", "br", "link", "img"}
-FIGURES = ("ladder", "scaling-B", "scaling-K", "scaling-N", "scaling-L", "stages", "roofline", "memory", "errors")
+FIGURES = ("adapter", "scaling-B", "scaling-K", "scaling-N", "scaling-L", "stages", "roofline", "memory", "errors")
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
@@ -209,7 +209,7 @@ def test_the_same_results_give_the_same_page(reported, saved, tmp_path):
 
 @needs_matplotlib
 def test_plots_without_data_are_named(saved, tmp_path):
-    """Nothing but two times: the ladder alone can be drawn. What the file does not say is named, too."""
+    """Nothing but two times: the adapter's bars alone can be drawn. What the file does not say is named, too."""
     bare = document(benchmark("official", 2.0), benchmark("ours", 1.0), machine={}, versions={}, commit_info={})
     assert report.main([saved(bare), "--output", str(tmp_path)]) == 0
     text = (tmp_path / "report.html").read_text()
@@ -218,7 +218,7 @@ def test_plots_without_data_are_named(saved, tmp_path):
         "Scaling in B", "Scaling in K", "Scaling in N", "Scaling in L", "Stages", "Roofline", "Peak memory",
         "Error against fp64",
     ]  # fmt: skip
-    assert [path.name for path in tmp_path.glob("*.png")] == ["ladder.png"]
+    assert [path.name for path in tmp_path.glob("*.png")] == ["adapter.png"]
     about = {row[0]: row[1] for row in Page(text).rows if len(row) == 2}
     assert about["machine"] == about["clock"] == about["commit"] == "unknown"
 
@@ -231,19 +231,19 @@ def test_a_curve_joins_cases_that_differ_in_one_quantity_alone(saved):
         benchmark("ours", 16, "scaling", "B16-fp32", samples=16, dtype="fp32"),
         benchmark("ours", 32, "block", "B32", samples=32),
     ]
-    loaded = results.load(Path(saved(document(*entries))))
+    loaded = results_file.load(Path(saved(document(*entries))))
     assert [[e.samples for e in family] for family in loaded.families("B")] == [[1, 2, 4]]
     assert not loaded.families("N")
 
 
 def test_the_official_size_is_the_configuration_of_the_released_models():
     config = MoVAdapterConfig()
-    assert results.OFFICIAL_SIZE == {"side": config.resolution, "width": config.in_channels}
+    assert results_file.OFFICIAL_SIZE == {"side": config.resolution, "width": config.in_channels}
 
 
 @needs_matplotlib
-def test_picture_is_the_ladder_of_one_case(saved, tmp_path, capsys):
-    path = tmp_path / "ladder.svg"
+def test_picture_has_the_variants_of_one_case(saved, tmp_path, capsys):
+    path = tmp_path / "adapter.svg"
     assert report.main([saved(full()), "--picture", str(path)]) == 0
     text = path.read_text()
     assert "</svg>" in text and not (tmp_path / "report.html").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import graphlib
 import importlib
 import json
 import os
@@ -17,11 +19,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import baselines, machine
+from benchmarks import baselines, machine, runner
 from benchmarks import race as racing
 from benchmarks.cases import BOTH, FORWARD, TINY
 from benchmarks.race import race
-from benchmarks.suite import Draw, Inputs, Suite, Variant, Work, listed
+from benchmarks.runner import LocalRunner, RemoteRunner, launches_and_syncs, relative_error, worst_error
+from benchmarks.suite import Draw, Inputs, Suite, Variant, Work, find, listed
 from mova_kernels import backends
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +33,22 @@ MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (R
 SUITES = [importlib.import_module(module).SUITE for module in MODULES]
 each_suite = pytest.mark.parametrize("suite", SUITES, ids=lambda s: s.name)
 SMALL = replace(TINY, dtype="fp32")
+
+
+@each_suite
+def test_another_process_finds_the_suite_itself(suite) -> None:
+    assert find(suite.module) is suite
+
+
+def test_modules_import_each_other_in_one_direction() -> None:
+    """Imports for type checkers count."""
+    paths = {p.stem: p for p in (ROOT / "benchmarks").glob("*.py")}
+    graph = {}
+    for name, path in paths.items():
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.level == 1]
+        graph[name] = {n.module or alias.name for n in nodes for alias in n.names} & set(paths)
+    assert graph["bench_adapter"] >= {"baselines", "cases", "suite"}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_every_op_has_a_suite() -> None:
@@ -64,25 +83,21 @@ def test_every_variant_on_a_small_case_in_both_directions(suite) -> None:
     """The inputs of every suite fit all its variants, and the truth judges them to be right."""
     for direction in (FORWARD, BOTH):
         case = replace(SMALL, direction=direction)
-        contender = racing.Contender(suite.inputs.__module__, case, None, CPU)
-        contender.run, contender.inputs = suite.truth, contender._inputs(wide=True)
-        expected = contender._values()
+        expected = LocalRunner(suite.module, case, None, CPU).values(suite.truth, wide=True)
         for name, variant in suite.variants.items():
             graphed = variant.prepare.__name__ == "graphed"  # captured on a GPU alone, but computed anywhere
             if (variant.declines(case, CPU) and not graphed) or variant.prepare.__name__ == "compiled":
                 continue
-            contender = racing.Contender(suite.inputs.__module__, case, name, CPU)
-            contender.run, contender.inputs = variant.run, contender._inputs()
-            found = contender._values()
+            found = LocalRunner(suite.module, case, name, CPU).values(variant.run)
             for what in found:
                 for f, e in zip(found[what], expected[what], strict=True):
                     assert f.shape == e.shape and f.dtype == torch.float32, (name, what)
-            assert racing._relative(found["outputs"], expected["outputs"]) < 1e-5, name
-            assert (racing._worst(found["gradients"], expected["gradients"]) or 0) < 1e-4, name
+            assert relative_error(found["outputs"], expected["outputs"]) < 1e-5, name
+            assert (worst_error(found["gradients"], expected["gradients"]) or 0) < 1e-4, name
 
 
 def test_no_launches_are_reported_where_the_profiler_sees_none() -> None:
-    assert racing._count(lambda: torch.ones(2) + 1) == (None, None)
+    assert launches_and_syncs(lambda: torch.ones(2) + 1) == (None, None)
 
 
 @pytest.mark.parametrize(("said", "clock"), [("1980\n", 1980.0), ("[N/A]\n", None), (None, None)])
@@ -95,7 +110,7 @@ def test_clock_of_a_gpu_is_asked_of_nvidia_smi(monkeypatch, said, clock) -> None
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="12ab"))
     monkeypatch.setattr(machine.subprocess, "run", run)
-    assert machine._clock("cuda") == clock
+    assert machine.clock_mhz("cuda") == clock
 
 
 calls = 0
@@ -109,6 +124,7 @@ def tired(y: torch.Tensor) -> torch.Tensor:
 
 
 SUITE = Suite(
+    __name__,
     "sums",
     [SMALL],
     lambda case, draw: (lambda x: Inputs(x=x, leaves=[x], reads=[x]))(draw(64, 64)),
@@ -131,17 +147,16 @@ SUITE = Suite(
 
 @pytest.fixture
 def quick_rounds(monkeypatch) -> None:
-    monkeypatch.setattr(racing, "WARM_UP_SECONDS", 0)
+    monkeypatch.setattr(runner, "WARM_UP_SECONDS", 0)
     monkeypatch.setattr(racing, "ROUNDS", (3, 3))
 
 
-@pytest.mark.parametrize("contender", ["Remote", "Contender"])
-def test_only_what_is_right_gets_a_time_and_nothing_is_lost(contender, monkeypatch, quick_rounds) -> None:
+@pytest.mark.parametrize("start", [RemoteRunner, LocalRunner])
+def test_only_what_is_right_gets_a_time_and_nothing_is_lost(start, monkeypatch, quick_rounds) -> None:
     """On a CPU in processes of their own, on a GPU in this one."""
-    names = [n for n in SUITE.variants if contender == "Remote" or n != "dies"]
-    monkeypatch.setattr(racing, "_enter", lambda suite, *rest: getattr(racing, contender)(__name__, *rest))
+    names = [n for n in SUITE.variants if start is RemoteRunner or n != "dies"]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
-    results = race(SUITE, SMALL, names, CPU, 0)
+    results = race(SUITE, SMALL, names, CPU, 0, start=start)
     assert list(results) == names
     for name in ("official", "right"):
         r = results[name]
@@ -153,13 +168,12 @@ def test_only_what_is_right_gets_a_time_and_nothing_is_lost(contender, monkeypat
     assert reasons["wrong"][0] == "failed" and "error 0.00" in reasons["wrong"][1]
     assert reasons["gets tired"][0] == "failed" and "no_such_method" in reasons["gets tired"][1]
     assert reasons["broken"][0] == "failed" and "no_such_method" in reasons["broken"][1]
-    assert contender == "Contender" or (reasons["dies"][0] == "skipped" and "killed" in reasons["dies"][1])
+    assert start is LocalRunner or (reasons["dies"][0] == "skipped" and "killed" in reasons["dies"][1])
 
 
 def test_without_a_truth_nothing_is_reported(monkeypatch, quick_rounds) -> None:
-    monkeypatch.setattr(racing, "_enter", lambda suite, *rest: racing.Contender(__name__, *rest))
     monkeypatch.setattr(SUITE, "truth", lambda t: t.x.no_such_method())
-    results = race(SUITE, SMALL, ["official", "right"], CPU, 0)
+    results = race(SUITE, SMALL, ["official", "right"], CPU, 0, start=LocalRunner)
     assert {(r.outcome, r.reason.partition(":")[0]) for r in results.values()} == {
         ("failed", "nothing to check against")
     }
@@ -235,4 +249,4 @@ def test_a_session_that_is_stopped_keeps_what_it_measured(tmp_path) -> None:
 
 def test_a_limit_is_measured_however_long_a_call_takes(monkeypatch):
     monkeypatch.setattr(machine, "SECONDS", 0)
-    assert 0 < machine._seconds(lambda: None, "cpu") < 1
+    assert 0 < machine.shortest_seconds(lambda: None, "cpu") < 1

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import AdapterInputs, Golden
 from torch import Tensor
 
 from mova_kernels.dense_reference import dense_adapter, rope_tables
+from testing.golden import AdapterInputs, Golden
 
 # The parameters which the official code initialises to zero, apart from the biases of ordinary norms.
 ZERO_AT_INIT = re.compile(

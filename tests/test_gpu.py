@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from golden import Golden
 from helpers import check_budget
 
 from mova_kernels import MoVAdapter, RaggedPairs, backends, device_routing
@@ -27,6 +26,7 @@ from mova_kernels.ops import (
     swiglu_norm,
     token_downsample,
 )
+from testing.golden import Golden
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

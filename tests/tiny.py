@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import golden
 import torch
 from torch import Tensor
 
 from mova_kernels import MoVAdapter, MoVAdapterConfig
 from mova_kernels.dense_reference import dense_adapter
+from testing import golden
 
 CONFIG = MoVAdapterConfig(
     in_channels=32,

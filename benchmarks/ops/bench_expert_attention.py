@@ -6,6 +6,7 @@ from torch import Tensor
 
 from benchmarks import baselines, cases
 from benchmarks.cases import Case
+from benchmarks.speed_test import speed_test
 from benchmarks.suite import Draw, Inputs, Suite, Variant, Work
 from mova_kernels.dense_reference import rope_tables
 from mova_kernels.ops import expert_attention, rope2d_table
@@ -32,11 +33,11 @@ def ours(t: Inputs, backend: str) -> Tensor:
 
 
 def work(case: Case) -> Work:
-    """Backward: five products for two."""
+    """The backward pass has five products for the two of the forward pass."""
     scores = int(case.selected.sum()) * case.config.num_tokens**2
     return Work(4 * scores * case.width, exps=scores * case.config.num_heads, backward=2.5)
 
 
 BASELINES = [Variant("official", official), Variant("SDPA", sdpa, note=baselines.SDPA_NOTE)]
-SUITE = Suite("expert_attention", cases.ATTENTION, inputs, BASELINES, work, op=ours)
-test_speed = SUITE.test()
+SUITE = Suite(__name__, "expert_attention", cases.ATTENTION, inputs, BASELINES, work, op=ours)
+test_speed = speed_test(SUITE)

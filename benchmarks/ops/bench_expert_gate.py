@@ -7,6 +7,7 @@ from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import Case
+from benchmarks.speed_test import speed_test
 from benchmarks.suite import Draw, Inputs, Suite, Variant, Work
 from mova_kernels.dense_reference import MASKED_LOGIT
 from mova_kernels.ops import expert_gate
@@ -30,5 +31,6 @@ def ours(t: Inputs, backend: str) -> Tensor:
     return expert_gate(t.logits, t.selected, t.topk, backend=backend)[0]
 
 
-SUITE = Suite("expert_gate", cases.STAGES, inputs, [Variant("official", official)], lambda case: Work(), op=ours)
-test_speed = SUITE.test()
+BASELINES = [Variant("official", official)]
+SUITE = Suite(__name__, "expert_gate", cases.STAGES, inputs, BASELINES, lambda case: Work(), op=ours)
+test_speed = speed_test(SUITE)

@@ -8,6 +8,7 @@ from torch import Tensor
 from benchmarks import cases
 from benchmarks.cases import Case
 from benchmarks.ops import bench_feature_resample as resample
+from benchmarks.speed_test import speed_test
 from benchmarks.suite import Draw, Inputs, Suite, Variant, Work
 from mova_kernels.ops import feature_norm
 
@@ -17,7 +18,7 @@ def inputs(case: Case, draw: Draw) -> Inputs:
 
 
 def official(t: Inputs) -> list[Tensor]:
-    """Without the affine part, which belongs to a block."""
+    """The official steps without the affine part, which belongs to a block."""
     return [F.layer_norm(f, f.shape[-1:]) for f in resample.official(t)]
 
 
@@ -31,5 +32,6 @@ def ours(t: Inputs, backend: str) -> list[Tensor]:
 
 
 BASELINES = [Variant("official", official), Variant("channels last", channels_last)]
-SUITE = Suite("feature_norm", cases.STAGES + cases.ONE_THREAD, inputs, BASELINES, lambda case: Work(), op=ours)
-test_speed = SUITE.test()
+CASES = cases.STAGES + cases.ONE_THREAD
+SUITE = Suite(__name__, "feature_norm", CASES, inputs, BASELINES, lambda case: Work(), op=ours)
+test_speed = speed_test(SUITE)

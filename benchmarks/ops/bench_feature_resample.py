@@ -7,13 +7,14 @@ from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import Case
+from benchmarks.speed_test import speed_test
 from benchmarks.suite import Draw, Inputs, Suite, Variant, Work
 from mova_kernels.dense_reference import feature_align
 from mova_kernels.ops import feature_resample
 
 
 def inputs(case: Case, draw: Draw) -> Inputs:
-    """Packed features of each expert that somebody selected."""
+    """Packed features of each selected expert."""
     counts = case.selected.sum(0).tolist()
     per_expert = list(zip(counts, case.grids, case.config.expert_channels, strict=True))
     features = [draw(n, h * w, c) for n, (h, w), c in per_expert if n]
@@ -26,7 +27,7 @@ def official(t: Inputs) -> list[Tensor]:
 
 
 def channels_last(t: Inputs) -> list[Tensor]:
-    """Without the official copies; rounds once, like the official steps."""
+    """Without the official copies. It rounds once, as the official steps do."""
     out = []
     for f, grid in zip(t.features, t.grids, strict=True):
         image = f.unflatten(1, grid).permute(0, 3, 1, 2)
@@ -40,5 +41,5 @@ def ours(t: Inputs, backend: str) -> list[Tensor]:
 
 
 BASELINES = [Variant("official", official), Variant("channels last", channels_last)]
-SUITE = Suite("feature_resample", cases.STAGES, inputs, BASELINES, lambda case: Work(), op=ours)
-test_speed = SUITE.test()
+SUITE = Suite(__name__, "feature_resample", cases.STAGES, inputs, BASELINES, lambda case: Work(), op=ours)
+test_speed = speed_test(SUITE)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import Case
+from benchmarks.speed_test import speed_test
 from benchmarks.suite import Draw, Inputs, Suite, Variant, Work
 from mova_kernels import RaggedPairs
 from mova_kernels.dense_reference import NORM_EPS
@@ -32,7 +33,7 @@ def inputs(case: Case, draw: Draw) -> Inputs:
 
 
 def official(t: Inputs) -> Tensor:
-    """Of the selected pairs alone."""
+    """The official steps, for the selected pairs only."""
     out, (offsets, sample) = t.x, (t.pairs.host_offsets, t.pairs.sample)
     for e, (g, b) in enumerate(t.norms):
         rows = slice(offsets[e], offsets[e + 1])
@@ -51,5 +52,5 @@ def work(case: Case) -> Work:
     return Work(2 * int(case.selected.sum()) * case.config.num_tokens * case.width**2)
 
 
-SUITE = Suite("gated_combine", cases.STAGES, inputs, [Variant("official", official)], work, op=ours)
-test_speed = SUITE.test()
+SUITE = Suite(__name__, "gated_combine", cases.STAGES, inputs, [Variant("official", official)], work, op=ours)
+test_speed = speed_test(SUITE)

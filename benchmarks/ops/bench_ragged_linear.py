@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import Case
+from benchmarks.speed_test import speed_test
 from benchmarks.suite import Draw, Inputs, Suite, Variant, Work
 from mova_kernels import RaggedPairs
 from mova_kernels.ops import ragged_linear
@@ -29,7 +30,7 @@ def inputs(case: Case, draw: Draw) -> Inputs:
 
 
 def official(t: Inputs) -> list[Tensor]:
-    """Of the selected pairs alone."""
+    """The official steps, for the selected pairs only."""
     normed = [f * g + b for f, (g, b) in zip(t.features, t.affines, strict=True)]
     both = (t.keys, t.values)
     used = [e for e, n in enumerate(t.counts) if n]
@@ -41,10 +42,10 @@ def ours(t: Inputs, backend: str) -> list[Tensor]:
 
 
 def work(case: Case) -> Work:
-    """Gradients of the features are not asked for, so backward is one product for one."""
+    """The features get no gradients, so the backward pass has one product for each of the forward pass."""
     pairs = sum(n * c for n, c in zip(case.selected.sum(0).tolist(), case.config.expert_channels, strict=True))
     return Work(2 * 2 * pairs * case.config.num_tokens * case.width, backward=1)
 
 
-SUITE = Suite("ragged_linear", cases.STAGES, inputs, [Variant("official", official)], work, op=ours)
-test_speed = SUITE.test()
+SUITE = Suite(__name__, "ragged_linear", cases.STAGES, inputs, [Variant("official", official)], work, op=ours)
+test_speed = speed_test(SUITE)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from benchmarks import baselines, cases
 from benchmarks.cases import Case
+from benchmarks.speed_test import speed_test
 from benchmarks.suite import Draw, Inputs, Suite, Variant, Work
 from mova_kernels.dense_reference import rope_tables
 from mova_kernels.ops import rope2d, rope2d_table
@@ -27,5 +28,5 @@ def ours(t: Inputs, backend: str) -> Tensor:
     return rope2d(t.x, t.cos, t.sin, backend=backend)
 
 
-SUITE = Suite("rope2d", cases.STAGES, inputs, [Variant("official", official)], lambda case: Work(), op=ours)
-test_speed = SUITE.test()
+SUITE = Suite(__name__, "rope2d", cases.STAGES, inputs, [Variant("official", official)], lambda case: Work(), op=ours)
+test_speed = speed_test(SUITE)

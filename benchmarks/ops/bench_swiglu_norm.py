@@ -7,6 +7,7 @@ from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import Case
+from benchmarks.speed_test import speed_test
 from benchmarks.suite import Draw, Inputs, Suite, Variant, Work
 from mova_kernels.dense_reference import NORM_EPS
 from mova_kernels.ops import swiglu_norm
@@ -32,5 +33,5 @@ def work(case: Case) -> Work:
     return Work(exps=case.samples * case.config.num_tokens * int(case.width * 8 / 3))
 
 
-SUITE = Suite("swiglu_norm", cases.STAGES, inputs, [Variant("official", official)], work, op=ours)
-test_speed = SUITE.test()
+SUITE = Suite(__name__, "swiglu_norm", cases.STAGES, inputs, [Variant("official", official)], work, op=ours)
+test_speed = speed_test(SUITE)

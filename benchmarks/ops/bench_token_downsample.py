@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from benchmarks import cases
 from benchmarks.cases import Case
+from benchmarks.speed_test import speed_test
 from benchmarks.suite import Draw, Inputs, Suite, Variant, Work
 from mova_kernels.adapter import Downsample
 from mova_kernels.dense_reference import dense_downsample
@@ -35,10 +36,10 @@ def ours(t: Inputs, backend: str) -> Tensor:
 
 
 def work(case: Case) -> Work:
-    """By count, the two 1x1 convolutions of each stage."""
+    """The two 1x1 convolutions of each stage."""
     tokens = case.config.num_tokens + case.config.num_output_tokens
     return Work(2 * 2 * case.samples * tokens * case.width**2)
 
 
-SUITE = Suite("token_downsample", cases.STAGES, inputs, [Variant("official", official)], work, op=ours)
-test_speed = SUITE.test()
+SUITE = Suite(__name__, "token_downsample", cases.STAGES, inputs, [Variant("official", official)], work, op=ours)
+test_speed = speed_test(SUITE)

@@ -13,7 +13,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import ExpertGolden
 from tiny_experts import OFFICIAL, official_state, pixels, tiny
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -22,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from mova import VisionExpert, experts
 from mova.convert.expert_keys import from_official
 from mova.encoders import VisionEncoder
+from testing.golden import ExpertGolden
 
 each_expert = pytest.mark.parametrize("name", OFFICIAL)
 OWN = VisionExpert("own", "Sees.", 8, (0.5,) * 3, (0.5,) * 3, (4, 4), 3)

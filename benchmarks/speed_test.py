@@ -1,28 +1,42 @@
-"""Hands measured times to pytest-benchmark, which cannot interleave what it measures itself."""
+"""The pytest function of a suite. It gives the times that a race has measured to pytest-benchmark.
+
+pytest-benchmark measures one function after the other, but the variants of a case have to take turns.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from . import machine
-
-if TYPE_CHECKING:
-    from .cases import Case
-    from .race import Result
-    from .suite import Suite
+from .cases import Case
+from .result import Result
+from .suite import Suite
 
 _now = 0.0
 
 
+def speed_test(suite: Suite) -> Callable[..., None]:
+    """The pytest function that measures every variant of a suite on every case."""
+
+    @pytest.mark.benchmark(timer=clock)
+    @pytest.mark.parametrize("variant", suite.variants)
+    @pytest.mark.parametrize("case", suite.cases, ids=str)
+    def test_speed(benchmark: Any, races: Any, case: Case, variant: str) -> None:
+        record(benchmark, suite, case, variant, races(suite, case)[variant])
+
+    return test_speed
+
+
 def clock() -> float:
-    """The timer of all our benchmarks: it advances only by what was measured."""
+    """The timer of all these tests. It advances by measured times only."""
     return _now
 
 
-def hold(benchmark: Any, suite: Suite, case: Case, variant: str, result: Result) -> None:
-    """Make ``result`` that of this test: its times with everything about them, or a skip or failure with the reason."""
+def record(benchmark: Any, suite: Suite, case: Case, variant: str, result: Result) -> None:
+    """Make ``result`` that of this test: its times with their description, or a skip or failure with the reason."""
     if result.outcome == "skipped":
         benchmark.skipped = True
         pytest.skip(result.reason)
@@ -33,15 +47,15 @@ def hold(benchmark: Any, suite: Suite, case: Case, variant: str, result: Result)
     benchmark.extra_info.update(describe(suite, case, variant, result))
     times = iter(result.seconds)
 
-    def play() -> None:
+    def one_round() -> None:
         global _now
         _now += next(times)
 
-    benchmark.pedantic(play, rounds=len(result.seconds))
+    benchmark.pedantic(one_round, rounds=len(result.seconds))
 
 
 def describe(suite: Suite, case: Case, variant: str, result: Result) -> dict[str, Any]:
-    """Everything about a measurement but its times, in JSON's types."""
+    """The description of a measurement, without its times, in JSON's types."""
     flop, exps = suite.work(case).of(case.direction)
     seconds = result.median
     peaks = machine.peaks(result.device)

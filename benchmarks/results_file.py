@@ -1,4 +1,4 @@
-"""Reads the benchmarks' results: pytest-benchmark's JSON with what the suites add to it."""
+"""Reads a file of results: pytest-benchmark's JSON with the additions of the suites."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ PARAMETERS = (
 
 
 class ResultsError(Exception):
-    """A file that cannot be used, and why."""
+    """A file cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One variant of one case. None: not measured, or there is no such thing.
+    """One variant of one case. None means that a value was not measured or does not exist.
 
     Attributes:
-        plain: the official computation, which speed-ups and errors refer to.
+        plain: whether it is the official computation, to which speed-ups and errors refer.
         picks: experts per sample.
-        side: of the square grid of tokens.
-        flop, bytes, exps: what the case needs, not what the variant does.
+        side: the side of the square grid of tokens.
+        flop, bytes, exps: the least work of the case, whatever the variant does.
         memory: peak bytes beyond the inputs.
-        error, gradient_error: relative L2 against fp64; of the gradients the worst.
+        error, gradient_error: relative L2 error against fp64; that of the worst gradient.
         median, iqr: seconds.
     """
 
@@ -102,18 +102,18 @@ class Case:
 
     @cached_property
     def ours(self) -> Entry | None:
-        """Our fastest."""
+        """The fastest of our variants."""
         return min((e for e in self.entries if e.ours), key=lambda e: e.median, default=None)
 
     def best_baseline(self, other_than: Entry | None = None) -> Entry | None:
-        """The fastest that is neither ours nor official."""
+        """The fastest variant that is neither ours nor the official computation."""
         found = (e for e in self.entries if not e.ours and not e.plain and e is not other_than)
         return min(found, key=lambda e: e.median, default=None)
 
 
 @dataclass(frozen=True)
 class Results:
-    """A file of results; ``machine``, ``versions`` and ``commit`` as they stand in it."""
+    """A file of results, with ``machine``, ``versions`` and ``commit`` as in the file."""
 
     entries: list[Entry]
     missing: list[Missing]
@@ -139,11 +139,11 @@ class Results:
         ]
 
     def of(self, suite: str) -> list[Case]:
-        """The suite's cases of which something was measured."""
+        """The cases of a suite in which something was measured."""
         return [c for c in self.cases if c.suite == suite and c.entries]
 
     def families(self, quantity: str) -> list[list[Entry]]:
-        """The entries of suite "scaling" that differ in this (and the variant) alone; the longest curves first."""
+        """Entries of suite "scaling" that differ only in this quantity and the variant, the longest groups first."""
         field = QUANTITIES[quantity]
         found: dict[tuple, list[Entry]] = {}
         for e in self.entries:
@@ -157,7 +157,7 @@ def load(path: Path) -> Results:
     """Read a file of results.
 
     Raises:
-        ResultsError: it cannot be read, has no benchmarks, or one that does not say what it is.
+        ResultsError: it cannot be read, has no benchmarks, or has one without a description.
     """
     try:
         data = json.loads(path.read_text("utf-8"))
@@ -205,7 +205,7 @@ def _entry(path: Path, benchmark: dict[str, Any]) -> Entry:
 
 
 def describe(entry: Entry, *without: str) -> str:
-    """The parameters of an entry's case in words, those that are known."""
+    """The known parameters of an entry's case, in words."""
     e = entry
     both = None not in (e.picks, e.experts) and not {"picks", "experts"} & set(without)
     parts = {
@@ -225,7 +225,7 @@ def describe(entry: Entry, *without: str) -> str:
 
 
 def si(value: float, unit: str) -> str:
-    """Four digits and a decimal prefix."""
+    """A number with four digits and a decimal prefix."""
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= scale:
             return f"{value / scale:.4g} {prefix}{unit}"

@@ -1,0 +1,1 @@
+"""What the tests and the benchmarks share: numbers of the official code to compare with."""
