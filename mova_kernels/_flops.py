@@ -1,6 +1,6 @@
 """What ``torch.utils.flop_counter`` counts for the raw ops: the matrix products of an op's definition.
 
-The count is the same for every backend, even where an implementation gets along with fewer products. Attention's
+The count is the same for every backend, even where an implementation needs fewer products. Attention's
 backward pass counts as five products, as it does in PyTorch's own fused attention. Padding does not count.
 
 The formulas reach PyTorch's registry when somebody imports ``torch.utils.flop_counter``. This package does not: that

@@ -1,4 +1,4 @@
-"""Gradients that no kernel computes: a backward pass that is itself differentiated or batched takes the reference's."""
+"""Gradients that no kernel computes: those of a backward pass that is itself differentiated or batched."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def of_reference(
         grads: one per result of ``function``.
     """
     with torch.enable_grad():
-        # As views they are leaves of what is differentiated here, and still belong to the graph around it.
+        # A view is a leaf of the graph that is differentiated here, and still belongs to the graph around it.
         inputs = [
             (x if x.requires_grad else x.detach().requires_grad_()).view_as(x) if wanted else x
             for x, wanted in zip(inputs, needed, strict=True)
@@ -47,8 +47,8 @@ def of_reference(
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """``F.layer_norm`` over the last dimension, with every derivative.
 
-    PyTorch's tangent of it holds mean and deviation constant where it is differentiated again, so jacfwd(jacfwd(f)) and
-    jacrev(jacfwd(f)) are wrong. Where these may be wanted, the steps are PyTorch's single operators.
+    PyTorch's own forward derivative of F.layer_norm takes mean and deviation for constants when it is differentiated
+    again, so jacfwd(jacfwd(f)) and jacrev(jacfwd(f)) are wrong. Where these may be wanted, single operators compute it.
     """
     if not other_derivatives():
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

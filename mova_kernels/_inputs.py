@@ -19,7 +19,7 @@ Grid = tuple[int, int]
 
 
 class Inputs(NamedTuple):
-    """What has been checked.
+    """The checked inputs.
 
     Attributes:
         routing: which experts each sample selected.

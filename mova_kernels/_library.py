@@ -30,8 +30,8 @@ def define(
 
     ``flops`` counts the matrix products of a call, from its arguments (:mod:`mova_kernels._flops`); None: it has none.
 
-    What the kernel gets has passed the door of :mod:`mova_kernels._plain`. The fake is also what PyTorch calls as soon
-    as one tensor is on the meta device. Its result is memory that nobody wrote, so all of them must be there.
+    The kernel gets tensors that :mod:`mova_kernels._plain` has checked. PyTorch also calls the fake as soon as one
+    tensor is on the meta device. The fake's result is unwritten memory, so then all tensors must be on that device.
     """
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -60,15 +60,15 @@ def product(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``, differentiable any number of times, with the products of forward and backward by :func:`product`.
 
-    It is F.linear itself wherever something else than plain eager PyTorch on fp32 or bf16 CPU tensors goes on: a
-    compiler, an exporter, torch.func, forward-mode AD, autocast, a dispatch mode, a tensor subclass or a tensor whose
-    numbers are not what its memory holds.
+    It calls F.linear itself unless this is eager PyTorch on plain fp32 or bf16 CPU tensors: not under a compiler, an
+    exporter, torch.func, forward-mode AD, autocast or a dispatch mode, and not for tensor subclasses or tensors whose
+    memory holds other numbers.
     """
     operands = (x, weight) if bias is None else (x, weight, bias)
     if not (_is_eager() and x.dim() > 1 and all(map(is_plain, operands)) and _is_ours(*operands)):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-        # Rows go in and come out: a view made inside of a Function could not be modified in place.
+        # The Function takes and returns rows: a view made inside of it could not be modified in place.
         return _Linear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
     return product(x, weight, bias)
 

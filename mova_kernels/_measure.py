@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Measurement:
-    """What :func:`measure` found.
+    """The result of :func:`measure`.
 
     Attributes:
         output: of the last pass.
@@ -52,7 +52,7 @@ def _reset_peak(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        # What an earlier computation has freed would stay with the allocator, and hide what this one needs.
+        # The allocator keeps memory that an earlier computation has freed; that would hide what this one needs.
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):
         pass

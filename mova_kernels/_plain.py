@@ -1,4 +1,4 @@
-"""The one door between tensors and kernels: which of them a kernel may read, and where these lie in memory.
+"""Which tensors a kernel may read, and where their numbers lie in memory. Every raw op asks here.
 
 A kernel reads numbers at an address and knows nothing else. A tensor may be more than numbers (batched by vmap, with a
 tangent, of a subclass), or other numbers than its memory holds (lazily negated, sparse), or none at all (meta).
@@ -13,11 +13,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-_PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor)  # the last one is what exporters and compilers trace with
+_PLAIN_TYPES = (Tensor, nn.Parameter, FakeTensor)  # exporters and compilers trace with FakeTensor
 
 
 def keys(x: Tensor) -> int:
-    """What PyTorch's dispatcher has to know about ``x``."""
+    """The dispatch keys of ``x``, as one integer."""
     return torch._C._dispatch_keys(x).raw_repr()
 
 
@@ -34,13 +34,13 @@ def is_plain(x: Tensor) -> bool:
 
 
 def has_memory(x: Tensor, start: int) -> bool:
-    """Whether the numbers of ``x``, which begin at the address ``start``, lie anywhere."""
-    # A tensor without memory has its offset for an address. Its storage tells, but asking takes longer.
+    """Whether ``x``, whose first number should be at the address ``start``, has memory."""
+    # The address of a tensor without memory is its offset. Only the storage knows, but asking it takes longer.
     return start >= _LOWEST or bool(x.untyped_storage().data_ptr()) or not x.numel()
 
 
 def transformed(tensors: Iterable[Tensor] = ()) -> str | None:
-    """What is done with tensors here besides one backward pass: other derivatives, or batching. None: nothing."""
+    """The transform that is active here besides one backward pass (other derivatives, or batching), or None."""
     if functorch_active():
         return "torch.func transforms (grad, vjp, jvp, vmap, ...) are active, and only the reference goes with them"
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):

@@ -1,8 +1,8 @@
 """Whether an op may compute with a module's weights instead of calling the module.
 
-It may if everything that the module's own forward reads is still what it was when the module was built, since that is
-what the op computes. Then the result is the same; otherwise the module has to be called. What a forward reads is said
-here once for each class; :func:`reads` says it for our own.
+It may if everything that the module's forward reads is unchanged since the module was built: then the op and the module
+compute the same. Otherwise the module has to be called. ``_READS`` lists what the forward of each of PyTorch's classes
+reads; our own classes declare it with :func:`reads`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _READS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 _FORWARDS: list[tuple[Any, str, Any]] = [(kind, "forward", kind.forward) for kind in _READS]
 _FORWARDS.append((nn.Conv2d, "_conv_forward", nn.Conv2d._conv_forward))
-# What a call of these modules goes through; torch.export replaces some of it itself.
+# The functions that a call of these modules runs through; torch.export replaces some of them itself.
 _CALLS: list[tuple[Any, str]] = [(kind, "__call__") for kind in (nn.Module, *_READS)]
 _CALLS += [(nn.Module, "_call_impl"), (F, "linear"), (F, "layer_norm"), (F, "adaptive_avg_pool2d")]
 _CALLED = [(where, name, getattr(where, name)) for where, name in _CALLS]
 _TENSORS = ("weight", "bias")  # the names of all parameters of these classes
-_PLAIN_TENSORS = {nn.Parameter, Tensor, FakeTensor}  # the last one is what torch.export traces with
+_PLAIN_TENSORS = {nn.Parameter, Tensor, FakeTensor}  # torch.export traces with FakeTensor
 
 _STRIDED = torch.strided
 
@@ -41,7 +41,7 @@ Class = TypeVar("Class", bound=type[nn.Module])
 
 
 class Description(NamedTuple):
-    """What the forward of a module reads: as it was built.
+    """The state that the forward of a module reads, as it was when the module was built.
 
     Attributes:
         kind: its class.
@@ -162,7 +162,7 @@ def refuse_meta(module: nn.Module, x: Tensor, name: str = "") -> None:
 
 
 def classes_are_original() -> bool:
-    """Whether no hook is registered for all modules, and nobody has replaced what their calls consist of."""
+    """Whether there is no hook for all modules, and the functions that a call runs through are PyTorch's own."""
     if torch_module._has_any_global_hook():
         return False
     for kind, name, function in _FORWARDS:
@@ -224,7 +224,7 @@ def _is_hooked(state: dict[str, Any]) -> bool:
 
 
 def _tensor(state: dict[str, Any], name: str) -> Any:
-    """What ``module.name`` is: no parameter where somebody has put something else before it."""
+    """The value of ``module.name``, which is not the parameter if an attribute hides it."""
     if name in state:
         return state[name]
     parameters = state["_parameters"]

@@ -1,4 +1,4 @@
-"""Parameters that DistributedDataParallel, FSDP or DeepSpeed shares among processes, and what an adapter owes them."""
+"""What an adapter has to do so that DistributedDataParallel, FSDP and DeepSpeed work with it."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ class MoVAdapter(
     def _module_to_call(self, blocks: Sequence[AdapterBlock], join_idle: bool) -> str | None:
         """The name of a part because of which the experts' modules must be called one by one; None: there is none."""
         for i, block in enumerate(blocks):
-            if not hasattr(block, "modules_to_call"):  # somebody's wrapper
+            if not hasattr(block, "modules_to_call"):  # a wrapper, such as FSDP's
                 return f"blocks.{i}"
             for name in block.modules_to_call(self.pos_embed):
                 return name

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why: can be asked (:func:`explain`) and told (:func:`use_backend`).
+"""Chooses the implementation that runs an op. :func:`explain` says which one and why; :func:`use_backend` sets it.
 
 The order is: the ``backend`` argument of an op, then :func:`use_backend`, then the environment variable
 ``MOVA_KERNELS_BACKEND``, then ``auto``. A request is either one name for all ops (``"reference"``) or a list of

@@ -89,7 +89,7 @@ class AdapterBlock(nn.Module):
 
     def _joined(self, gate: Tensor, pairs: RaggedPairs) -> Tensor:
         """``gate``, through which the parameters of experts without pairs get gradients of zero."""
-        if pairs.host_offsets is None or not torch.is_grad_enabled():  # without offsets, the ops give zeros themselves
+        if pairs.host_offsets is None or not torch.is_grad_enabled():  # without offsets, the ops return zeros
             return gate
         idle = [e for e in range(pairs.num_experts) if pairs.host_offsets[e] == pairs.host_offsets[e + 1]]
         return with_zero_gradients(gate, self.expert_parameters(idle))
@@ -100,7 +100,7 @@ class AdapterBlock(nn.Module):
         return [p for module in modules for p in module.parameters()]
 
     def _gate(self, x: Tensor, text: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
-        # Samples without experts get zeros: 0 * NaN of a text nobody vouches for would reach the gate's gradients.
+        # The text of a sample without experts may hold anything. Zeros replace it: 0 * NaN would reach the gradients.
         some = selected.any(1, keepdim=True)
         text = torch.where(some, text.to(x.dtype), 0)
         pooled = torch.where(some, x.mean(1), 0)

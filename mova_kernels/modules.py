@@ -124,8 +124,8 @@ class Downsample(nn.Sequential):
 class RopeTable(nn.Module):
     """The rotary tables (R*R, D): one pair for all attentions, never saved, fp32 whatever the module is cast to.
 
-    They are no buffers: whoever loads, moves, casts or offloads the buffers of a model could lose or round them, and
-    no checkpoint would bring them back. Whoever needs them asks :meth:`tables`.
+    They are not buffers, because a tool that loads, moves, casts or offloads the buffers of a model could lose or round
+    them, and no checkpoint would bring them back. :meth:`tables` returns them.
     """
 
     def __init__(self, resolution: int, head_channels: int) -> None:

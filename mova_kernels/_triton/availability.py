@@ -20,7 +20,7 @@ def declines(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why a Triton kernel cannot run on tensors of this device and dtype, or None."""
     if dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
-    if torch.compiler.is_compiling():  # what follows cannot be traced: the opaque op asks again where it runs
+    if torch.compiler.is_compiling():  # the checks below cannot be traced; the raw op makes them when it runs
         could = device.type == "cuda" or _interpreter_is_on()
         return None if could else f"it runs on cuda tensors, not on {device.type}"
     if importlib.util.find_spec("triton") is None:

@@ -1,4 +1,4 @@
-"""What several Triton kernels share. Imported by ``triton_impl.py`` files only: this needs triton."""
+"""Device functions and launch helpers that several ops share. Only files that need Triton import this module."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def dot_precision() -> str:
 
 
 def num_multiprocessors(x: Tensor) -> int:
-    """Of the device of ``x``; some number where there is no GPU (interpreter, compile gate)."""
+    """The multiprocessors of the device of ``x``; 3 where there is no GPU (interpreter, compile gate)."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
@@ -67,7 +67,7 @@ def stages_with_fences(num_stages: int, kind: str) -> int:
     """The pipeline stages of a loop with products in ``kind`` (:func:`arithmetic`): 1 for Triton 3.6 from sm_90 on.
 
     wgmma and tcgen05 read shared memory through another proxy than threads write it, so a fence.proxy.async must lie
-    between. In pipelined loops Triton 3.6 has none (triton-lang/triton#9610, in 3.7); in those of one stage it has.
+    between. Triton 3.6 leaves it out of pipelined loops (triton-lang/triton#9610, mended in 3.7), not with one stage.
     """
     if num_stages == 1 or kind == "ieee" or VERSION >= (3, 7) or target() < 90:
         return num_stages

@@ -41,7 +41,7 @@ def tuned(
     """The configuration for a launch of ``kernel``.
 
     Args:
-        key: what decides about it, such as the dtype, widths, and sizes that went through :func:`bucket`.
+        key: the values that it depends on, such as the dtype, widths, and sizes that went through :func:`bucket`.
         candidates: what a search tries besides the default. They must be correct, but need not fit every GPU.
         launch: runs the kernel with a configuration; it is called many times, so it must write the same every time.
         device: of the tensors.
@@ -69,7 +69,7 @@ def device_name(device: torch.device) -> str | None:
 
 @functools.cache
 def _known(device: str | None, request: str) -> dict[str, Config]:
-    """What was found before; searches add to it."""
+    """Configurations by name, shipped and found before; a search adds to them."""
     folders = [SHIPPED] if request in ("", "0", "1") else [SHIPPED, Path(request)]
     return {name: config for folder in folders for name, config in _load(_file(folder, device)).items()}
 

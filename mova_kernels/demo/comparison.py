@@ -38,7 +38,7 @@ Tick = Callable[[], object]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one run of the demo has found.
+    """The results of one run of the demo.
 
     Attributes:
         grids: side of the square grid of each expert's tokens.
@@ -179,7 +179,7 @@ class _Batch:
     def watched(self, tick: Tick) -> Iterator[None]:
         """Tick in each pass of the adapter."""
 
-        def note(*_: object) -> None:  # what a hook returns would replace the module's output
+        def note(*_: object) -> None:  # a hook's result would replace the module's output
             tick()
 
         adapter = self.adapter
@@ -202,14 +202,14 @@ class _Batch:
 
 
 class _Watched(dict[str, Tensor]):
-    """Parameters that tell how far a function without hooks has come, by what it reads."""
+    """Parameters by name that report progress of a function without hooks, whenever it reads one that is watched."""
 
     ENDS = (".proj.weight", ".w3.weight", "mlp.2.weight")  # read last in an attention, a feed-forward, the adapter
 
     def __init__(self, state: dict[str, Tensor], tick: Tick) -> None:
         super().__init__(state)
         self._tick = tick
-        self.first_block = self.last_block = math.nan  # when the first began, and when the last was all but over
+        self.first_block = self.last_block = math.nan  # when the first block began, and when the last had nearly ended
 
     def __getitem__(self, name: str) -> Tensor:
         if name == "pos_embed":

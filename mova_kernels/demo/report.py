@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .comparison import EXPERTS, OFFICIAL, SELECTED, Comparison
 
-COLORS, INK = ("#1a8fe3", "#d9822b"), "#808a94"  # blue and orange for the colour-blind; all clear of white and black
+COLORS, INK = ("#1a8fe3", "#d9822b"), "#808a94"  # safe for the colour-blind, on white and on black
 
 
 def text(result: Comparison) -> str:

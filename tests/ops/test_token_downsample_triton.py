@@ -51,9 +51,9 @@ def test_programs_with_several_tiles(monkeypatch) -> None:
 @pytest.mark.parametrize("num_samples", [1, 3, 8])
 def test_sums_are_small_beside_what_is_summed(num_samples) -> None:
     """At the official size, in bytes; the gradient of the taps, with nine sums, reads two tensors."""
-    from mova_kernels.ops.token_downsample import triton_impl
+    from mova_kernels.ops.token_downsample import triton_impl, triton_kernels
 
-    for kernel, sums in ((triton_impl._taps_grad_kernel, 9), (triton_impl._conv_grad_kernel, 2)):
+    for kernel, sums in ((triton_kernels.taps_grad_kernel, 9), (triton_kernels.conv_grad_kernel, 2)):
         steps, groups = triton_impl._split(kernel, num_samples, 48 * 48)
         assert steps * groups * triton_impl.TILES[kernel] >= 48 * 48
         assert groups * sums * 4 <= 0.6 * 2 * 48 * 48 * 2

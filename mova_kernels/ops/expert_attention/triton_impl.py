@@ -34,8 +34,8 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 # (arithmetic, head width) -> for each kernel: own tile, tile of the loop, warps, pipeline stages. "forward" and
 # "grad_q" own queries and loop over keys, "grad_kv" the other way round. Not measured; tools/compile_gate.py holds them
-# to the shared memory and registers of sm_80, sm_90 and sm_100. What they keep to:
-# - wgmma (sm_90) needs tiles of 64 rows; grad_kv in TF32 at width 128 does without, it would spill;
+# to the shared memory and registers of sm_80, sm_90 and sm_100. Their rules:
+# - wgmma (sm_90) needs tiles of 64 rows; grad_kv in TF32 at width 128 has smaller ones, as it would spill registers;
 # - on sm_100 Triton 3.6 computes fp32 scores of rotated queries in TF32 from 64 rows on, whatever precision was asked
 #   for; _launch cuts these tiles to 32 rows before Triton 3.9, where the fault is gone (3.7 and 3.8 were not tried);
 # - at width 32 the backward kernels have no tiles of 64 and 128 with two stages: Triton 3.6 reads out of bounds there

@@ -1,9 +1,8 @@
-"""Wide queries in Triton: those whose scores or sums of values fp32 cannot hold, or tell apart, in fp64.
+"""Wide queries in Triton: fp32 cannot hold their scores or sums of values, or cannot tell them apart, so fp64 does.
 
-The main kernels leave them behind with a log-sum-exp that is large, infinite or NaN (so is that of inputs which are NaN
-themselves). The host does not know whether there are any, so the kernels here are always launched, and end at once
-where there are none. Forward, they compute single queries again. Backward, they compute all gradients of a head that
-has one.
+The main kernels mark them by a log-sum-exp that is large, infinite or NaN, which inputs of NaN also cause. The host
+does not know whether there are any, so the kernels here are always launched, and end at once if there are none.
+Forward, they compute single queries again. Backward, they compute all gradients of a head that has one.
 
 Slow: sums instead of matrix instructions, one token after the other. Tensors are those of triton_impl.py, but q and k
 are not rotated.
@@ -52,7 +51,7 @@ def _rotated_tile(x, cos, sin, pair, head, rows, stride_p, stride_l, L: tl.const
 
 @triton.jit
 def _with_key(row_max, total, score):
-    """The queries' row_max score and sum of exponentials with one more key; what shrinks older terms; the key's own."""
+    """One more key: the largest score, the sum of exponentials, the factor for older terms, and the key's own term."""
     new_max = tl.maximum(row_max, score)
     rescale, probabilities = tl.exp(row_max - new_max), tl.exp(score - new_max)
     return new_max, total * rescale + probabilities, rescale, probabilities
@@ -99,7 +98,7 @@ def _wide_grad_q_kernel(
 ):  # fmt: skip
     """grad_q of heads with wide queries, and what :func:`_wide_grad_kv_kernel` needs of their queries.
 
-    That is the row_max score, the sum of the exponentials relative to it, and delta: ``statistics``, (P, H, 3, L).
+    ``statistics``, (P, H, 3, L), are the largest score, the sum of the exponentials relative to it, and delta.
     """
     pair, head, tile, padding = place(num_valid, H, num_tiles, TILE)
     if padding or not _any_wide_in_head(lse + (pair * H + head) * L, L):
@@ -189,7 +188,7 @@ def _launch(kernel, tensors, strided: tuple[Tensor, ...], num_heads: int) -> Non
     num_pairs, length, channels = strided[0].shape
     width, num_tiles = channels // num_heads, triton.cdiv(length, ROWS)
     strides = [s for t in strided for s in t.stride()[:2]]
-    tokens = 1024 // width  # at a time: what fits into the registers
+    tokens = 1024 // width  # rows at a time, as many as fit into the registers
     # Fused multiply-adds would be free to round a score differently in the two kernels of the backward pass, or in the
     # two loops of one. These subtract the row_max score from it, and are right only if both have the same bits.
     kernel[(num_tiles * num_heads * num_pairs,)](

@@ -9,8 +9,8 @@ from torch import Tensor
 def expert_gate(logits: Tensor, selected: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     """(B, N), (B, N) bool -> weights (B, N), kept (B, N) bool."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    # fp64 inside: the gradient w_e (g_e - sum w g) of a gate that is sure of one expert is the difference of two almost
-    # equal numbers, of which fp32 leaves only noise.
+    # In fp64: where one weight is nearly 1, the gradient w_e (g_e - sum w g) is the difference of two almost equal
+    # numbers, of which fp32 leaves only noise.
     logits = torch.where(selected, logits.double(), -torch.inf)
     best = logits.topk(min(topk, logits.shape[1]), dim=1).indices
     experts = torch.arange(logits.shape[1], device=logits.device)

@@ -59,7 +59,7 @@ def _backward_kernel(
     grad, logits, kept, grad_logits, stride_gb, stride_gn, stride_lb, stride_ln, stride_kb, stride_kn,
     N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """weight * (grad - sum of weight * grad); the weights anew, since their fp32 would not do."""
+    """weight * (grad - sum of weight * grad). Recomputes the weights: stored fp32 weights are too coarse here."""
     sample = tl.program_id(0).to(tl.int64)
     experts = tl.arange(0, BLOCK).to(tl.int64)
     inside = experts < N

@@ -85,7 +85,7 @@ def feature_norm(
         resampled = [feature_resample(x, size, out_size, r, backend=backend) for x, size, r in sources]
         return reference.feature_norm(resampled, eps)
     if torch.is_grad_enabled() and any(x.requires_grad for x in features):
-        if selected == "triton":  # its backward pass would keep one of the gradients
+        if selected == "triton":  # its backward pass would keep only one of the repeated row's gradients
             for e, r in enumerate(rows):
                 if r is not None:
                     ordered = r.sort().values
@@ -237,7 +237,7 @@ class _FeatureNorm(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         sizes, _, backend, *tensors = inputs
         rows, features = _halves(tensors)
-        ctx.save_for_backward(*rows, *output)  # not the features, which the gradient does not depend on but by these
+        ctx.save_for_backward(*rows, *output)  # the gradient depends on the features through these alone
         ctx.arguments = ([x.shape[0] for x in features], sizes, backend)
         ctx.set_materialize_grads(False)
 
@@ -281,7 +281,7 @@ def _gradient_of_tokens(of_result, of_rstd, result, rstd):
 
 
 def _gradient_of_resampling(grad, rows, num_rows, in_size, out_size):
-    # The map is linear: any features do. grad.new_zeros would be batched where grad is.
+    # The map is linear, so its gradient is the same for all features. grad.new_zeros would be batched where grad is.
     zeros = torch.zeros(num_rows, in_size[0] * in_size[1], grad.shape[-1], dtype=grad.dtype, device=grad.device)
     (gradient,) = of_reference(lambda x: [reference_resample(x, rows, in_size, out_size)], [zeros], [True], [grad])
     return gradient

@@ -287,11 +287,12 @@ def backward(
     tokens = [h * w for h, w in zip(heights, widths, strict=True)]
     resampled = tuple(size != (out_h, out_w) for size in zip(heights, widths, strict=True))
     grad_features = tuple(
-        y.new_empty((n, t, y.shape[2])) if r is None else y.new_zeros((n, t, y.shape[2]))  # for rows nobody chose
+        # zeros for rows of which no result was made
+        y.new_empty((n, t, y.shape[2])) if r is None else y.new_zeros((n, t, y.shape[2]))
         for y, r, n, t in zip(results, rows, num_rows, tokens, strict=True)
     )
     # The gradient through the normalisation is stored, rounded to the dtype as in torch: four tokens of the features
-    # read each token of it, and to compute it anew would take them two tensors and two sums over channels.
+    # read each token of it, and computing it again would take each of them two tensors and two sums over channels.
     buffers = tuple(
         torch.empty_like(y) if some else grad for y, grad, some in zip(results, grad_features, resampled, strict=True)
     )

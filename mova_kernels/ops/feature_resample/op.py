@@ -1,8 +1,4 @@
-"""feature_resample: bilinear resampling of expert tokens from their own grid to the base grid.
-
-The template op: contract, schema, fake, autograd and backend table live here; the mathematics is in reference.py and
-csrc/feature_resample. To add an op, clone this folder (CONTRIBUTING.md).
-"""
+"""feature_resample: bilinear resampling of expert tokens from their own grid to the base grid."""
 
 from __future__ import annotations
 
@@ -151,7 +147,7 @@ class _FeatureResample(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         if need_reference([grad]):
             sizes = [list(size) for size in ctx.arguments[1:3]]
-            # The gradient does not depend on x, which was not kept.
+            # x was not kept, since the gradient does not depend on it.
             x = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
             function = lambda x: [reference.feature_resample(x, rows, *sizes)]  # noqa: E731
             return *of_reference(function, [x], [True], [grad]), None, None, None, None

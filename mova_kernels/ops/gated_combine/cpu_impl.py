@@ -54,7 +54,7 @@ def _combined(
     """The tokens of one sample, (L, C), with what its pairs add."""
     scale, shift, weight, bias = parameters
     dtype, length, width = attended.dtype, *attended.shape[1:]
-    # One product as deep as all experts rounds once. fp32 rather keeps its sums short, and saves joining the weights.
+    # In bf16 one product over all experts rounds once. In fp32 shorter sums are more exact, and no weights are joined.
     depth = len(pairs) if dtype == torch.bfloat16 else 1
     for first in range(0, len(pairs), max(depth, 1)):
         members = [(p, experts[p]) for p in pairs[first : first + depth]]

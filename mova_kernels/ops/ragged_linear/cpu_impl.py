@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ... import _compiled
 from ..._linear import product
-from ...routing import ExpertParameters, PairTables
 from ..feature_resample import cpu_impl as feature_resample
 from . import reference
+from .reference import PairInputs
 
 _sum = _compiled.function("mk_ragged_linear_sum", "x sum", "R C x_stride_row dtype")
 _unfold = _compiled.function(
@@ -47,31 +47,23 @@ class _Resampling(NamedTuple):
         return feature_resample.backward(scaled, self.in_size, self.out_size)
 
 
-def _resamplings(rstds: Sequence[Tensor | None], sizes: Sequence[int], num_experts: int) -> list[_Resampling | None]:
+def _resamplings(inputs: PairInputs) -> list[_Resampling | None]:
+    rstds, sizes = inputs.rstds, inputs.sizes
     if not rstds:
-        return [None] * num_experts
+        return [None] * len(inputs.parameters.scale)
     grids = [list(sizes[i : i + 4]) for i in range(0, len(sizes), 4)]
     return [r if r is None else _Resampling(r, g[:2], g[2:]) for r, g in zip(rstds, grids, strict=True)]
 
 
-def forward(
-    x: Sequence[Tensor],
-    shared: bool,
-    tables: PairTables,
-    parameters: ExpertParameters,
-    dtype: torch.dtype,
-    rstds: Sequence[Tensor | None] = (),
-    sizes: Sequence[int] = (),
-) -> list[Tensor]:
-    """One (P, L, O) per projection; arguments as in op.py."""
+def forward(inputs: PairInputs, dtype: torch.dtype) -> list[Tensor]:
+    """One (P, L, O) per projection."""
+    x, parameters, offsets = inputs.x, inputs.parameters, inputs.tables.expert_offsets.tolist()
     scale, shift, weight, bias = parameters
-    offsets, num_experts = tables.expert_offsets.tolist(), len(scale)
-    resamplings = _resamplings(rstds, sizes, num_experts)
-    length = next((r.shape[1] for r in rstds if r is not None), x[0].shape[1])
-    like, num_pairs = x[0].new_empty(0, dtype=dtype), len(tables.sample)
-    outputs = [_compiled.empty(like, num_pairs, length, width) for width in parameters.outputs]
+    num_experts, resamplings = len(scale), _resamplings(inputs)
+    like, num_pairs = x[0].new_empty(0, dtype=dtype), len(inputs.rows)
+    outputs = [_compiled.empty(like, num_pairs, inputs.length, width) for width in parameters.outputs]
     with torch.autocast("cpu", enabled=False):
-        for e, source, rows in reference.experts(x, tables.sample if shared else tables.row, offsets):
+        for e, source, rows in reference.experts(x, inputs.rows, offsets):
             taken, resampling = reference.take(source, rows).to(dtype), resamplings[e]
             for i, output in enumerate(outputs):
                 j, out = i * num_experts + e, output[offsets[e] : offsets[e + 1]]
@@ -86,28 +78,19 @@ def forward(
     return outputs
 
 
-def backward(
-    grads: Sequence[Tensor],
-    x: Sequence[Tensor],
-    shared: bool,
-    tables: PairTables,
-    parameters: ExpertParameters,
-    needs_x: bool,
-    rstds: Sequence[Tensor | None] = (),
-    sizes: Sequence[int] = (),
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], inputs: PairInputs, needs_x: bool) -> list[Tensor]:
     """Gradients of x (nothing if not ``needs_x``), scale, shift, weight and bias; always the same bits."""
-    offsets, resamplings = tables.expert_offsets.tolist(), _resamplings(rstds, sizes, len(parameters.scale))
+    offsets, resamplings = inputs.tables.expert_offsets.tolist(), _resamplings(inputs)
 
     def gradients(e: int, dy: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         total, resampling = column_sums(dy), resamplings[e]
         if resampling is not None:
-            rows = tables.row[offsets[e] : offsets[e + 1]]
+            rows = inputs.rows[offsets[e] : offsets[e + 1]]
             dy = resampling.adjoint(dy.unflatten(0, (len(rows), -1)), rows).flatten(0, 1)
         return weight_gradients(dy, total, *others)
 
     with torch.autocast("cpu", enabled=False):
-        return reference.backward(grads, x, shared, tables, parameters, needs_x, product, gradients)
+        return reference.backward(grads, inputs, needs_x, product, gradients)
 
 
 def weight_gradients(

@@ -18,6 +18,7 @@ from ...routing import ExpertParameters, PairTables, RaggedPairs
 from ..feature_norm.op import CentredFeatures
 from ..feature_resample.reference import feature_resample
 from . import reference
+from .reference import PairInputs
 
 backends.register("ragged_linear", _triton.BACKEND, _compiled.BACKEND)
 
@@ -117,7 +118,7 @@ def project(
     rstds: Sequence[Tensor | None] = (),
     sizes: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
-    """The op without checks. A pair takes row ``tables.sample`` of the ``shared`` source, or else ``tables.row``."""
+    """The op without checks: a pair takes row ``tables.sample`` of the ``shared`` source, or else ``tables.row``."""
     first = parameters.weight[0]
     dtype = torch.get_autocast_dtype(first.device.type) if autocast(first.device.type) else first.dtype
     unfit = dict.fromkeys(("triton", "reference"), "it takes no CentredFeatures") if rstds else None
@@ -139,7 +140,7 @@ def project(
 
 
 def _pending(centred: Sequence[CentredFeatures | None]) -> tuple[list[Tensor | None], list[int]]:
-    """As a schema has it: per expert rstd or None; and h, w, H, W, all 0 for None."""
+    """The arguments ``rstds`` and ``sizes`` of the raw ops: per expert rstd or None; and h, w, H, W, all 0 for None."""
     sizes = [size for c in centred for size in ((*c.in_size, *c.out_size) if c else (0, 0, 0, 0))]
     return [c.rstd if c else None for c in centred], sizes
 
@@ -168,32 +169,32 @@ class _Settings(NamedTuple):
         return x, self.shared, tables, *parameters, self.rstds, self.sizes
 
 
-def _implementation(backend, x, rstds):
+def _implementation(backend, inputs):
     if backend == "reference":
         return reference
-    check(not rstds or backend == "cpu", "rstds", f"must be empty for the backend {backend}", len(rstds))
-    return backends.implementation("ragged_linear", backend, x[0])
+    rule = f"must be empty for the backend {backend}"
+    check(not inputs.rstds or backend == "cpu", "rstds", rule, len(inputs.rstds))
+    return backends.implementation("ragged_linear", backend, inputs.x[0])
 
 
-def _forward_kernel(x, shared, tables, scale, shift, weight, bias, rstds, sizes, dtype, backend):
-    implementation, parameters = _implementation(backend, x, rstds), ExpertParameters(scale, shift, weight, bias)
-    pending = (rstds, sizes) if rstds else ()
-    return implementation.forward(x, shared, PairTables(*tables), parameters, dtype, *pending)
+def _forward_kernel(*arguments):
+    *raw, dtype, backend = arguments
+    inputs = PairInputs.of_raw(*raw)
+    return _implementation(backend, inputs).forward(inputs, dtype)
 
 
-def _backward_kernel(grads, x, shared, tables, scale, shift, weight, bias, rstds, sizes, needs_x, backend):
-    implementation, parameters = _implementation(backend, x, rstds), ExpertParameters(scale, shift, weight, bias)
-    pending = (rstds, sizes) if rstds else ()
-    return implementation.backward(grads, x, shared, PairTables(*tables), parameters, needs_x, *pending)
+def _backward_kernel(grads, *arguments):
+    *raw, needs_x, backend = arguments
+    inputs = PairInputs.of_raw(*raw)
+    return _implementation(backend, inputs).backward(grads, inputs, needs_x)
 
 
-def _length(x, rstds):
-    return next((rstd.shape[1] for rstd in rstds if rstd is not None), x[0].shape[1])
-
-
-def _forward_fake(x, shared, tables, scale, shift, weight, bias, rstds, sizes, dtype, backend):
-    length, firsts = _length(x, rstds), weight[:: len(scale)]
-    return [w.new_empty((tables[0].shape[0], length, w.shape[0]), dtype=dtype) for w in firsts]
+def _forward_fake(*arguments):
+    *raw, dtype, _ = arguments
+    inputs = PairInputs.of_raw(*raw)
+    num_pairs, weight = inputs.rows.shape[0], inputs.parameters.weight
+    firsts = weight[:: len(inputs.parameters.scale)]
+    return [w.new_empty((num_pairs, inputs.length, w.shape[0]), dtype=dtype) for w in firsts]
 
 
 def _backward_fake(grads, x, shared, tables, scale, shift, weight, bias, rstds, sizes, needs_x, backend):
@@ -201,8 +202,9 @@ def _backward_fake(grads, x, shared, tables, scale, shift, weight, bias, rstds, 
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
 
 
-def _forward_flop(x, shared, tables, scale, shift, weight, bias, rstds, sizes, dtype, backend):
-    return _flops.of_projections(tables, _length(x, rstds), weight)
+def _forward_flop(*arguments):
+    inputs = PairInputs.of_raw(*arguments[:9])
+    return _flops.of_projections(inputs.tables, inputs.length, inputs.parameters.weight)
 
 
 def _backward_flop(grads, x, shared, tables, scale, shift, weight, bias, rstds, sizes, needs_x, backend):
@@ -256,16 +258,17 @@ def _forward(settings: _Settings, tensors: Sequence[Tensor]) -> tuple[Tensor, ..
 
 
 def _reference(settings: _Settings, tensors: Sequence[Tensor]) -> list[Tensor]:
-    x, shared, tables, *parameters, rstds, sizes = settings.arguments(tensors)
-    for e, rstd in enumerate(rstds):
+    inputs = PairInputs.of_raw(*settings.arguments(tensors))
+    x = list(inputs.x)
+    for e, rstd in enumerate(inputs.rstds):
         if rstd is not None:
-            size = sizes[4 * e : 4 * e + 4]
+            size = inputs.sizes[4 * e : 4 * e + 4]
             x[e] = (feature_resample(x[e], None, size[:2], size[2:]) * rstd[:, :, None]).to(settings.dtype)
-    return reference.forward(x, shared, PairTables(*tables), ExpertParameters(*parameters), settings.dtype)
+    return reference.forward(inputs._replace(x=x, rstds=(), sizes=()), settings.dtype)
 
 
 def without_idle(gradients: Sequence[Tensor], host_offsets: Sequence[int] | None) -> list[Tensor | None]:
-    """None for what belongs to experts without pairs, as the reference has it; nothing changes if nobody knows them.
+    """The gradients, with None for those of experts without pairs, as from the reference; all of them without offsets.
 
     ``gradients`` list one tensor per expert, several times over.
     """

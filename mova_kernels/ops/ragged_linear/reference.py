@@ -4,12 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...routing import ExpertParameters, PairTables
+
+
+class PairInputs(NamedTuple):
+    """What ragged_linear's implementations take.
+
+    Attributes:
+        x: the sources: one for all experts, or one per expert.
+        shared: whether a pair takes the row ``tables.sample`` of its source; otherwise ``tables.row``.
+        tables: the pairs.
+        parameters: the linear layers.
+        rstds: empty; or per expert None, or (R_e, H*W) fp32 where the source is CentredFeatures.tokens.
+        sizes: per entry of ``rstds`` h, w, H, W; zeros for None.
+    """
+
+    x: Sequence[Tensor]
+    shared: bool
+    tables: PairTables
+    parameters: ExpertParameters
+    rstds: Sequence[Tensor | None] = ()
+    sizes: Sequence[int] = ()
+
+    @classmethod
+    def of_raw(cls, x, shared, tables, scale, shift, weight, bias, rstds, sizes):
+        """From the arguments of a raw op."""
+        return cls(x, shared, PairTables(*tables), ExpertParameters(scale, shift, weight, bias), rstds, sizes)
+
+    @property
+    def rows(self) -> Tensor:
+        """(P,) the row of its source that each pair takes."""
+        return self.tables.sample if self.shared else self.tables.row
+
+    @property
+    def length(self) -> int:
+        """L, the tokens of a pair."""
+        return next((rstd.shape[1] for rstd in self.rstds if rstd is not None), self.x[0].shape[1])
 
 
 def ragged_linear(
@@ -65,12 +101,10 @@ def folded(
     return (weight * scale).to(dtype), constant.to(dtype)
 
 
-def forward(
-    x: Sequence[Tensor], shared: bool, tables: PairTables, parameters: ExpertParameters, dtype: torch.dtype
-) -> list[Tensor]:
-    """:func:`ragged_linear` for the raw op, which reads the offsets when it runs; ``shared``: x is one source."""
-    index = tables.sample if shared else tables.row
-    return ragged_linear(x, index, tables.expert_offsets.tolist(), parameters, dtype)
+def forward(inputs: PairInputs, dtype: torch.dtype) -> list[Tensor]:
+    """:func:`ragged_linear` for the raw op, which reads the offsets when it runs."""
+    offsets = inputs.tables.expert_offsets.tolist()
+    return ragged_linear(inputs.x, inputs.rows, offsets, inputs.parameters, dtype)
 
 
 def layer_gradients(
@@ -83,10 +117,7 @@ def layer_gradients(
 
 def backward(
     grads: Sequence[Tensor],
-    x: Sequence[Tensor],
-    shared: bool,
-    tables: PairTables,
-    parameters: ExpertParameters,
+    inputs: PairInputs,
     needs_x: bool,
     product: Callable[..., Tensor] = F.linear,
     gradients: Callable[..., tuple[Tensor, ...]] = layer_gradients,
@@ -95,10 +126,11 @@ def backward(
 
     With V = W diag(scale) and s = sum dy: dx = dy V and db = s. ``gradients`` computes the others.
     """
-    offsets, num_experts = tables.expert_offsets.tolist(), len(parameters.scale)
+    x, parameters, offsets = inputs.x, inputs.parameters, inputs.tables.expert_offsets.tolist()
+    num_experts = len(parameters.scale)
     grad_x = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x if needs_x else ())]
     results = parameters.like_zeros()
-    for e, source, rows in experts(x, tables.sample if shared else tables.row, offsets):
+    for e, source, rows in experts(x, inputs.rows, offsets):
         taken = take(source, rows).flatten(0, 1)
         scale, shift = parameters.scale[e], parameters.shift[e]
         for i, grad in enumerate(grads):

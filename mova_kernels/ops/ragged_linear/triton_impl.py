@@ -1,7 +1,7 @@
 """ragged_linear in Triton: folds the weights of the selected experts, then launches the products of all pairs.
 
-Folding happens at every call: to read and write the weights of the selected experts once is little beside the products,
-and nothing can become stale. gated_combine uses fold, collect and grad_weights, too.
+Folding happens at every call: it reads and writes the weights of the selected experts once, which is little beside the
+products, and nothing can become stale. gated_combine uses fold, collect and grad_weights, too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..._triton.device import (
 )
 from ..._triton.tuning import Config, bucket, tuned
 from ...routing import ExpertParameters, PairTables
+from .reference import PairInputs
 from .triton_kernels import collect_kernel, fold_kernel, grad_weight_kernel, project_kernel, sum_kernel
 
 # (arithmetic, whether tiles of 128 are cut somewhere) -> tile of the result (two sides), step of the loop, warps,
@@ -38,7 +39,7 @@ CONFIGS = {
     ("ieee", True): (64, 64, 32, 8, 2, 2),
 }
 TILES = ((128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
-CANDIDATES = {  # what a search tries (_triton/tuning.py)
+CANDIDATES = {  # the configurations that a search tries (_triton/tuning.py)
     kind: [
         (*tile, step, warps, stages, programs)
         for tile in TILES
@@ -49,7 +50,7 @@ CANDIDATES = {  # what a search tries (_triton/tuning.py)
     ]
     for kind in ("16-bit", "tf32", "ieee")
 }
-FOLD_ROWS, FOLD_COLUMNS = 16, 256  # the part of a weight that a program of the fold has in its registers
+FOLD_ROWS, FOLD_COLUMNS = 16, 256  # the part of a weight that one program of the fold holds in its registers
 # Programs per pair, so that one pair fills a GPU, and the part of dy that each has in its registers.
 SUM_SPLITS, SUM_ROWS, SUM_COLUMNS = 8, 32, 128
 
@@ -63,28 +64,20 @@ class Folded(NamedTuple):
     outputs: tuple[int, ...]  # the outputs of each projection; O in all
 
 
-def forward(
-    x: Sequence[Tensor], shared: bool, tables: PairTables, parameters: ExpertParameters, dtype: torch.dtype
-) -> list[Tensor]:
-    """One (P, L, O) per projection; ``x`` in ``dtype``; arguments as in op.py."""
-    num_pairs, length = len(tables.sample), x[0].shape[1]
+def forward(inputs: PairInputs, dtype: torch.dtype) -> list[Tensor]:
+    """One (P, L, O) per projection; ``inputs.x`` is in ``dtype``."""
+    x, tables, num_pairs, length = inputs.x, inputs.tables, len(inputs.rows), inputs.length
     with torch.cuda.device_of(x[0]):
-        folded = fold(tables, parameters, dtype)
+        folded = fold(tables, inputs.parameters, dtype)
         outs = [x[0].new_empty((num_pairs, length, o)) for o in folded.outputs]
         if num_pairs * length:
-            _project(x, tables.sample if shared else tables.row, tables, folded, outs)
+            _project(x, inputs.rows, tables, folded, outs)
     return outs
 
 
-def backward(
-    grads: Sequence[Tensor],
-    x: Sequence[Tensor],
-    shared: bool,
-    tables: PairTables,
-    parameters: ExpertParameters,
-    needs_x: bool,
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], inputs: PairInputs, needs_x: bool) -> list[Tensor]:
     """Gradients of x (nothing if not ``needs_x``), scale, shift, weight and bias; zeros where nothing was selected."""
+    x, shared, tables, parameters = inputs[:4]
     grad_x: list[Tensor] = []
     with torch.cuda.device_of(x[0]):
         if needs_x:
@@ -93,8 +86,7 @@ def backward(
             if not shared:  # the kernel writes the rows of the pairs alone
                 torch._foreach_zero_(grad_x)
             collect(grads, None, folded, tables, grad_x, None if shared else tables.row, by_sample=shared)
-        index = tables.sample if shared else tables.row
-        return [*grad_x, *grad_weights(grads, None, x, index, None, tables, parameters)]
+        return [*grad_x, *grad_weights(grads, None, x, inputs.rows, None, tables, parameters)]
 
 
 def fold(tables: PairTables, parameters: ExpertParameters, dtype: torch.dtype) -> Folded:
@@ -228,8 +220,8 @@ def _compile_case(
     affine, weights = [empty(c) for c in widths], [empty(o, c) for o in outputs for c in widths]
     biases = [empty(o) for o in outputs for _ in widths]
     parameters = ExpertParameters(affine, affine, weights, biases)
-    outs = forward(sources, shared, tables, parameters, dtype)
-    backward(outs, sources, shared, tables, parameters, True)
+    inputs = PairInputs(sources, shared, tables, parameters)
+    backward(forward(inputs, dtype), inputs, True)
 
 
 def _project(x: Sequence[Tensor], index: Tensor, tables: PairTables, folded: Folded, outs: Sequence[Tensor]) -> None:

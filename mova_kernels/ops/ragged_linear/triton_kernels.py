@@ -41,7 +41,7 @@ def _locate(tile, num_tiles: tl.constexpr):
 
 @triton.jit
 def _add_dot(acc, a, b, PRECISION: tl.constexpr):
-    """acc + a b. Without matrix instructions, as in fp32 proper, all of K would be one chain of additions."""
+    """acc + a b. In full fp32 there are no matrix instructions, and all of K would be one chain of additions."""
     if a.dtype == tl.float32 and PRECISION == "ieee":
         return acc + tl.dot(a, b, input_precision=PRECISION)
     else:
@@ -105,7 +105,7 @@ def fold_kernel(
     tl.store(constant + e * TOTAL + rows_of_all, total, mask=row_ok)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])  # another one every batch: it must not be compiled anew
+@triton.jit(do_not_specialize=["num_pairs"])  # changes from batch to batch and must not cause a compilation
 def project_kernel(
     sources, source_strides, token_strides, outs, index, expert, num_valid, folded, constant, num_pairs,
     WIDTHS: tl.constexpr, OUTPUTS: tl.constexpr, TILES: tl.constexpr, TOTAL: tl.constexpr, L: tl.constexpr,

@@ -76,7 +76,7 @@ class _Rope2d(torch.autograd.Function):
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         if need_reference([grad]):
-            # The gradient does not depend on x, which was not kept.
+            # x was not kept, since the gradient does not depend on it.
             x = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
             gradients = of_reference(lambda x: [reference.rope2d(x, cos, sin)], [x], [True], [grad])
             return gradients[0], None, None, None

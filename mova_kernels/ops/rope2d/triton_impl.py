@@ -1,7 +1,7 @@
-"""rope2d in Triton: a program turns a tile of tokens, for a few heads, which share what it read of the tables.
+"""rope2d in Triton: a program rotates a tile of tokens for a few heads, which share the tables that it has read.
 
 Tensors are (B, L, H, D) with free strides of samples, tokens and heads. Neighbouring programs have the same tokens, so
-that the tables come from the cache.
+that their tables are in the cache.
 """
 
 from __future__ import annotations

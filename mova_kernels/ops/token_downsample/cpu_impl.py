@@ -27,12 +27,7 @@ _ROWS_OF_SUMS = {CONV: 1, NORM_ADD_BWD: 2, GATE_BWD: 1, NORM_SILU_BWD: 2, CONV_B
 
 
 def forward(x: Tensor, resolution: int, w: StageWeights, eps: float, pool: bool) -> tuple[Tensor, ...]:
-    """One stage, with the pooling behind it if ``pool``.
-
-    Returns:
-        the result, (B, R*R or (R // 2)**2, C) in x's dtype; and for :func:`backward`, in that of the convolutions, a, c
-        and d, the mean (B, C), the squeezed mean (B, S) before its SiLU, and the gate (B, C) before its sigmoid.
-    """
+    """One stage: what op.py says of ``_fwd``."""
     run = functools.partial(step, resolution=resolution, eps=eps)
     norm1, norm2, norm3 = _norms(w)
     num_samples, length, channels = x.shape
@@ -54,7 +49,7 @@ def backward(
     grad: Tensor, x: Tensor, w: StageWeights, saved: Sequence[Tensor], resolution: int, eps: float, pool: bool,
     of_weights: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """The gradients of x and, if ``of_weights``, of ``w.flat()``, in their dtypes; the same bits at every call."""
+    """The gradients: what op.py says of ``_bwd``."""
     run = functools.partial(step, resolution=resolution, eps=eps)
     a, c, d, mean, squeezed, gate = (t.contiguous() for t in saved)
     norm1, norm2, norm3 = _norms(w)

@@ -67,7 +67,7 @@ def token_downsample(
 
 
 def _as_autocast_asks(stage: StageWeights, device: str) -> StageWeights:
-    """What enters matrix products in autocast's dtype, as torch would do inside them."""
+    """The stage with the operands of its matrix products in autocast's dtype, to which torch itself would cast them."""
     if not autocast(device):
         return stage
     dtype = torch.get_autocast_dtype(device)
@@ -146,6 +146,9 @@ def _backward_flop(grad, x, weights, saved, resolution, eps, pool, of_weights, b
     return (1 + of_weights) * _forward_flop(x, weights, resolution, eps, pool, backend)
 
 
+# One stage, with the pooling behind it if ``pool``. Returns the result, (B, R*R or (R // 2)**2, C) in x's dtype, and
+# what the backward pass needs in the dtype of the convolutions: a = conv1 x, c = conv2 SiLU(LN a) and d = conv3 v with
+# v = SE(SiLU(LN c)), the mean (B, C), the squeezed mean (B, S) before its SiLU, and the gate (B, C) before its sigmoid.
 _fwd = define(
     "token_downsample_stage_fwd",
     "(Tensor x, Tensor[] weights, SymInt resolution, float eps, bool pool, str backend)"
@@ -154,6 +157,8 @@ _fwd = define(
     _forward_fake,
     _forward_flop,
 )
+# ``saved`` is the rest of _fwd's results. Returns the gradients of x and, if ``of_weights``, of ``weights``, in their
+# dtypes; the same bits at every call.
 _bwd = define(
     "token_downsample_stage_bwd",
     "(Tensor grad, Tensor x, Tensor[] weights, Tensor[] saved, SymInt resolution, float eps, bool pool,"
@@ -165,7 +170,7 @@ _bwd = define(
 
 
 class _Stage(torch.autograd.Function):
-    """Of x, the 13 weights, and what the raw ops take behind them; keeps x and what the forward op gives besides."""
+    """Takes x, 13 weights and the raw ops' other arguments; saves x, the weights and the forward op's other results."""
 
     @staticmethod
     def forward(x, *arguments):
