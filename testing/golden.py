@@ -219,7 +219,7 @@ def uniform(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def parameter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """A plausible trained value of an adapter parameter, fp32. The weights of a gate are large, so it prefers experts."""
+    """A plausible trained value of an adapter parameter, fp32. The weights of a gate are large: it prefers experts."""
     values = uniform(name, shape, seed).numpy()
     leaf = name.rpartition(".")[2]
     if leaf == "pos_embed":
