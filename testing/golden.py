@@ -27,7 +27,7 @@ DATA = Path(__file__).parent / "data"
 TEXT_CHANNELS = 1024
 FORWARD_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-4
-# A gradient this small is a residue of cancellation in fp32, and is compared absolutely.
+# A gradient below this is a residue of cancellation in fp32. It is compared absolutely.
 SMALL_GRADIENT = 0.05
 SMALL_GRADIENT_TOLERANCE = 5e-6
 
@@ -97,7 +97,7 @@ class Golden:
     def check(self, name: str, tensor: Tensor | None) -> None:
         """Compare a whole tensor with the array ``name`` of the file; per-block arrays come stacked.
 
-        A gradient that is None counts as zeros: an implementation need not touch what no sample selected.
+        A gradient that is None counts as zeros, since an implementation need not touch experts that no sample selected.
         """
         expected = self.arrays[name]
         if tensor is None:
@@ -219,7 +219,7 @@ def uniform(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def parameter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """A plausible trained value of an adapter parameter, fp32: a gate's weights are large enough to prefer experts."""
+    """A plausible trained value of an adapter parameter, fp32. The weights of a gate are large: it prefers experts."""
     values = uniform(name, shape, seed).numpy()
     leaf = name.rpartition(".")[2]
     if leaf == "pos_embed":

@@ -1,4 +1,4 @@
-"""Judging an op: an error budget measured on the spot, gradients compared as vectors, and pairs in both forms."""
+"""Checks of an op: an error budget that is measured in the test, gradients as vectors, and pairs in both forms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Function = Callable[..., Tensor]
 def value_and_gradients(function: Function, inputs: Sequence[Tensor], cotangent: Tensor | None = None) -> list[Tensor]:
     """function(*inputs), then the gradient of each input; zeros for an input that was not used.
 
-    The cotangent is random by default: a sum would hide errors that cancel. An empty result may be detached.
+    The cotangent is random by default, because errors could cancel in a sum. An empty result may be detached.
     """
     leaves = [_twin(x).requires_grad_() for x in inputs]
     output = function(*leaves)
@@ -58,10 +58,10 @@ def assert_within_budget(
     draws: int = 9,
     times: float = 2,
 ) -> None:
-    """Values and gradients in ``dtype`` err from the fp64 truth at most ``times`` as much as plain torch in ``dtype``.
+    """The errors of values and gradients in ``dtype`` are at most ``times`` those of plain torch in ``dtype``.
 
-    The median over several draws of inputs is compared: where a norm amplifies rounding, a single draw decides by luck
-    and would outweigh all others in a sum.
+    Both are errors against the fp64 truth. Their medians over several draws of inputs are compared, because a norm can
+    amplify rounding so much that one draw outweighs all others in a sum.
     """
     errors: dict[str, list[tuple[float, float]]] = {}
     for _ in range(draws):
@@ -97,8 +97,8 @@ def check_budget(
 def _error_and_budget(actual: Tensor, truth: Tensor, plain: Tensor, norm: float, times: float) -> tuple[float, float]:
     """The norm of the error, and ``times`` that of plain torch.
 
-    Rounding the truth to the dtype costs half a unit in the last place, by which plain torch may have been luckier:
-    that much is allowed on top.
+    Rounding the truth to the dtype has an error of half a unit in the last place. Plain torch may have less by chance,
+    so that much is added to the budget.
     """
     assert actual.shape == truth.shape == plain.shape, (actual.shape, truth.shape, plain.shape)
     assert actual.dtype == plain.dtype, (actual.dtype, plain.dtype)
@@ -140,7 +140,7 @@ def compare(actual: Tensor, expected: Tensor) -> str:
 
 
 def padded_pairs(selected: Tensor, packed: Sequence[bool] | None = None) -> RaggedPairs:
-    """The pairs as the host sees them while torch.compile traces: offsets unknown, tables padded to B * N."""
+    """The pairs as they are while torch.compile traces: the host knows no offsets, tables are padded to B * N."""
 
     def build(selected: Tensor) -> RaggedPairs:
         return RaggedPairs.from_routing(selected, packed)
@@ -156,7 +156,7 @@ def mask(*rows: str) -> Tensor:
     return torch.tensor([[c == "x" for c in row] for row in rows])
 
 
-# Every way in which the pairs of a batch degenerate; the key says which.
+# All degenerate batches of pairs, by what is special about them.
 ROUTINGS = {
     "no pair": mask("...", "...", "..."),
     "one pair": mask("...", ".x.", "..."),

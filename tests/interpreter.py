@@ -1,7 +1,8 @@
-"""Triton's interpreter made as strict as a GPU: what it would let pass fails a test.
+"""Makes Triton's interpreter as strict as a GPU.
 
-It runs the programs of a kernel one after the other, on the host's memory. So accesses beyond a tensor, values left to
-chance and races between threads do not show. Here they are errors, and bfloat16 is rounded and multiplied as on a GPU.
+The interpreter runs the programs of a kernel one after the other, on the host's memory. So it does not notice accesses
+beyond a tensor, undefined values and races between threads. Here they are errors, and bfloat16 is rounded and
+multiplied as on a GPU.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ OUTSIDE, UNTOUCHED, LOADED, STORED = range(4)
 
 
 class Memory:
-    """The memory of one launch: copies of its tensors, far from each other, and what became of each element.
+    """The memory of one launch: copies of its tensors, far from each other, and the accesses to each element.
 
-    Only elements of the tensors that the kernel was given may be accessed, nothing between or beyond them. And since
-    threads are not ordered, neither those of two programs nor, without a barrier, those of one, a launch may not store
-    what it loads, nor store anything twice.
+    A kernel may only access elements of its tensors, nothing between or beyond them. Threads are not ordered, neither
+    those of two programs nor, without a barrier, those of one. So a launch may not store an element that it loads, and
+    may not store an element twice.
     """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
@@ -36,7 +37,7 @@ class Memory:
             self.starts[address] = end
             end += (storage.nbytes() // GAP + 2) * GAP
         self.arena = torch.empty(end, dtype=torch.uint8)
-        self.state = np.full(end, OUTSIDE, dtype=np.uint8)  # an element's first byte stands for it
+        self.state = np.full(end, OUTSIDE, dtype=np.uint8)  # the first byte of an element represents it
         self.lane = np.empty(end, dtype=np.int32)
         for tensor in tensors:
             size = tensor.element_size()
@@ -121,7 +122,7 @@ def strict() -> Iterator[None]:
 
     def exact_cast(self, source, target):
         kinds = (source.dtype.scalar, target.scalar)
-        if kinds == (tl.bfloat16, tl.float32):  # the interpreter's own is wrong about denormal numbers
+        if kinds == (tl.bfloat16, tl.float32):  # the interpreter's own conversion is wrong for denormal numbers
             return widened(source)
         if kinds == (tl.float32, tl.bfloat16):  # and rounds towards zero
             narrow = torch.tensor(source.data).bfloat16().view(torch.int16).numpy()

@@ -1,4 +1,4 @@
-"""The tools judge kernels; here they are judged."""
+"""The tools find what they should: baselines, limits, tables and reports."""
 
 from __future__ import annotations
 

@@ -1,19 +1,20 @@
-"""Compile every Triton kernel for GPUs that are not there, and hold it to their limits.
+"""Compile every Triton kernel for GPUs that this machine lacks, and check it against their limits.
 
     python tools/compile_gate.py [--only TEXT] [--accept]
 
-A ``triton_impl.py`` takes part by having ``compile_cases()``, which yields (name, call) pairs. A call runs launchers on
-meta tensors. Their launches are intercepted, so that types, constants, divisibility, warps and stages are the
-launcher's own. What compiles may still be wrong: this is no test of results.
+Every ``triton_impl.py`` has a function ``compile_cases()``, which yields (name, call) pairs. A call runs launchers on
+meta tensors. Their launches are intercepted, so types, constants, divisibility, warps and stages are the launcher's
+own. This does not test results: a kernel that compiles may still be wrong.
 
 It fails if a kernel does not compile, needs more shared memory than a block may have, spills to local memory, has no
-matrix instruction for its tl.dot (on sm_90: no wgmma), has one where tl.dot was asked for fp32 proper ("ieee"), has no
-fence between what threads and wgmma or tcgen05 do to shared memory, or may fuse products where ROUNDED forbids it.
+matrix instruction for its tl.dot (on sm_90: no wgmma), has one where tl.dot requests real fp32 ("ieee"), has no fence
+between writes of threads to shared memory and wgmma or tcgen05 that read it, or may fuse products where ROUNDED forbids
+it.
 
-tools/compile_gate.json holds what the kernels needed before, by Triton's major and minor version. All differences are
-printed. Where it has the version that runs, a kernel that got worse fails: more than 8 registers more, more than 5 %
-more local or shared memory or instructions in the inner loop, another matrix instruction, or no such kernel any more.
-``--accept`` writes what was found into it, for the version that runs.
+tools/compile_gate.json has the earlier figures of the kernels, by Triton's major and minor version. All differences are
+printed. If the file has the version that runs, a kernel that got worse fails: more than 8 registers more, more than 5 %
+more local or shared memory or instructions in the inner loop, another matrix instruction, or a kernel that is gone.
+``--accept`` replaces the figures of the version that runs.
 
 Columns: ``local`` in bytes per thread, stack included; ``loop``: instructions in the inner loop (tools/sass.py says how
 they are counted), 0 if there is none; ``matrix``: the matrix instruction in the PTX, "fma" for a tl.dot without one, or
@@ -45,14 +46,18 @@ BASELINE = Path(__file__).with_suffix(".json")
 VERSION = ".".join(triton.__version__.split(".")[:2])
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
 LOCAL_LIMIT = {80: 0, 90: 0, 100: 64}  # bytes of a thread; on sm_100 some Triton always spills a register or two
-DEVICES = {80: "NVIDIA-A100-SXM4-80GB", 90: "NVIDIA-H200", 100: "NVIDIA-B200"}  # whose shipped configurations count
+DEVICES = {
+    80: "NVIDIA-A100-SXM4-80GB",
+    90: "NVIDIA-H200",
+    100: "NVIDIA-B200",
+}  # their configurations are compiled
 MATRIX = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync"}
-MORE_REGISTERS, MORE_OF_OTHERS = 8, 0.05  # than in the baseline: what is not worse yet
-# "op case kernel" of kernels which subtract values that must be equal to the bit, so that products have to be rounded.
+MORE_REGISTERS, MORE_OF_OTHERS = 8, 0.05  # than in the baseline: a kernel with less is not worse
+# "op case kernel" of kernels that subtract values which must be equal to the bit, so their products must be rounded.
 ROUNDED = r"^swiglu_norm |^expert_attention .* wide_"
 KEY, FIGURES = ("triton", "op", "case", "kernel", "sm"), ("registers", "local", "shared", "matrix", "loop")
 
-# (regular expression for "op case kernel sm_90", complaint) -> why it is all right
+# (regular expression for "op case kernel sm_90", complaint) -> why it is accepted
 ALLOWED: dict[tuple[str, str], str] = {}
 
 
@@ -82,7 +87,7 @@ def op_of(module: str) -> str:
 
 
 def compile_case(module: str, case: str, capability: int) -> tuple[list[dict], float, str | None]:
-    """A row of the table per kernel that the case launches; the seconds it took; what went wrong."""
+    """The rows of all kernels that the case launches, the seconds that it took, and the complaints."""
     rows: dict[str, dict] = {}
     run, op, start, error = triton.JITFunction.run, op_of(module), time.perf_counter(), None
 
@@ -143,7 +148,7 @@ def inner_loop(ttir: str, cubin: bytes) -> int:
 
 
 def matrix(ttir: str, ptx: str) -> dict:
-    """The matrix instruction, and what the tl.dots ask for: "fma" if all are fp32 proper, else "matrix"."""
+    """The matrix instruction, and the one that the tl.dots request: "fma" if all are real fp32, else "matrix"."""
     dots = re.findall(r"tt\.dot(?:_scaled)? .*", ttir)
     fp32 = [re.search(r": tensor<\S*xf32>", d) and not re.search(r"inputPrecision = (?!ieee)", d) for d in dots]
     found = "+".join(name for name, pattern in MATRIX.items() if re.search(pattern, ptx))
@@ -151,7 +156,7 @@ def matrix(ttir: str, ptx: str) -> dict:
 
 
 def fenced(ptx: str) -> bool:
-    """Whether wgmma and tcgen05 see what threads wrote; Triton 3.6 has no fence behind asynchronous copies."""
+    """Whether wgmma and tcgen05 see the writes of threads. Triton 3.6 has no fence after asynchronous copies."""
     if not re.search(f"{MATRIX['wgmma']}|{MATRIX['tcgen05']}", ptx):
         return True
     unfenced_copies = VERSION == "3.6" and re.search(r"\bcp\.async\.c[ag]\.", ptx)
@@ -194,7 +199,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def changes(before: list[dict], after: list[dict]) -> tuple[list[str], list[str]]:
-    """What got worse and what differs otherwise, one line per kernel."""
+    """The kernels that got worse, and those that differ otherwise, one line for each."""
     old, new = ({label(row): row for row in rows} for rows in (before, after))
     worse = [f"{name}: gone" for name in old.keys() - new.keys()]
     others = [f"{name}: new" for name in new.keys() - old.keys()]

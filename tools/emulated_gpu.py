@@ -12,7 +12,7 @@ from mova_kernels import _linear, backends, use_backend
 from mova_kernels._triton import availability, tuning
 from mova_kernels.ops.ragged_linear import triton_impl as persistent
 
-# Architecture -> the GPU whose shipped configurations count, and its multiprocessors.
+# Architecture -> the GPU whose shipped configurations are used, and the number of its multiprocessors.
 GPUS = {"sm_80": ("NVIDIA-A100-SXM4-80GB", 108), "sm_90": ("NVIDIA-H200", 132), "sm_100": ("NVIDIA-B200", 148)}
 
 
@@ -20,7 +20,7 @@ GPUS = {"sm_80": ("NVIDIA-A100-SXM4-80GB", 108), "sm_90": ("NVIDIA-H200", 132), 
 def compiled_on_cpu_tensors(gpu: str) -> Iterator[None]:
     """The Triton backend takes CPU tensors of all its dtypes, and its launches go to the emulator of ``gpu``."""
     with ExitStack() as stack:
-        for asked in ("_interpreted", "_interpreter_is_on"):  # which decide whether Triton takes CPU tensors
+        for asked in ("_interpreted", "_interpreter_is_on"):  # Both decide whether Triton takes CPU tensors
             stack.enter_context(mock.patch.object(availability, asked, lambda: True))
         stack.enter_context(mock.patch.object(availability, "INTERPRETED_DTYPES", availability.DTYPES))
         triton_driver.use(gpu)
@@ -30,8 +30,10 @@ def compiled_on_cpu_tensors(gpu: str) -> Iterator[None]:
 
 @contextmanager
 def emulated_gpu(gpu: str) -> Iterator[None]:
-    """The adapter runs as it does on ``gpu``: ops on their Triton kernels, with grids and configurations as there, and
-    other products by PyTorch."""
+    """The adapter runs as on ``gpu``: the ops run their Triton kernels, with the grids and configurations of that GPU.
+
+    PyTorch computes the other products.
+    """
     name, multiprocessors = GPUS[gpu]
     every = ",".join(f"{op}=triton" for op in backends.ops() if "triton" in backends._TABLE[op])
     with (

@@ -1,10 +1,10 @@
 """Build, test and measure on a machine with a GPU: run it as ``tools/gpu_check.sh [DIRECTORY]``.
 
-Needs no network. Leaves one file, gpu_check.json in DIRECTORY (default: benchmarks/results/<device>), and prints it as
-tables; ``tools/gpu_status.py`` then writes docs/gpu-status.md. Goes on past a part that fails, and exits with 1 if one
-did. A part that takes longer than its limit is stopped; all limits together are under eight minutes.
+It needs no network. It writes gpu_check.json into DIRECTORY (default: benchmarks/results/<device>), and prints it as
+tables. ``tools/gpu_status.py`` then writes docs/gpu-status.md. A part that fails does not stop the others; the exit
+status is then 1. A part that takes longer than its limit is stopped. All limits together are under eight minutes.
 
-Where there is no git, MOVA_COMMIT says which commit this is.
+Where there is no git, the environment variable MOVA_COMMIT names the commit.
 """
 
 from __future__ import annotations
@@ -27,9 +27,16 @@ from xml.etree import ElementTree
 import gpu_status
 
 ROOT = gpu_status.ROOT
-REQUIRED = ("torch", "triton", "huggingface_hub", "safetensors", "numpy", "pytest")  # nothing can be shown without
+REQUIRED = (
+    "torch",
+    "triton",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "pytest",
+)  # the parts cannot run without
 LIMITS = {"build": 50, "environment": 15, "tests": 185, "demo": 45, "benchmarks": 130}  # seconds
-GRACE = 5  # seconds in which an interrupted part can write what it has, and again in which a killed one ends
+GRACE = 5  # seconds for an interrupted part to write its results, and for a killed one to end
 
 
 def main() -> int:
@@ -87,9 +94,9 @@ def environment(report: dict, folder: Path) -> dict:
 
 
 def tests(report: dict, folder: Path) -> dict:
-    """tests/test_gpu.py, each op in a process of its own: after an error on the GPU a process cannot go on.
+    """Run tests/test_gpu.py, each op in a process of its own, since a process cannot go on after an error on the GPU.
 
-    All at once: they compile more than they compute.
+    The processes run at the same time, because they compile more than they compute.
     """
     names = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_gpu.py").read_text(), re.MULTILINE)
     groups: dict[str, list[str]] = {}
@@ -126,7 +133,7 @@ def demo(report: dict, folder: Path) -> dict:
 
 
 def benchmarks(report: dict, folder: Path) -> dict:
-    """The ops, and the adapter without what has to be compiled first."""
+    """Measure the ops, and the adapter without the variants that must be compiled first."""
     if importlib.util.find_spec("pytest_benchmark") is None:
         return {"status": "skipped", "output": "pytest-benchmark is not installed"}
     options = ("--device=cuda", "--full", "--benchmark-only", f"--benchmark-json={folder / 'json'}")
@@ -145,11 +152,11 @@ def rate(info: dict, seconds: float) -> str:
     if info.get("flop"):
         return f"{info['flop'] / seconds / 1e12:.3g} TFLOP/s"
     terabytes = info.get("bytes", 0) / seconds / 1e12
-    return f"{terabytes:.3g} TB/s" if terabytes > 0.01 else f"{seconds * 1e6:.0f} us"  # too little work for a rate
+    return f"{terabytes:.3g} TB/s" if terabytes > 0.01 else f"{seconds * 1e6:.0f} us"  # too little work
 
 
 def run(part: str, folder: Path, *arguments: str) -> dict:
-    """python3 with these arguments, stopped at the part's limit; stdout goes to folder/stdout."""
+    """Run python3 with these arguments, and stop it at the part's limit; stdout goes to folder/stdout."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     variables = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1", "PYTHONPATH": path}
     with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
@@ -165,10 +172,10 @@ def run(part: str, folder: Path, *arguments: str) -> dict:
 
 
 def finish(process: subprocess.Popen, limit: float) -> int | None:
-    """Its exit code; None if it had to be stopped."""
+    """Wait for a process. Returns its exit code, or None if it had to be stopped."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(limit)
-    for stop in (signal.SIGINT, signal.SIGKILL):  # interrupted, pytest still reports
+    for stop in (signal.SIGINT, signal.SIGKILL):  # pytest still reports after an interrupt
         with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
             os.killpg(process.pid, stop)
             process.wait(GRACE)
@@ -177,7 +184,7 @@ def finish(process: subprocess.Popen, limit: float) -> int | None:
 
 
 def outcomes(junit: Path) -> dict[str, dict]:
-    """Per test: passed, failed or skipped, seconds, and why."""
+    """For each test: whether it passed, failed or was skipped, the seconds, and the reason."""
     found = {}
     for case in ElementTree.parse(junit).iter("testcase"):
         bad = [e for e in case if e.tag in ("failure", "error")]
@@ -189,7 +196,7 @@ def outcomes(junit: Path) -> dict[str, dict]:
 
 
 def text(report: dict) -> list[str]:
-    """The report for people: worst news last, where a terminal shows it."""
+    """The report as text. Failures come last, where a terminal shows them."""
     lines = [f"{report['device']}, {report['commit']}, {report['date']}", ""]
     lines += [f"{name:12} {part['status']:8} {part['seconds']:6.1f} s" for name, part in report["parts"].items()]
     demonstration = report["parts"].get("demo", {})

@@ -1,8 +1,8 @@
-"""Writes the table of docs/gpu-status.md from what has run, on GPUs and on the emulator: benchmarks/results/.
+"""Writes the table of docs/gpu-status.md from the results on GPUs and on the emulator in benchmarks/results/.
 
     python tools/gpu_status.py
 
-The results of a GPU are left there by tools/gpu_check.sh. Those of the emulator (tools/emulator), one file for each
+tools/gpu_check.sh writes the results of a GPU there. Those of the emulator (tools/emulator), one file for each
 architecture and version of Triton, come from
 
     pytest tests -k "triton or emulated_cuda" --gpu sm_90 --gpu-report benchmarks/results/emulator/sm_90-triton-3.9.json
@@ -25,13 +25,13 @@ COMPILED = {
 
 
 def kernels() -> list[str]:
-    """Every file with kernels: "expert_attention/triton_impl.py", "feature_resample/feature_resample.cu"."""
+    """Every file that has kernels: "expert_attention/triton_impl.py", "feature_resample/feature_resample.cu"."""
     found = [*ROOT.glob("mova_kernels/ops/*/triton_impl.py"), *ROOT.glob("csrc/*/*.cu")]
     return sorted(f"{file.parent.name}/{file.name}" for file in found if file.parent.name != "common")
 
 
 def kernel_of(test: str) -> str | None:
-    """The file that a test of tests/test_gpu.py is about: test_<op>_...; "_in_triton_" decides if an op has both."""
+    """The file of kernels that a test of tests/test_gpu.py (test_<op>_...) runs; "_in_triton_" if an op has two."""
     op = max((k.split("/")[0] for k in kernels() if test.startswith(f"test_{k.split('/')[0]}_")), key=len, default="")
     files = [k for k in kernels() if k.startswith(f"{op}/")]
     preferred = [k for k in files if k.endswith(".py") == ("_in_triton_" in test)]
@@ -39,7 +39,7 @@ def kernel_of(test: str) -> str | None:
 
 
 def verdict(kernel: str, report: dict) -> str | None:
-    """ "passed", or what failed; None if nothing about this kernel has run."""
+    """The verdict, which is "passed" or the tests that failed; None if no test of this kernel has run."""
     outcomes = {name: t["outcome"] for name, t in report["tests"].items() if kernel_of(name) == kernel}
     failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
     if failed:
@@ -54,7 +54,7 @@ def rate(kernel: str, report: dict) -> str:
 
 
 def write_emulated(path: str, gpu: str, outcomes: dict[str, str]) -> None:
-    """Count the outcomes of tests per file of kernels; the names of those that failed are kept."""
+    """Write the number of tests that passed, and the names of those that failed, for each file of kernels."""
     import triton
 
     found: dict[str, dict] = {}

@@ -1,14 +1,14 @@
-"""Count the instructions of the CPU kernels, which a busy machine does not change.
+"""Count the instructions of the CPU kernels. Other load on the machine does not change them.
 
     python tools/instruction_counts.py [--accept] [--require]
 
-Valgrind counts those of the calls in tools/instruction_counts.cpp: every function of the CPU library, on one thread,
-with the instruction sets that Valgrind knows. It fails if a call takes over 2 % more than in
-tools/instruction_counts.json, or is gone. That file has a baseline per compiler and processor; without one for those at
-hand, nothing is compared. ``--accept`` writes what was found into it. Fewer instructions need not be faster:
-benchmarks/ judges a change, this notices one that nobody meant.
+Valgrind counts the instructions of the calls in tools/instruction_counts.cpp: every function of the CPU library, on one
+thread, with the instruction sets that Valgrind knows. It fails if a call takes over 2 % more than in
+tools/instruction_counts.json, or is gone. That file has a baseline for each compiler and processor. Without a baseline
+for those of this machine, nothing is compared. ``--accept`` replaces the baseline. Fewer instructions need not be
+faster: benchmarks/ measures speed, this tool notices unintended changes.
 
-It builds in the folder that "pip install -e ." leaves behind. Without Valgrind it says so, and fails if ``--require``.
+It builds in the folder that "pip install -e ." has left. Without Valgrind it only says so, or fails with ``--require``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NO_SUCH_ISA = 2  # exit status of instruction_counts
 
 
 def build() -> str:
-    """Builds what is counted; the compiler that did."""
+    """Build the program whose instructions are counted. Returns the name of the compiler."""
     if not (BUILD / "CMakeCache.txt").exists():
         sys.exit(f'{BUILD} is missing: run "pip install -e ." first')
     command = ["cmake", "--build", str(BUILD), "--target", "instruction_counts"]
@@ -51,7 +51,7 @@ def build() -> str:
 
 
 def count(isa: str, compiler: str) -> list[dict] | str:
-    """A row per call, or why this instruction set has none."""
+    """A row for each call, or the reason why this instruction set has none."""
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "counts")
         command = [
@@ -59,7 +59,7 @@ def count(isa: str, compiler: str) -> list[dict] | str:
             "--collect-atstart=no", "--toggle-collect=counted", "--dump-after=counted",
             str(BUILD / "instruction_counts"), isa,
         ]  # fmt: skip
-        # An environment of its own: its size moves the stack, and memcpy looks at addresses.
+        # A fixed environment: its size moves the stack, and the path that memcpy takes depends on addresses.
         ran = subprocess.run(command, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
         if ran.returncode == NO_SUCH_ISA:
             return ran.stderr.strip()
@@ -84,7 +84,7 @@ def label(row: dict) -> tuple[str, ...]:
 
 
 def compare(before: list[dict], after: list[dict]) -> tuple[list[list[str]], list[list[str]]]:
-    """What got worse or is gone, and what improved or is new: the rows of :func:`table`."""
+    """The rows of :func:`table` for calls that got worse or are gone, and for those that improved or are new."""
     old, new = ({label(row): row["instructions"] for row in rows} for rows in (before, after))
     worse, better = [], []
     for name in sorted(old.keys() | new.keys()):

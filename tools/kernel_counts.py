@@ -1,22 +1,22 @@
-"""Count what every GPU kernel does at official sizes, on the emulator (tools/emulator), which no busy machine changes.
+"""Count the work of every GPU kernel at official sizes on the emulator (tools/emulator), independent of load.
 
     python tools/kernel_counts.py [--gpu sm_90] [--accept]
 
-It runs one block of the released adapter and what follows the blocks, bf16, forward and backward, with the Triton
+It runs one block of the released adapter and the part after the blocks in bf16, forward and backward, with the Triton
 kernels as they are compiled for each architecture, and the CUDA kernels on the features of all experts. It fails if a
 kernel has more than 1 % more of a quantity than in tools/kernel_counts.json, or is gone. That file has a baseline for
-each version of Triton; without one for the version at hand, the differences to the newest are printed. ``--accept``
-counts more samples and experts, too, from which tools/predicted_times.py extrapolates (fifteen minutes), and writes
-all of it into that file; ``--accept --quick`` leaves the rows of more samples and experts as they are.
+each version of Triton. Without one for the version that runs, the differences to the newest are printed. ``--accept``
+also counts more samples and experts, from which tools/predicted_times.py extrapolates (fifteen minutes), and writes all
+figures into that file. ``--accept --quick`` leaves the rows of more samples and experts as they are.
 
 A row is one launch, or several equal ones:
 
-    instructions   of warps, as PTX has them. Not all are instructions of a GPU: ptxas does without most moves
+    instructions   of warps, as PTX has them. Not all become instructions of a GPU: ptxas removes most moves
     matrix, special, float, move, ...   of these, by kind, see KINDS
     macs           multiply-adds of matrix instructions
-    sectors        of 32 bytes that the requests to global memory touch, and at least touch if each were contiguous
-    wavefronts     of shared memory, operands of matrix products included, and at least without bank conflicts
-    read, written  bytes of global memory; the blocks' sums count a byte once for each block that needs it
+    sectors        of 32 bytes that the requests to global memory touch; and the least, if each were contiguous
+    wavefronts     of shared memory, operands of matrix products included; and the least, without bank conflicts
+    read, written  bytes of global memory; the sums of the blocks count a byte once for each block that needs it
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BASELINE = Path(__file__).with_suffix(".json")
 VERSION = ".".join(triton.__version__.split(".")[:2])
 ALLOWED = 0.01
-PICKED = (0, 1, 4)  # DINOv2, Vary and Deplot, of which each sample selects the first ones
+PICKED = (0, 1, 4)  # DINOv2, Vary and Deplot; each sample selects the first ones of these
 PROBLEMS = [(1, 1), (1, 3), (2, 3)]  # samples and experts of each; CI counts the first
 
-# The kinds of instructions: a pattern of opcodes each, of which the first that matches counts.
+# The kinds of instructions and their opcodes. An opcode belongs to the first kind that matches.
 KINDS = {
     "matrix": r"mma|wgmma\.mma|tcgen05\.mma",
     "special": r"(ex2|lg2|rcp|rsqrt|sqrt|sin|cos|tanh)\b",
@@ -88,7 +88,7 @@ def counted(launch: Launch) -> dict:
 
 @contextmanager
 def observed() -> Iterator[list[tuple[str, Launch, dict | None]]]:
-    """Collects (op and kernel, launch, its figures if it was executed) of all launches, which run without checks."""
+    """Collects (op and kernel, launch, figures if it was executed) of all launches. They run without checks."""
     found: list[tuple[str, Launch, dict | None]] = []
 
     def note(launch: Launch) -> None:
@@ -109,7 +109,7 @@ def name_of(launch: Launch) -> str:
 
 
 def adapter_step(samples: int, experts: int, blocks: int = 1) -> dict[str, Callable[[], None]]:
-    """The forward and the backward pass of the released adapter with so many of its blocks, as calls in this order."""
+    """The forward and backward pass of the released adapter with this number of blocks, as calls in this order."""
     from dataclasses import replace
 
     from benchmarks.cases import GRIDS, OFFICIAL
@@ -146,7 +146,7 @@ def adapter_rows(gpu: str, samples: int, experts: int) -> list[dict]:
 def other_rows(gpu: str) -> list[dict]:
     """The rows of kernels that :func:`adapter_rows` does not launch, for one sample and all experts.
 
-    They are the gradient of feature_norm, whose features are frozen there, rope2d, and the CUDA kernels.
+    These are rope2d, the CUDA kernels, and the gradient of feature_norm, whose features are frozen in the adapter.
     """
     from benchmarks.cases import GRIDS, OFFICIAL
     from mova_kernels.ops import feature_norm, rope2d, rope2d_table
@@ -181,7 +181,7 @@ def other_rows(gpu: str) -> list[dict]:
 
 
 def add_rows(rows: list[dict], key: tuple, launches: list[tuple[str, Launch, dict | None]]) -> None:
-    """A row for each; launches of a kernel that do the same are one row, others are numbered."""
+    """Add a row for each launch. Equal launches of a kernel share a row; different ones are numbered."""
     of_kernel: dict[str, list[dict]] = {}
     for name, _, figures in launches:
         assert figures is not None
@@ -205,7 +205,7 @@ def label(row: dict) -> tuple:
 
 
 def changes(before: list[dict], after: list[dict]) -> tuple[list[str], list[str]]:
-    """What got worse and what differs otherwise, one line per kernel."""
+    """The kernels that got worse, and those that differ otherwise, one line for each."""
     old, new = ({label(row)[1:]: row for row in rows} for rows in (before, after))
     worse, others = [], []
     for name in sorted(old.keys() | new.keys()):
@@ -224,7 +224,7 @@ def changes(before: list[dict], after: list[dict]) -> tuple[list[str], list[str]
 
 
 def table(rows: list[dict]) -> str:
-    """What to look at first."""
+    """The most important figures as a table."""
     lines = [["kernel", "launches", "instr.", "GMAC", "special", "wavefronts", "of ideal", "sectors", "of ideal", "MB"]]
     for row in rows:
         lines.append([

@@ -1,14 +1,14 @@
-"""Predict how long the adapter takes on GPUs that are not there, and write it into docs/gpu-status.md.
+"""Predict how long the adapter takes on GPUs that this machine lacks, and write that into docs/gpu-status.md.
 
     python tools/predicted_times.py
 
-For every kernel, tools/kernel_counts.json has what it does; a GPU's data sheet says how much of each a GPU can do at a
-time. The unit that is busy longest gives a lower bound of the kernel's time: as if all others worked meanwhile, nobody
-waited for memory, and launches cost nothing. The sum over the units is what it took if none worked beside another;
-kernels lie between the two. Products that PyTorch computes count with their FLOPs and bytes.
+tools/kernel_counts.json has the work of every kernel for each unit of a GPU. A data sheet has the rate of each unit.
+The unit that is busy longest gives a lower bound of the kernel's time: all other units work at the same time, no unit
+waits for memory, and launches cost nothing. The sum over the units is the time if no two units work at the same time.
+Kernels take a time between the two. Products that PyTorch computes count with their FLOPs and bytes.
 
-The counts are those of one block with one and with two samples. From these, more samples are extrapolated: what each
-adds is the same. How often each kernel runs with three blocks is seen by a run that launches nothing.
+The counts are those of one block with one and with two samples. Each further sample adds the same, so more samples are
+extrapolated. A run that launches nothing shows how often each kernel runs with three blocks.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ DIRECTIONS = ("forward", "backward")
 
 @dataclass(frozen=True)
 class Gpu:
-    """From data sheets and, for what they lack, the architectures' programming guides.
+    """Figures from data sheets and, where these lack them, from the architectures' programming guides.
 
     Attributes:
-        flops: dense bf16 products, per second.
-        products: of these, FLOPs per clock and multiprocessor. With ``flops``, they give the clock.
+        flops: FLOPs of dense bf16 products per second.
+        products: the same FLOPs per clock and multiprocessor. The clock follows from both.
         floats: fp32 lanes of a multiprocessor.
         memory: bytes per second.
-        l2: bytes per clock that the L2 cache delivers; None where NVIDIA does not say, so that it bounds nothing.
+        l2: bytes per clock that the L2 cache delivers; None if NVIDIA does not publish it; the cache is then no bound.
     """
 
     sm: str
@@ -78,11 +78,11 @@ PUBLISHED = (396, 400)
 
 
 def seconds_of(figures: dict[str, float], gpu: Gpu) -> dict[str, float]:
-    """How long each unit is busy with a launch. The fullest multiprocessor decides: blocks cannot be divided."""
+    """How long each unit is busy with a launch. The multiprocessor with the most blocks decides."""
     rounds = math.ceil(figures["blocks"] / gpu.multiprocessors) / figures["blocks"]
     cycles = {
         "products": 2 * figures["macs"] / gpu.products,
-        "issue": (figures["instructions"] - figures["move"]) / 4,  # ptxas does without most moves
+        "issue": (figures["instructions"] - figures["move"]) / 4,  # ptxas removes most moves
         "special": figures["special"] * 32 / 16,
         "floats": figures["float"] * 32 / gpu.floats,
         "shared": figures["wavefronts"],
@@ -97,11 +97,11 @@ def seconds_of(figures: dict[str, float], gpu: Gpu) -> dict[str, float]:
 
 @dataclass
 class Step:
-    """A direction of the adapter at some number of samples: what runs, and how often."""
+    """A direction of the adapter at some number of samples: the kernels that run, and how often."""
 
     launches: Counter  # of kernels
     products: list[tuple[float, float]]  # FLOPs and bytes of each matrix product of PyTorch
-    other_bytes: float  # that PyTorch's other operations move
+    other_bytes: float  # moved by PyTorch's other operations
 
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_"}
@@ -114,7 +114,7 @@ ITEM = 2  # bytes of bf16
 
 
 def step_of(events: Any, launches: list) -> Step:
-    """From the events of PyTorch's profiler, whose sizes are those of bf16."""
+    """The step that the events of PyTorch's profiler show, with bf16 sizes."""
     found = Step(Counter(name for name, *_ in launches), [], 0)
     for event in events:
         sizes = [math.prod(shape) for shape in event.input_shapes if shape]
@@ -150,7 +150,7 @@ def extrapolated(one: float, two: float, samples: int) -> float:
 
 @dataclass
 class Part:
-    """What one kernel, or PyTorch, contributes: seconds of all its launches."""
+    """The share of one kernel, or of PyTorch: the seconds of all its launches."""
 
     name: str
     bound: float
@@ -159,7 +159,7 @@ class Part:
 
 
 def parts(rows: list[dict], recorded: dict[int, dict[str, Step]], gpu: Gpu, direction: str, samples: int) -> list[Part]:
-    """All of one direction."""
+    """The parts of one direction."""
     one, two = ({r["kernel"]: r for r in rows if r["samples"] == n and r["direction"] == direction} for n in (1, 2))
     if one.keys() != two.keys():
         raise ValueError(f"{gpu.sm}, {direction}: other kernels for two samples: {one.keys() ^ two.keys()}")
@@ -190,7 +190,7 @@ def parts(rows: list[dict], recorded: dict[int, dict[str, Step]], gpu: Gpu, dire
 
 
 def merged(found: list[Part]) -> list[Part]:
-    """One per kernel; the unit is that of the launch which takes longest."""
+    """One part for each kernel. Its unit is that of the longest launch."""
     kernels: dict[str, Part] = {}
     for part in sorted(found, key=lambda p: -p.bound):
         same = kernels.setdefault(part.name, Part(part.name, 0, 0, part.unit))
@@ -252,7 +252,7 @@ def attention_rate(rows: list[dict], gpu: Gpu) -> float:
 
 
 def draw(predicted: dict[tuple[str, str, int], list[Part]]) -> None:
-    """For each GPU and direction a bar whose pieces are the units that limit the kernels."""
+    """Draw a bar for each GPU and direction. Its pieces are the units that limit the kernels."""
     import matplotlib
 
     from benchmarks import figures

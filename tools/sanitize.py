@@ -1,8 +1,8 @@
 """Run the C++ tests on a library with AddressSanitizer and UBSan: ``python tools/sanitize.py [PYTEST OPTIONS]``.
 
-Builds the CMake preset ``asan`` in a scratch folder and runs the tests named test_*_cpu.py in a Python that puts this
-library in the place of the installed one. The first error of either sanitizer ends the run with its report. Leaks are
-not looked for, since Python has some. Needs GCC, CMake and ninja.
+It builds the CMake preset ``asan`` in a scratch folder and runs the tests named test_*_cpu.py with this library instead
+of the installed one. The first error of either sanitizer ends the run with its report. Leaks are not reported, because
+Python itself has some. It needs GCC, CMake and ninja.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
         quietly("cmake", "--preset", "asan", "-B", build, "-D", "CMAKE_CXX_COMPILER=g++")
         quietly("cmake", "--build", build)
         quietly("cmake", "--install", build, "--prefix", libraries, "--component", "runtime")
-        # AddressSanitizer looks for what throws exceptions when the process starts, and torch throws some.
+        # AddressSanitizer looks up the function that throws C++ exceptions at the start, and torch needs it.
         runtimes = [library_of_gcc(name) for name in ("libasan.so", "libstdc++.so")]
         environment = os.environ | {
             "LD_PRELOAD": " ".join(runtimes),
@@ -44,7 +44,7 @@ def library_of_gcc(name: str) -> str:
 
 
 def quietly(*command: object) -> None:
-    """Run it; its output is shown if it fails."""
+    """Run a command, and show its output if it fails."""
     ran = subprocess.run([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if ran.returncode:
         sys.exit(f"{ran.stdout}{command[0]} failed")
@@ -59,7 +59,7 @@ def run_tests(libraries: Path, arguments: list[str]) -> int:
     _compiled._cpu = _compiled._load_cpu()
     if _compiled.cpu_reason() is not None:
         sys.exit(_compiled.cpu_reason())
-    # Captured file descriptors would take the sanitizers' reports with them.
+    # If pytest captured file descriptors, the reports of the sanitizers would be lost.
     return pytest.main(["-q", "--capture=sys", "-p", "no:cacheprovider", *TESTS, *arguments])
 
 

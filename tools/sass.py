@@ -10,12 +10,13 @@ INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/ +(@\S+)? *([A-Z][\w.]*)(.*?)
 def loop_instructions(sass: str) -> int:
     """How many instructions the inner loop of a kernel has; 0 if there is no loop.
 
-    The inner loop is the one that holds most of the arithmetic (instructions named *MMA* or *FMA*), then most
-    instructions. Counted is its natural loop in the control flow, as far as the compiler unrolled it: with parts that
-    the compiler moved away or that not every iteration runs, without loops inside it, such as waits at barriers.
+    The inner loop is the loop with the most arithmetic (instructions named *MMA* or *FMA*) and, among equals, the most
+    instructions. All instructions of its natural loop in the control flow count, unrolled as the compiler did it. This
+    includes parts that the compiler moved away and parts that not every iteration runs. Loops inside it, such as waits
+    at barriers, do not count.
 
     Args:
-        sass: what ``cuobjdump -sass`` prints of one kernel.
+        sass: the output of ``cuobjdump -sass`` for one kernel.
     """
     code = INSTRUCTION.findall(sass)
     after = _successors(code)
@@ -37,7 +38,7 @@ def loop_instructions(sass: str) -> int:
 
 
 def _successors(code: list[tuple[str, str, str, str]]) -> list[list[int]]:
-    """Per instruction the places of those that can follow it. Calls return; what is jumped to by a table is unknown."""
+    """For each instruction the places of those that can follow it. Calls return; targets of jump tables are unknown."""
     place = {int(address, 16): i for i, (address, *_) in enumerate(code)}
     answer = []
     for i, (_, predicate, name, operands) in enumerate(code):
@@ -51,7 +52,7 @@ def _successors(code: list[tuple[str, str, str, str]]) -> list[list[int]]:
 
 
 def _back_edges(after: list[list[int]]) -> list[tuple[int, int]]:
-    """The edges to an instruction that a depth-first walk from the first one has entered and not yet left."""
+    """The edges to instructions that a depth-first walk from the first one has entered and not left yet."""
     found, entered, path, todo = [], {0}, {0}, [(0, iter(after[0]))]
     while todo:
         i, rest = todo[-1]

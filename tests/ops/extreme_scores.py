@@ -1,4 +1,4 @@
-"""Inputs of expert_attention with scores that fp32 does not hold, or does not tell apart."""
+"""Inputs of expert_attention with scores that overflow fp32, or that fp32 does not tell apart."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Run Python against a GPU that computes nothing: python tools/dry_run -m pytest -p no_numbers tests/test_gpu.py
 
 For machines without a GPU. Everything around the kernels is real, with PyTorch built for CUDA and Triton: compilation,
-launches, memory, streams, events, graphs. Numbers are not: kernels do nothing, so tensors hold whatever their memory
-held. The pytest plugin ``no_numbers`` beside this file takes every number for right; with ``emulated`` there are
-numbers after all. driver.cpp says what is refused.
-The time of a call is the host's, and ``ctypes.CDLL(None).dry_run_report()`` prints what was launched how often.
+launches, memory, streams, events, graphs. Numbers are not real: kernels do nothing, so tensors keep the former content
+of their memory. The pytest plugin ``no_numbers`` beside this file accepts every number. With the plugin ``emulated``
+the numbers are right. driver.cpp lists the calls that are refused.
+The time of a call is the host's. ``ctypes.CDLL(None).dry_run_report()`` prints the number of launches of each kernel.
 
-Needs g++, nm, and a torch with CUDA (pip's choice for Linux; two gigabytes). cuDNN is switched off by the plugin; a
+It needs g++, nm, and a torch with CUDA (pip's choice for Linux; two gigabytes). cuDNN is switched off by the plugin; a
 library that brings its own copy of the CUDA runtime, such as libmova_kernels_cuda.so, sees no device.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def build(folder: Path) -> Path:
-    """libcuda.so.1 of driver.cpp, and of functions that return 0 for all else that PyTorch and Triton import."""
+    """Build libcuda.so.1 from driver.cpp. All other functions that PyTorch and Triton import from it return 0."""
     torch, triton = package("torch"), package("triton")
     if not (torch / "lib" / "libtorch_cuda.so").exists():
         sys.exit(f"{torch} is built without CUDA: pip install torch, without naming a CPU build")
@@ -70,7 +70,7 @@ def package(name: str) -> Path:
 
 
 def undefined(library: Path) -> list[str]:
-    """The names of CUDA functions that a library expects from others."""
+    """The names of the CUDA functions that a library imports."""
     table = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
     names = [line.split()[-1].partition("@")[0] for line in table.splitlines()]
     return [name for name in names if IMPORTED.match(name) and not LEFT_ALONE.match(name)]

@@ -1,8 +1,8 @@
-"""In the dry run, "cuda" tensors get numbers: ``import emulated; emulated.use()``, or ``pytest -p emulated``.
+"""In the dry run, "cuda" tensors get right numbers: ``import emulated; emulated.use()``, or ``pytest -p emulated``.
 
-Triton's kernels run on tools/emulator, with its checks, launched by Triton's own launcher. A kernel may access what is
-allocated: tensors and nothing else, as PyTorch's cache of memory is left out. PyTorch's own operations run on the host
-(on_host.py). What is captured in a graph, kernels of CUDA C++ and fused attention still do nothing.
+Triton's kernels run on tools/emulator, with its checks, launched by Triton's own launcher. A kernel may access the
+memory of tensors and nothing else, because PyTorch's cache of memory is off. PyTorch's own operations run on the host
+(on_host.py). Captured graphs, kernels of CUDA C++ and fused attention still do nothing.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def _launch(ptx: bytes, name: bytes, sizes: Any, arguments: Any, memory: Any, al
 
 
 def connect(driver: ctypes.CDLL) -> None:
-    """Kernels that this library of driver.cpp gets as PTX are executed from now on."""
+    """From now on, execute the kernels that this library of driver.cpp gets as PTX."""
     driver.dry_run_emulate(_launch)
 
 
 def use() -> None:
-    """In a process of the dry run, before anything is allocated or compiled."""
+    """Turn this on, in a process of the dry run, before anything is allocated or compiled."""
     from triton.backends.nvidia.compiler import CUDABackend
 
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
-    # What Triton takes for machine code is its PTX, and must not come into the usual cache.
+    # Triton gets PTX instead of machine code, which must not come into the usual cache.
     os.environ["TRITON_CACHE_DIR"] = str(BUILD / "triton-ptx")
     CUDABackend.make_cubin = lambda self, ptx, *arguments, **options: ptx.encode()
     connect(ctypes.CDLL(None))

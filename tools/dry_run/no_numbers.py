@@ -1,4 +1,4 @@
-"""A pytest plugin for tools/dry_run: shapes and devices are compared as ever, numbers are taken for right."""
+"""A pytest plugin for tools/dry_run: shapes and devices are compared as usual, all numbers are accepted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pytest_configure() -> None:
 
     helpers.check_budget = check_budget
     Golden.check = lambda *_: None
-    # Asked of a whole tensor: has anything changed?
+    # Tests call x.any() on a whole tensor to ask whether anything changed.
     some, yes = torch.Tensor.any, torch.tensor(True)
     torch.Tensor.any = lambda self, *args, **options: (
         some(self, *args, **options) if args or options or not self.is_cuda else yes

@@ -1,6 +1,6 @@
-"""In the dry run, PyTorch's own operations on "cuda" tensors compute, on the host: :func:`use`, called by emulated.py.
+"""In the dry run, PyTorch's own operations on "cuda" tensors run on the host: :func:`use`, which emulated.py calls.
 
-The memory of the dry run is the host's, so that a tensor of the CPU can stand for each: it has the same elements.
+The memory of the dry run is the host's, so every "cuda" tensor has a CPU tensor with the same elements.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-# What works without a kernel: memory and views of it, and what is about streams.
+# These work without a kernel: memory, views of it, and streams.
 KEPT = {
     "_local_scalar_dense", "_pin_memory", "_reshape_alias", "as_strided", "empty", "empty_strided", "is_pinned",
     "is_set_to", "record_stream", "resize_", "set_", "unfold", "view", "view_as_complex", "view_as_real",
 }  # fmt: skip
-_library: list[torch.library.Library] = []  # what it registers lasts as long as it does
+_library: list[torch.library.Library] = []  # its registrations last as long as it does
 
 
 def use() -> None:
     for fused in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp):
-        fused(False)  # CPUs have other operations for these
+        fused(False)  # a CPU has other operations for these
     library = torch.library.Library("aten", "IMPL")
     _library.append(library)
     names = [*torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"), "aten::copy_"]
@@ -40,7 +40,7 @@ def use() -> None:
 
 def _by_host(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*arguments: Any, **options: Any) -> Any:
-        given: list[tuple[Tensor, Tensor]] = []  # tensors of the host, and whom they stand for
+        given: list[tuple[Tensor, Tensor]] = []  # tensors of the host, and the tensors that they represent
 
         def to_host(x: Any) -> Any:
             if isinstance(x, Tensor) and x.is_cuda:
