@@ -130,7 +130,7 @@ class ImageFeatures:
             check(not expert_pixel_values, "routing", "must be given with expert_pixel_values", None)
         routing = routing.cpu()
         features = {}
-        selected = [name for name, column in zip(self.experts.experts, routing.T, strict=True) if column.any()]
+        selected = [name for name, column in zip(self.experts.specs, routing.T, strict=True) if column.any()]
         prepared = [name for name, pixels in expert_pixel_values.items() if len(pixels)]
         rule = f"must have those that are selected, in the order of the model's experts ({', '.join(selected)})"
         check(prepared == selected, "expert_pixel_values", rule, prepared)

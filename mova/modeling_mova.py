@@ -90,7 +90,7 @@ class MoVAPreTrainedModel(RoutingLoRA, UploadsFolders, PreTrainedModel):
         )
 
     def _folders(self) -> list[str]:
-        experts = () if self.config.expert_path else self.experts.experts
+        experts = () if self.config.expert_path else self.experts.specs
         lora = [ROUTING_LORA] if self.config.routing_lora else []
         return [*(f"experts/{name}" for name in experts), *lora]
 

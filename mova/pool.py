@@ -45,6 +45,7 @@ class ExpertPool:
         names: the experts in use, see :meth:`only`; None: all.
 
     Attributes:
+        specs: name to the VisionExpert, in the order of the adapter's columns.
         source: a directory or hub repository with ``experts/<name>``; None: an expert gets random weights, which
             depend on its name and sizes alone.
         hub_arguments: the loading arguments of transformers for ``source`` (``revision``, ``token``, ``subfolder``,
@@ -58,7 +59,7 @@ class ExpertPool:
         sizes: Mapping[str, Mapping[str, Any]],
         names: Iterable[str] | None = None,
     ) -> None:
-        self.experts = {expert.name: expert for expert in experts}
+        self.specs = {expert.name: expert for expert in experts}
         self.source: str | None = None
         self.hub_arguments: dict[str, Any] = {}
         self.variant: str | None = None
@@ -66,7 +67,7 @@ class ExpertPool:
         self._sizes = sizes
         self._loaded: dict[str, VisionEncoder] = {}
         self._placements: dict[str, Placement] = {}
-        self._allowed = tuple(self.experts)
+        self._allowed = tuple(self.specs)
         self.lock = Lock()
         if names is not None:
             self.only(names)
@@ -80,7 +81,7 @@ class ExpertPool:
     def only(self, names: Iterable[str]) -> None:
         """Use only these experts. Others are unloaded and not offered to the router; to select one is an error."""
         wanted = {self._known(name) for name in names}
-        self._allowed = tuple(name for name in self.experts if name in wanted)
+        self._allowed = tuple(name for name in self.specs if name in wanted)
         for name in set(self._loaded) - wanted:
             self.unload(name)
 
@@ -93,7 +94,7 @@ class ExpertPool:
         offload: bool = False,
     ) -> None:
         """Set the :class:`Placement` of these experts, or of all if no name is given."""
-        for name in names or self.experts:
+        for name in names or self.specs:
             self._placements[self._known(name)] = Placement(device, dtype, offload)
 
     def placement(self, name: str) -> Placement:
@@ -121,7 +122,7 @@ class ExpertPool:
         return self._loaded[name]
 
     def _load(self, name: str) -> VisionEncoder:
-        expert, sizes = self.experts[name], self._sizes.get(name, {})
+        expert, sizes = self.specs[name], self._sizes.get(name, {})
         if self.source is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(crc32(name.encode()))
@@ -145,7 +146,7 @@ class ExpertPool:
         """
         check(name in self._allowed, "name", f"must be one of the experts in use ({', '.join(self._allowed)})", name)
         if pixels.shape[0] == 0:
-            return like.new_empty(0, self.experts[name].num_tokens, self.experts[name].channels)
+            return like.new_empty(0, self.specs[name].num_tokens, self.specs[name].channels)
         place = self.placement(name)
         device, dtype = place.device or like.device, place.dtype or like.dtype
         with torch.inference_mode(False):
@@ -188,7 +189,7 @@ class ExpertPool:
                     f"{error} (expert {name!r}); to load the model without it, leave it out of "
                     "experts_in_use of its config"
                 ) from error
-            check_config(self.experts[name], self._sizes.get(name, {}), directory)
+            check_config(self.specs[name], self._sizes.get(name, {}), directory)
 
     @locked
     def save(
@@ -203,7 +204,7 @@ class ExpertPool:
         Raises:
             FileNotFoundError: an expert in use has no files.
         """
-        for name in self.experts:
+        for name in self.specs:
             target = Path(directory) / "experts" / name
             is_loaded = name in self._loaded
             if is_loaded or self.source is None or variant != self.variant:
@@ -225,7 +226,7 @@ class ExpertPool:
                 shutil.copytree(source, target, dirs_exist_ok=True)
 
     def _known(self, name: str) -> str:
-        check(name in self.experts, "name", f"must be one of the model's experts ({', '.join(self.experts)})", name)
+        check(name in self.specs, "name", f"must be one of the model's experts ({', '.join(self.specs)})", name)
         return name
 
     def _directory(self, name: str) -> Path:

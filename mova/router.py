@@ -69,7 +69,7 @@ class Router:
             questions: each a string, or the questions of a conversation so far.
             wording: of ``mova.prompts``: suffix, suffix_in, descriptions.
         """
-        pool = [self.model.experts.experts[name] for name in self.model.experts.allowed]
+        pool = [self.model.experts.specs[name] for name in self.model.experts.allowed]
         template = self.processor.routing_template or TEMPLATE
         return [prompts(q, pool, topk=self.processor.topk, template=template, **wording) for q in questions]
 
