@@ -1,9 +1,9 @@
-"""mova: the MoVA model around mova_kernels, as a citizen of transformers; importing it registers the Auto classes."""
+"""mova: the MoVA model around mova_kernels, as a model of transformers. The import registers its Auto classes."""
 
 try:
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-    # Without torchvision, old versions of transformers keep the class back, which does not need it here.
+    # The top level of old transformers does not offer this class without torchvision, though it works without.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 except ImportError as error:
     raise ImportError(f'mova needs transformers: pip install "mova-kernels[mova]" ({error})') from error

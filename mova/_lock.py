@@ -1,4 +1,4 @@
-"""One thread at a time: the lock of a model, of its experts, and of its cache."""
+"""The lock of a model, of its experts and of its cache: one thread works at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Lock:
-    """A re-entrant lock that an object can hold and still be copied and pickled: the copy has a free one of its own."""
+    """A re-entrant lock whose owner can be copied and pickled: the copy gets a new lock that is free."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -32,7 +32,7 @@ class Lock:
 
 
 def locked(method: Method) -> Method:
-    """A method that runs while it holds ``self.lock``."""
+    """Decorate a method: it holds ``self.lock`` while it runs."""
 
     @wraps(method)
     def one_at_a_time(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,10 @@ def locked(method: Method) -> Method:
 
 
 def locked_with_lora(method: Method) -> Method:
-    """As :func:`locked`, for a model with a routing LoRA, which another thread may have on; not in compiled code."""
+    """Decorate a method as :func:`locked` does, for models with a routing LoRA: another thread may have switched it on.
+
+    Compiled code takes no lock.
+    """
 
     @wraps(method)
     def one_at_a_time(self: Any, *args: Any, **kwargs: Any) -> Any:

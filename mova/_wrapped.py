@@ -1,4 +1,4 @@
-"""What other libraries put around a module, or do to it: its own class inside, and where it computes."""
+"""Modules that other libraries have wrapped or hooked: find the class inside, and the device of the computation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def unwrapped(module: nn.Module, kind: type[Module]) -> Module:
     Looks into torch.compile's OptimizedModule, peft's ModulesToSaveWrapper, checkpoint wrappers, FSDP and DDP.
 
     Raises:
-        TypeError: there is none.
+        TypeError: there is no such module.
     """
     found: object = module
     while isinstance(found, nn.Module) and not isinstance(found, kind):
@@ -30,7 +30,7 @@ def unwrapped(module: nn.Module, kind: type[Module]) -> Module:
 
 def _inner(module: nn.Module) -> object:
     parts = module._modules
-    if "modules_to_save" in parts:  # peft's: a trained copy of the original for each of its adapters
+    if "modules_to_save" in parts:  # peft's wrapper: it holds a trained copy of the original for each adapter
         copies: object = parts["modules_to_save"]
         active = getattr(module, "active_adapters", [])
         trained = not getattr(module, "disable_adapters", False) and bool(active)
@@ -42,14 +42,14 @@ def _inner(module: nn.Module) -> object:
 
 
 def without_graphs(module: nn.Module) -> AbstractContextManager[object]:
-    """Inside, compiled parts of the module run eagerly: a graph does not call hooks that came after it was made."""
+    """Run compiled parts of the module eagerly: a graph does not call hooks that are registered after compilation."""
     parts = module.modules()
     compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in parts)
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def compute_device(module: nn.Module) -> torch.device:
-    """Where the module computes, which is not where its weights are kept if accelerate offloads them."""
+    """Return the device on which the module computes. If accelerate offloads its weights, they lie elsewhere."""
     device = _hook_device(module)
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -60,7 +60,7 @@ def compute_device(module: nn.Module) -> torch.device:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of the module's first floating-point parameter; accelerate keeps it when it offloads the values."""
+    """Return the dtype of the module's first floating-point parameter; accelerate keeps it for offloaded weights."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 

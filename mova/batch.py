@@ -27,9 +27,10 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 
 @dataclass
 class Item:
-    """A line of the input: its ``fields``, which come back, and the ``image``, once it is opened; or an ``error``.
+    """One line of the input. Its ``fields`` are written back with the result.
 
-    The path of the image is relative to ``folder``.
+    ``image`` is set when it has been opened, ``error`` when the item has failed. The path of the image is relative to
+    ``folder``.
     """
 
     fields: dict[str, Any]
@@ -38,14 +39,14 @@ class Item:
     folder: Path = Path()
 
     def open(self, pool: Sequence[str]) -> None:
-        """Open the image and check the rest; experts must be in ``pool``."""
+        """Open the image and check the other fields; experts must be in ``pool``. A failure sets ``error``."""
         if self.error is not None:
             return
         try:
             for name in ("image", "question"):
                 value = self.fields.get(name)
                 check(isinstance(value, str) and value.strip(), name, "must be a string that is not empty", value)
-                value.encode()  # type: ignore[union-attr]  # half a surrogate pair, which JSON can hold, is an error
+                value.encode()  # type: ignore[union-attr]  # JSON can hold half a surrogate pair, which is an error
             experts = self.fields.get("experts")
             selection("none" if experts is None else experts, pool)
             _check_no_url(self.fields["image"])
@@ -55,7 +56,13 @@ class Item:
 
 
 def read_items(images: Sequence[str], questions: Sequence[str], jsonl: Path | None, experts: Any) -> list[Item]:
-    """What to do, where ``experts`` is the value of lines that have none."""
+    """Make the items of the command line's images and questions, or of a file of JSON lines.
+
+    Args:
+        images, questions: as many of one as of the other, or one alone for all of the other.
+        jsonl: the file, instead of images and questions; ``-`` is standard input.
+        experts: the experts of items that name none; None: they stay without.
+    """
     if jsonl is not None:
         check(not images and not questions, "jsonl", "must be without image and question", str(jsonl))
         is_input = str(jsonl) == "-"
@@ -85,10 +92,10 @@ def _item(line: bytes, number: int, folder: Path) -> Item:
     try:
         fields = json.loads(line)
         check(isinstance(fields, dict), "a line", "must be a JSON object", fields)
-        json.dumps(fields)  # what is nested too deeply to be written again
-    except (ValueError, RecursionError) as error:  # json's own included
+        json.dumps(fields)  # fails if the line is nested too deeply to be written again
+    except (ValueError, RecursionError) as error:  # json's own errors are ValueErrors
         return Item({"line": number}, f"line {number} cannot be read: {error}")
-    fields.pop("error", None)  # of an earlier run, whose lines are tried again
+    fields.pop("error", None)  # the line may be the result of an earlier run that failed
     if "question" not in fields and "text" in fields:
         fields["question"] = fields["text"]
     return Item(fields, folder=folder)
@@ -144,17 +151,17 @@ def write_results(
 def _results(
     batch: Sequence[Item], run: Callable[[Sequence[Item]], list[dict[str, Any]]], make_room: Callable[[], None]
 ) -> list[dict[str, Any]]:
-    """The results of a batch; if it fails, of each of its halves, so that a bad item takes no other with it.
+    """Return the results of a batch. If it fails, both halves are tried, so that one bad item does not fail the others.
 
-    ``make_room`` is called where memory did not suffice.
+    ``make_room`` is called when memory did not suffice.
     """
     try:
         return run(batch) if batch else []
     except Exception as error:
         reason, lacks_memory = _reason(error), _lacks_memory(error)
-        if len(batch) == 1 and not lacks_memory and not isinstance(error, BAD_INPUT):  # a bug, perhaps: where is it?
+        if len(batch) == 1 and not lacks_memory and not isinstance(error, BAD_INPUT):  # perhaps a bug
             tqdm.write("".join(traceback.format_exception(error)), file=sys.stderr, end="")
-    # Out of the except, for the error holds the memory of what it interrupted.
+    # Not inside the except block: there the error still holds the memory of the interrupted computation.
     if lacks_memory:
         make_room()
     if len(batch) == 1:
@@ -173,7 +180,7 @@ def _lacks_memory(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """An error in one line, by its kind too where it is none of ours."""
+    """Describe an error in one line; errors other than those of bad input are described with their class."""
     said = " ".join(str(error).split())
     if _lacks_memory(error):
         return f"out of memory: a shorter question or fewer experts need less ({said[:200] or type(error).__name__})"

@@ -13,10 +13,11 @@ from ._lock import Lock, locked
 
 
 class FeatureCache:
-    """Tensors by key; the least recently used go when they exceed ``budget`` bytes. A tensor above it is not kept.
+    """Keeps tensors by key. When they exceed ``budget`` bytes, the least recently used are dropped.
 
-    A key says everything that the tensor depends on (content of the image, prompt, expert, dtype, device); who changes
-    weights calls :meth:`clear`. Threads may share it.
+    A tensor that alone exceeds the budget is not kept. A key must name everything that its tensor depends on: content
+    of the image, prompt, expert, dtype, device. Call :meth:`clear` after weights have changed. Threads may share a
+    cache.
     """
 
     def __init__(self, budget: int) -> None:
@@ -27,7 +28,7 @@ class FeatureCache:
 
     @locked
     def get(self, key: Hashable) -> Tensor | None:
-        """The tensor of this key, or None; counted in ``hits`` or ``misses``."""
+        """Return the tensor of this key, or None; the call counts in ``hits`` or ``misses``."""
         found = self._entries.get(key)
         if found is None:
             self.misses += 1
@@ -38,8 +39,11 @@ class FeatureCache:
 
     @locked
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Keep a tensor; it is copied if it is a view that holds on to a larger one, or from inference mode, whose
-        tensors cannot be trained with later."""
+        """Keep a tensor.
+
+        A view is copied if its storage is larger. A tensor of inference mode is copied, since it could not be used in
+        training later.
+        """
         self.discard(key)
         if tensor.nbytes > self.budget:
             return
@@ -53,13 +57,13 @@ class FeatureCache:
 
     @locked
     def discard(self, key: Hashable) -> None:
-        """Forget a key, known or not."""
+        """Drop a key; an unknown key is no error."""
         gone = self._entries.pop(key, None)
         self.bytes -= 0 if gone is None else gone.nbytes
 
     @locked
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all tensors."""
         self._entries.clear()
         self.bytes = 0
 

@@ -15,11 +15,11 @@ from .routing import is_unicode
 
 IMAGE_TOKEN = "<image>"
 _KINDS = ("image", "image_url", "text")
-_SOURCES = ("image", "url", "path", "base64")  # where a part of type image has it
+_SOURCES = ("image", "url", "path", "base64")  # the keys under which a part of type image can have its image
 
 
 def check_chats(chats: Sequence[Any]) -> None:
-    """Raise where a chat is no list of messages that each have a role and a content.
+    """Raise unless each chat is a list of messages with a role and a content.
 
     Raises:
         TypeError: a chat, a message, a role or a text has another type.
@@ -39,18 +39,18 @@ def check_chats(chats: Sequence[Any]) -> None:
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """The content of a message as one text, with :data:`IMAGE_TOKEN` where an image is."""
+    """Join the content of a message to one text, with :data:`IMAGE_TOKEN` in the place of each image."""
     return "".join(part["text"] if part["type"] == "text" else f"{IMAGE_TOKEN}\n" for part in _parts(message))
 
 
 def chat_images(chat: Sequence[Mapping[str, Any]]) -> list[PreparedImage]:
-    """The images of a chat that stand in its parts, in their order; a URL is fetched, as in transformers."""
+    """Return the images in the parts of a chat, in their order; a URL is fetched, as in transformers."""
     parts = [part for message in chat for part in _parts(message) if part["type"] != "text"]
     return [PreparedImage(_source(part)) for part in parts if any(key in part for key in (*_SOURCES, "image_url"))]
 
 
 def chat_questions(chat: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the user said in each turn, without turns that have images alone."""
+    """Return the user's text of each turn; turns with images alone are left out."""
     said = [
         "".join(part["text"] for part in _parts(message) if part["type"] == "text")
         for message in chat
@@ -72,7 +72,7 @@ def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _source(part: Mapping[str, Any]) -> Any:
-    """What ``open_image`` takes, of a part of type image."""
+    """Return the source of an image part in a form that ``open_image`` takes."""
     if part["type"] == "image_url":  # OpenAI's form
         url = part["image_url"]
         part = {"url": url["url"] if isinstance(url, Mapping) else url}

@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint, whoever wrote them, as tensors by name."""
+"""The files of a checkpoint of any origin: weights are read as tensors by name, damaged files are named."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .generating import check_values
 
 
 def read_state(source: Path, variant: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, mapped into memory: a file, or the weight files of a directory.
+    """Read the tensors of a checkpoint, a file or the weight files of a directory; they are mapped into memory.
 
     Args:
-        source: a file, or a directory with safetensors or else pytorch_model*.bin: those of its index, or all.
-        variant: of a directory, see :func:`weight_files`.
+        source: a file; or a directory, in which :func:`weight_files` finds the files.
+        variant: see :func:`weight_files`.
 
     Raises:
-        FileNotFoundError: there is none, or the index names one that is not there.
-        ValueError: a file holds other than tensors by name (code in a pickle is not run), is damaged, or two files hold
+        FileNotFoundError: there is no weight file, or the index names a file that does not exist.
+        ValueError: a file is damaged or does not hold tensors by name (code in a pickle is not run), or two files hold
             the same name.
     """
     state: dict[str, Tensor] = {}
@@ -40,15 +40,17 @@ def read_state(source: Path, variant: str | None = None) -> dict[str, Tensor]:
 
 
 def weight_files(source: Path, variant: str | None = None) -> list[Path]:
-    """The files of a checkpoint: itself, or those of a directory.
+    """List the weight files of a checkpoint: the file itself; or those of a directory, by its index if it has one.
+
+    In a directory, safetensors come before pytorch_model*.bin.
 
     Args:
         source: a file or a directory.
-        variant: of a directory the files with this name before their suffix (``model.fp16.safetensors``), as in
-            transformers; None: those without one, where there are both.
+        variant: the name before the suffix of the files (``model.fp16.safetensors``), as in transformers; None: files
+            without a variant, if the directory has both.
 
     Raises:
-        FileNotFoundError: there is none, or the index names one that is not there.
+        FileNotFoundError: there is no weight file, or the index names a file that does not exist.
         ValueError: the index is damaged.
     """
     files = [source]
@@ -75,7 +77,7 @@ def weight_files(source: Path, variant: str | None = None) -> list[Path]:
 
 
 def check_files(files: Iterable[Path]) -> None:
-    """Raise a ValueError that names the file where one is damaged or cut off; of safetensors only the head is read."""
+    """Raise a ValueError that names the first damaged or truncated file; of safetensors only the header is read."""
     for file in files:
         if file.suffix != ".safetensors":
             _read_file(file)
@@ -88,11 +90,11 @@ def check_files(files: Iterable[Path]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged or no object; the message names it.
+        ValueError: the file is damaged or holds no object; the message names it.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -103,9 +105,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_model_directory(directory: Path, variant: str | None) -> None:
-    """Raise where a file of a model's directory is damaged or cut off, and name it: transformers does not always."""
+    """Raise an error that names a damaged or truncated file of a model's directory; transformers does not always."""
     if not (directory / "config.json").is_file():
-        return  # on the hub, or no model: transformers says so
+        return  # a hub repository, or no model: transformers reports it
     read_json(directory / "config.json")
     if (directory / "generation_config.json").exists():
         _check_generation(directory / "generation_config.json")
@@ -115,7 +117,7 @@ def check_model_directory(directory: Path, variant: str | None) -> None:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names, which lie beside it."""
+    """Return the names of the files in an index, which lie beside it."""
     names = read_json(index).get("weight_map")
     fits = isinstance(names, dict) and names and all(isinstance(name, str) and name for name in names.values())
     check(fits, str(index), "must have a weight_map from tensors to files", names if not fits else None)
@@ -123,13 +125,15 @@ def _shards(index: Path) -> list[str]:
 
 
 def _is_variant(name: str, names: Collection[str]) -> bool:
-    """model.fp16.safetensors is one of model.safetensors."""
+    """Whether the file is a variant of another one, as model.fp16.safetensors is of model.safetensors."""
     stem, *middle, suffix = name.split(".")
     return bool(middle) and f"{stem}.{suffix}" in names
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
-    reason = f" ({error})" if isinstance(error, SafetensorError) else ""  # an unpickler's is about its own options
+    reason = (
+        f" ({error})" if isinstance(error, SafetensorError) else ""
+    )  # an unpickler's message is about its own options
     return ValueError(f"source must be safetensors or a pickle of plain tensors, got {str(file)!r}{reason}")
 
 
@@ -140,7 +144,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except OSError:
         raise
-    except Exception as error:  # whatever an unpickler makes of bytes that are no pickle
+    except Exception as error:  # an unpickler raises errors of any kind for bytes that are no pickle
         raise _damaged(file, error) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
@@ -152,13 +156,15 @@ def _read_file(file: Path) -> dict[str, Tensor]:
 
 
 def _check_generation(file: Path) -> None:
-    """Raise where a generation config has a value of another type: transformers reports some of them, without the file,
-    when it generates."""
+    """Raise if a generation config has a value of a wrong type.
+
+    transformers reports some of these values, but later, when it generates, and without the name of the file.
+    """
     fields = read_json(file)
     try:
         check_values(fields)
         GenerationConfig.from_dict(fields)
-    except Exception as error:  # whatever a comparison makes of a value of another type
+    except Exception as error:  # a comparison with a value of a wrong type can raise anything
         raise ValueError(f"{file} cannot be used: {error}") from error
     for name, value in fields.items():
         if name.endswith("_token_id") and value is not None:

@@ -29,13 +29,13 @@ from .pipeline import MoVAPipeline
 from .routing import selection
 from .visualize import routing_figure
 
-DONE, SOME_FAILED, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141  # the exit codes
+DONE, SOME_FAILED, FAILED, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141  # exit codes
 _FIGURES = (".png", ".svg", ".pdf")
 
 Repeated = tyro.conf.UseAppendAction
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 OptionalString = Annotated[str | None, tyro.conf.arg(metavar="STR")]
-Images = Annotated[tuple[str, ...], Repeated, tyro.conf.arg(metavar="PATH")]  # a Path would make "http:/" of "http://"
+Images = Annotated[tuple[str, ...], Repeated, tyro.conf.arg(metavar="PATH")]  # a Path makes "http:/" of "http://"
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -82,7 +82,7 @@ def answer(
     items = read_items(image, question, jsonl, wanted)
     pipeline = _pipeline(model, device, dtype)
     pool = [expert.name for expert in pipeline.processor.pool]
-    selection(wanted or "none", pool)  # what all items have is wrong once, not in every line
+    selection(wanted or "none", pool)  # a bad value for all items is one error, not one in every line
 
     def run(batch: Sequence[Item]) -> list[dict[str, Any]]:
         generate: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
@@ -229,7 +229,7 @@ def demo(output: Path = Path("mova-demo.png")) -> int:
         output: The picture (PNG, SVG or PDF).
     """
     _check_figure("output", output)
-    torch.set_num_threads(1)  # small matrices: where the cores are busy, a second thread makes it slower
+    torch.set_num_threads(1)  # the matrices are small: on busy cores a second thread slows them down
     run_demo(output)
     return DONE
 
@@ -242,16 +242,10 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Those of the command line; default the process's own.
     """
-    commands: dict[str, Callable[..., int]] = {
-        "answer": answer,
-        "route": route,
-        "convert": convert,
-        "info": info,
-        "demo": demo,
-    }
+    commands: dict[str, Callable[..., int]] = {f.__name__: f for f in (answer, route, convert, info, demo)}
     about = "Ask a MoVA model about images, and see which of its vision experts it uses."
     if isinstance(sys.stdout, TextIOWrapper):
-        # JSON lines are UTF-8; half a surrogate pair, which has none, stays the escape that it came as.
+        # JSON lines are UTF-8; half a surrogate pair cannot be encoded, so it is written as an escape.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         _check_words(sys.argv[1:] if args is None else args)
@@ -260,7 +254,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:  # as in "mova answer ... | head -1"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it at exit
         code = NO_READER
     except (*BAD_INPUT, ImportError) as error:
         print(f"mova: {error}", file=sys.stderr)
@@ -269,7 +263,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 class _Streamer(TextStreamer):
-    """Writes to standard error: standard output has the lines."""
+    """Writes to standard error, for standard output holds the JSON lines."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         print(text, end="\n" if stream_end else "", file=sys.stderr, flush=True)
@@ -277,7 +271,7 @@ class _Streamer(TextStreamer):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Of transformers only errors and no progress bars; warnings as one line, without the line of the source."""
+    """Show only errors of transformers, no progress bars, and each warning as one line without its source."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         tqdm.write(f"mova: {message}", file=sys.stderr)
@@ -321,7 +315,7 @@ def _pipeline(model: str, device: str | None, dtype: Dtype) -> MoVAPipeline:
 
 
 def _check_words(args: Sequence[str]) -> None:
-    """Raise where an option has more words than it takes, and say why that happens."""
+    """Raise if an option has more words than it takes; the message names the usual causes."""
     if not args or args[0] not in ("answer", "route"):
         return
     option, left = args[0], 0
@@ -340,7 +334,7 @@ def _check_words(args: Sequence[str]) -> None:
 
 
 def _check_target(argument: str, path: Path | None) -> None:
-    """A file that cannot be written is found before the work, not after it."""
+    """Raise if a file cannot be written, before the work starts."""
     if path is not None:
         is_free = path.parent.is_dir() and not path.is_dir()
         check(is_free, argument, "must be a file in a directory that exists", str(path))

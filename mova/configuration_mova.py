@@ -22,11 +22,13 @@ class MoVAConfig(PretrainedConfig):
 
     Args:
         text_config: the language model's, any that ``AutoModelForCausalLM`` knows; default Llama 3 8B.
-        text_encoder_config: of the BERT that reads the question for the adapter's gates; default BERT-large.
+        text_encoder_config: config of the BERT that reads the question for the adapter's gates; default BERT-large.
         base: the encoder that sees every image, a VisionExpert or its fields.
         experts: the experts in the order of the adapter's columns: names, VisionExperts or their fields.
-        encoder_sizes: name to the sizes in which an encoder differs from the released one (transformers' own words).
-        adapter_heads, adapter_layers, topk: of :class:`mova_kernels.MoVAdapterConfig`; the rest of it follows.
+        encoder_sizes: name to those sizes of an encoder that differ from the released ones (fields of transformers'
+            configs).
+        adapter_heads, adapter_layers, topk: of :class:`mova_kernels.MoVAdapterConfig`; its other fields follow from
+            these.
         num_routing_tokens: how many image tokens the router sees; its root must divide the side of the answer's tokens.
         freeze_text_encoder: no gradient for the text encoder and no dropout in it. (The official default trains it.)
         image_token_id: the placeholder of an image token in ``input_ids``, below the vocabulary's size; default its
@@ -96,11 +98,11 @@ class MoVAConfig(PretrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in transformers; a file that is JSON but no object is an error that names it.
+        """As in transformers; if the file is JSON but no object, the error names it.
 
         Raises:
-            OSError: there is no config.json, or it is no JSON.
-            ValueError: it is another kind of JSON.
+            OSError: there is no config.json, or it is not JSON.
+            ValueError: it holds another kind of JSON.
         """
         path = pretrained_model_name_or_path
         try:
@@ -114,7 +116,7 @@ class MoVAConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, of all fields that a saved config has: defaults would be the released model's 8B.
+        """As in transformers, but a saved config must have every field: the defaults belong to the released 8B model.
 
         Raises:
             TypeError, ValueError: a field is missing, or breaks its rule; the message names it.
@@ -139,17 +141,17 @@ class MoVAConfig(PretrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a value of a wrong type or beyond its rule is an error that names the file.
+        """As in transformers; if a value has a wrong type or breaks its rule, the error names the file.
 
         Raises:
-            OSError: there is no config.json, or it is no JSON.
+            OSError: there is no config.json, or it is not JSON.
             ValueError: it is not the config of a MoVA.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except OSError:
             raise
-        except Exception as error:  # whatever a config makes of values of a wrong type
+        except Exception as error:  # configs raise errors of any kind for values of a wrong type
             raise ValueError(f"config.json of {pretrained_model_name_or_path} cannot be used: {error}") from error
 
     @property
@@ -211,12 +213,12 @@ def _sub_config(given: PretrainedConfig | Mapping[str, Any] | None, kind: str, d
 
 
 def _fields(expert: VisionExpert) -> dict[str, Any]:
-    """An expert as JSON has it."""
+    """Turn an expert into the fields that JSON can hold."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(expert).items()}
 
 
 def _expert(given: Any) -> Any:
-    """A VisionExpert of its fields; what is a name or already one is left to ``resolve``."""
+    """Make a VisionExpert of its fields; names and VisionExperts are returned as they are, for ``resolve``."""
     if not isinstance(given, Mapping):
         return given
     unknown = sorted(set(given) - _FIELDS)

@@ -1,4 +1,4 @@
-"""Vision experts as data: what each is for, the image it is given, the tokens it hands out; and their registry."""
+"""Vision experts as data: the purpose of each, its input image, its output tokens; and the registry of experts."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class VisionExpert:
     """A vision encoder as the rest of the pipeline sees it.
 
-    An image reaches it in two steps. It is padded to a square with ``pad_color`` (only then do all grids lie on one
-    another), resized to ``image_size`` and normalised; experts with the same ``view`` share the result. Then ``resize``
-    brings it to ``input_size``, in fp32, with half-pixel centres and without antialiasing.
+    An image is prepared in two steps. First it is padded to a square with ``pad_color``, so that the grids of all
+    experts cover the same area, resized to ``image_size`` and normalised; experts with the same ``view`` share the
+    result. Then ``resize`` brings it to ``input_size``, in fp32, with half-pixel centres and without antialiasing.
 
     Args:
-        name: up to 100 lower-case letters, digits, ``_`` and ``-``, a letter first; ``all`` and ``none`` mean something
-            else.
-        description: one line that tells the router what the expert is good at.
+        name: up to 100 lower-case letters, digits, ``_`` and ``-``, a letter first; not ``all`` or ``none``, which
+            select experts.
+        description: one line that tells the router for which images and questions the expert is good.
         image_size: side in pixels of the square image that preparation makes.
         mean: three numbers from 0 to 1; also the colour of the padding.
         std: three positive numbers; None normalises each image by its own mean and deviation (Pix2Struct).
-        grid: (h, w) of the tokens it hands out.
-        channels: width of the tokens it hands out.
-        input_size: side in pixels of what the encoder sees; None is ``image_size``.
-        resize: ``"bilinear"`` or ``"nearest"`` from ``image_size`` to ``input_size``, None where they are the same.
-        native_grid: grid inside the encoder where it is brought to ``grid`` bilinearly; None is ``grid``.
+        grid: (h, w) of the output tokens.
+        channels: width of the output tokens.
+        input_size: side in pixels of the encoder's input; None is ``image_size``.
+        resize: ``"bilinear"`` or ``"nearest"`` from ``image_size`` to ``input_size``; None if they are the same.
+        native_grid: the encoder's own grid, if it is resampled bilinearly to ``grid``; None is ``grid``.
         layer: index into the hidden states (0 is the embedding), without a final norm; None is the encoder's own
             output, behind its final norm or its neck.
         prefix_tokens: how many leading tokens (CLS) are dropped.
         patches: the encoder takes h * w flattened patches with their row and column, both from 1, instead of pixels.
-        checkpoint: where the weights come from, for the reader.
+        checkpoint: the origin of the weights, for the reader.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -55,7 +55,7 @@ class VisionExpert:
     std: tuple[float, float, float] | None
     grid: tuple[int, int]
     channels: int
-    input_size: int = None  # type: ignore[assignment]  # set below, as is native_grid
+    input_size: int = None  # type: ignore[assignment]  # None is replaced below, as for native_grid
     resize: str | None = None
     native_grid: tuple[int, int] = None  # type: ignore[assignment]
     layer: int | None = None
@@ -126,17 +126,17 @@ class VisionExpert:
 
     @property
     def pad_color(self) -> tuple[int, ...]:
-        """The 8-bit RGB colour that pads an image to a square."""
+        """The 8-bit RGB colour with which an image is padded to a square."""
         return tuple(int(255 * x) for x in self.mean)
 
     @property
     def view(self) -> tuple:
-        """Equal for two experts exactly if preparation makes the same input for both."""
+        """A value that is equal for two experts exactly if preparation makes the same input for both."""
         return self.image_size, self.mean, self.std, self.grid if self.patches else None
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens it hands out; for ``patches`` also how many it takes."""
+        """The number of output tokens; for ``patches`` also the number of input patches."""
         return self.grid[0] * self.grid[1]
 
 
@@ -147,16 +147,16 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 def register(
     expert: VisionExpert, build: Callable[..., nn.Module] | None = None, *, replace: bool = False
 ) -> VisionExpert:
-    """Make ``expert`` known by its name, and return it; ``replace`` puts it in the place of one of the same name.
+    """Make ``expert`` known by its name, and return it.
 
     Args:
-        expert: what the pipeline needs to know of it.
+        expert: the expert as data.
         build: ``build(**sizes)`` makes its backbone, see :class:`mova.encoders.VisionEncoder`; None keeps the builder
             that the name has. It is also called under ``torch.device("meta")``, where tensors hold no values.
-        replace: whether the name may be taken.
+        replace: whether it may replace a registered expert of the same name.
 
     Raises:
-        TypeError: not a VisionExpert, or ``build`` is not callable.
+        TypeError: ``expert`` is not a VisionExpert, or ``build`` is not callable.
         ValueError: the name is taken.
     """
     check(isinstance(expert, VisionExpert), "expert", "must be a VisionExpert", expert, TypeError)
@@ -180,7 +180,7 @@ def builder(name: str) -> Callable[..., nn.Module]:
     The official experts and ``clip`` have theirs from :mod:`mova.encoders`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such function.
     """
     check(isinstance(name, str), "name", "must be a string", name, TypeError)
     rule = "must be of an expert with a builder: register it with experts.register(expert, build)"
@@ -189,10 +189,10 @@ def builder(name: str) -> Callable[..., nn.Module]:
 
 
 def get(name: str) -> VisionExpert:
-    """The expert of this name.
+    """Return the expert of this name.
 
     Raises:
-        ValueError: no expert is registered under it; the message lists those that are.
+        ValueError: no expert is registered under it; the message lists the registered names.
     """
     check(isinstance(name, str), "name", "must be a string", name, TypeError)
     check(name in _REGISTRY, "name", f"must be a registered expert ({', '.join(_REGISTRY)})", name)
@@ -200,16 +200,16 @@ def get(name: str) -> VisionExpert:
 
 
 def names() -> tuple[str, ...]:
-    """All registered names: the official seven in their order, then one's own."""
+    """Return all registered names: the official seven in their order, then the user's own."""
     return tuple(_REGISTRY)
 
 
 def resolve(experts: Iterable[str | VisionExpert]) -> tuple[VisionExpert, ...]:
-    """Experts given by name or as they are, in this order.
+    """Look up experts that are given by name; VisionExperts are returned as they are. The order stays.
 
     Raises:
-        TypeError: ``experts`` is a string or no iterable.
-        ValueError: an unknown or a repeated name, or nothing at all.
+        TypeError: ``experts`` is a string or not iterable.
+        ValueError: a name is unknown or repeated, or ``experts`` is empty.
     """
     is_list = isinstance(experts, Iterable) and not isinstance(experts, str)
     check(is_list, "experts", "must be a sequence of names or VisionExperts", experts, TypeError)
@@ -220,10 +220,10 @@ def resolve(experts: Iterable[str | VisionExpert]) -> tuple[VisionExpert, ...]:
     return found
 
 
-# The released models, in the order of their code (the paper orders its letters differently), so that a letter of the
-# official prompt and a column of the official adapter both count in it. The mean and deviation of the 1024-pixel image
-# are those of Vary's own code: the released preprocessor file was not at hand, and wins where it says otherwise.
-# select_layer -2 of CLIP and DINOv2 stands in a model's config and can be set with dataclasses.replace.
+# The released experts in the order of the official code, which the letters of the official prompt and the columns of
+# the official adapter follow; the paper orders its letters differently. The mean and deviation of the 1024-pixel image
+# are those of Vary's own code: the released preprocessor file was not available. If it differs, it is right. Layer -2
+# of CLIP and DINOv2 is select_layer in the official config; dataclasses.replace changes it.
 BASE = VisionExpert(
     "clip", "The base encoder, which sees every image.", 672, CLIP_MEAN, CLIP_STD, (48, 48), 1024,
     layer=-2, prefix_tokens=1, checkpoint="openai/clip-vit-large-patch14-336",

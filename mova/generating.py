@@ -1,4 +1,4 @@
-"""How transformers' ``generate`` sees images: the prompt is embedded once, and each step is given its part of it."""
+"""transformers' ``generate`` with images: the prompt is embedded once, and each step gets its part of it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _NO_TEXT = (
 
 
 def generate_arguments(generate: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of transformers' ``generate``, checked for a caller who wants one text for each prompt.
+    """Check arguments of transformers' ``generate`` for a caller who wants one text for each prompt.
 
-    A ``generation_config`` becomes the arguments that it sets; those beside it win.
+    A ``generation_config`` is replaced by the arguments that it sets; arguments beside it take precedence.
 
     Raises:
         TypeError: ``generate`` has no such argument (a ``custom_generate`` may have any).
-        ValueError: ``num_return_sequences`` above 1, or an output that is no text.
+        ValueError: ``num_return_sequences`` is above 1, or an output is asked for that is not a text.
     """
     config = generate.get("generation_config")
     is_config = config is None or isinstance(config, GenerationConfig)
@@ -49,13 +49,14 @@ def generate_arguments(generate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_values(arguments: Mapping[str, Any]) -> None:
-    """Refuse values that transformers computes with before it looks at them.
+    """Refuse values that transformers uses in computations before it checks them.
 
     Args:
         arguments: of ``generate``, or the fields of a generation config.
 
     Raises:
-        TypeError, ValueError: a count is no int of at least 1, or ``stop_strings`` is no string or list of strings.
+        TypeError, ValueError: a count is not an int of at least 1, or ``stop_strings`` is neither a string nor a list
+            of strings.
     """
     stop = arguments.get("stop_strings")
     strings = [stop] if isinstance(stop, str) else stop
@@ -67,7 +68,7 @@ def check_values(arguments: Mapping[str, Any]) -> None:
 
 
 def _set_by(config: GenerationConfig, beside: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config sets, without its limits of a kind that ``beside`` sets too."""
+    """Return the values that a config sets, without the limits of a kind (max or min) that ``beside`` sets, too."""
     found = {name: value for name, value in config.to_diff_dict().items() if value is not None}
     found.pop("transformers_version", None)
     for which in ("max", "min"):
@@ -82,14 +83,14 @@ def _set_by(config: GenerationConfig, beside: Mapping[str, Any]) -> dict[str, An
 def length_limits(
     arguments: Mapping[str, Any], config: GenerationConfig, prompt: int, default: int
 ) -> dict[str, int | None]:
-    """What an answer's length is, as arguments of ``generate`` that leave it nothing to choose or to warn of.
+    """Decide the limits of an answer's length, as arguments that leave ``generate`` nothing to choose or to warn of.
 
-    ``max_new_tokens`` or ``max_length`` (which counts the batch's padded prompt and its image tokens) of the arguments,
-    else those of the model's generation config, else ``default`` new tokens. The same for the least length, by default
-    0; where it is of the config alone, the longest length cuts it.
+    The longest length is ``max_new_tokens`` or ``max_length`` of the arguments, else of the model's generation config,
+    else ``default`` new tokens. ``max_length`` counts the padded prompt with its image tokens. The shortest length is
+    found in the same way, with 0 as default; if only the config sets it, it is cut to the longest length.
 
     Raises:
-        TypeError, ValueError: a limit is no int, both of a kind are given, or they leave no room.
+        TypeError, ValueError: a limit is not an int, both limits of a kind are given, or they leave no room.
     """
     most = _limit("max", arguments, prompt)
     if most is None:
@@ -104,10 +105,10 @@ def length_limits(
 
 
 def check_positions(config: PretrainedConfig, prompt: int) -> None:
-    """Refuse a prompt of more tokens, those of images included, than the language model has positions for.
+    """Refuse a prompt with more tokens, image tokens included, than the language model has positions.
 
-    It would answer nonsense, and take memory by the square of its length. Models with scaled rotary positions have no
-    such limit in their config.
+    The answer would be nonsense, and the memory grows with the square of the length. The configs of models with scaled
+    rotary positions have no such limit.
 
     Raises:
         ValueError: the prompt is too long.
@@ -120,7 +121,7 @@ def check_positions(config: PretrainedConfig, prompt: int) -> None:
 
 
 def _limit(which: str, given: Mapping[str, Any], prompt: int) -> int | None:
-    """The limit of the whole sequence that ``given`` sets."""
+    """Return the limit of the whole sequence that ``given`` sets, or None."""
     new, whole = given.get(f"{which}_new_tokens"), given.get(f"{which}_length")
     for name, value in ((f"{which}_new_tokens", new), (f"{which}_length", whole)):
         if value is not None:
@@ -130,7 +131,7 @@ def _limit(which: str, given: Mapping[str, Any], prompt: int) -> int | None:
 
 
 def _limits_of(config: GenerationConfig, which: str) -> dict[str, Any]:
-    """Of a config that sets both, new tokens count, as in transformers."""
+    """Return the limit of a config; if it sets both, the limit of new tokens counts, as in transformers."""
     new = getattr(config, f"{which}_new_tokens", None)
     return {f"{which}_new_tokens": new} if new is not None else {f"{which}_length": getattr(config, f"{which}_length")}
 
@@ -138,9 +139,10 @@ def _limits_of(config: GenerationConfig, which: str) -> dict[str, Any]:
 class PromptGenerationMixin(GenerationMixin):
     """``generate``'s steps for a model whose ``forward`` takes ``prompt_embeds``.
 
-    The prompt, with its images, is embedded before any loop starts, so whatever loop continues it (beams, assistants,
-    chunks, one of the caller's own) has its images encoded once. ``inputs_embeds`` of transformers would not do: they
-    stand for the whole first step, which in assisted decoding has candidates behind the prompt, and cannot be chunked.
+    The prompt with its images is embedded before any loop starts. So the images are encoded once, whatever loop
+    follows: beams, assistants, chunks, or one of the caller's own. ``inputs_embeds`` of transformers is not enough: it
+    stands for the whole first step, which in assisted decoding has candidates behind the prompt, and it cannot be
+    chunked.
     """
 
     if TYPE_CHECKING:
@@ -157,9 +159,9 @@ class PromptGenerationMixin(GenerationMixin):
         image_features: Tensor | None,
         kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """The arguments by which the steps know the prompt."""
+        """Return the arguments that tell the steps the embedded prompt."""
         embeds = kwargs.get("inputs_embeds")
-        if kwargs.get("cache_implementation") == "paged":  # transformers' generate_batch: it takes tokens alone
+        if kwargs.get("cache_implementation") == "paged":  # transformers' generate_batch takes tokens only
             text = input_ids is not None and image_features is None and not self._places(input_ids)
             check(text, "cache_implementation", "must not be 'paged' with images or inputs_embeds", "paged")
             return {}
@@ -179,12 +181,12 @@ class PromptGenerationMixin(GenerationMixin):
         check(past < length, "input_ids", f"must be longer than the cache ({past} tokens) that they begin with", length)
         new = input_ids[:, past:]
         if past and self._places(new) == _count(image_features):
-            cached = self.get_input_embeddings()(input_ids[:, :past])  # stand in their place; no step reads them
+            cached = self.get_input_embeddings()(input_ids[:, :past])  # only fill their places; no step reads them
             return {"prompt_embeds": torch.cat([cached, self.embed(new, image_features)], 1)}
         return {"prompt_embeds": self.embed(input_ids, image_features)}
 
     def _ends(self, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: Mapping[str, Any]) -> bool:
-        """Whether every row ends with a token. Without a mask, padding is what transformers takes for it."""
+        """Whether every row ends with a token. Without a mask, padding is recognised as transformers does it."""
         if attention_mask is not None:
             return attention_mask.dim() != 2 or not attention_mask.shape[1] or bool(attention_mask[:, -1].all())
         padding, last = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
@@ -194,7 +196,7 @@ class PromptGenerationMixin(GenerationMixin):
         return not (input_ids[:, -1] == padding).any()
 
     def _setting(self, name: str, kwargs: Mapping[str, Any]) -> Any:
-        """What ``generate`` will take for an argument: given, of a generation config that is given, or the model's."""
+        """Find an argument's value as ``generate`` does: given, of a given generation config, or of the model's."""
         if name in kwargs:
             return kwargs[name]
         configs = kwargs.get("generation_config"), self.generation_config
@@ -214,18 +216,19 @@ class PromptGenerationMixin(GenerationMixin):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """transformers' own, and the part of the prompt that this step's tokens are.
+        """Prepare a step as transformers does, and add the embedded part of the prompt that the step's tokens cover.
 
         Args:
             input_ids: (B, T) all tokens so far; or a chunk of the prompt, or the newest tokens alone.
             prompt_embeds: (B, n, hidden_size), the embedded prompt.
-            prompt_start: how many tokens of a cache stand before it.
-            cache, past_key_values: the second is the first's name before transformers 5.24, which asks this signature.
+            prompt_start: the number of tokens in a cache before the prompt.
+            cache, past_key_values: two names of one argument; the second is that of transformers before 5.24, which
+                looks for it in this signature.
         """
         kwargs |= {k: v for k, v in (("cache", cache), ("past_key_values", past_key_values)) if v is not None}
         step = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         ids = step["input_ids"]
-        if ids is None:  # the first step of inputs_embeds
+        if ids is None:  # the first step, if inputs_embeds are given
             return step
         if prompt_embeds is None:
             if kwargs.get("use_cache", True) and not kwargs.get("is_first_iteration"):
@@ -243,7 +246,7 @@ class PromptGenerationMixin(GenerationMixin):
         return step
 
     def _embed_step(self, input_ids: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """(B, T) tokens of a step, the first n of which are embedded -> (B, T, hidden_size)."""
+        """Embed the (B, T) tokens of a step as (B, T, hidden_size); the first n are given as ``prompt_embeds``."""
         known = prompt_embeds.shape[1]
         if known == input_ids.shape[1]:
             return prompt_embeds
@@ -251,7 +254,7 @@ class PromptGenerationMixin(GenerationMixin):
         return torch.cat([prompt_embeds.to(embedded), embedded], 1) if known else embedded
 
     def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """transformers' own; an assistant that knows no images reads the placeholders as plain tokens."""
+        """Make transformers' candidate generator; an assistant without images reads placeholders as plain tokens."""
         rule = "must come with input_ids of the same length when candidates are tried"
         check(model_kwargs.get("inputs_embeds") is None, "inputs_embeds", rule, "inputs_embeds alone")
         cached = cache_length(model_kwargs)
@@ -268,7 +271,7 @@ class PromptGenerationMixin(GenerationMixin):
 
 
 def cache_length(kwargs: Mapping[str, Any]) -> int:
-    """How many tokens the cache has; before transformers 5.24 its name is past_key_values."""
+    """Count the tokens in the cache, whose name is past_key_values before transformers 5.24."""
     cache: Any = kwargs.get("cache")
     cache = kwargs.get("past_key_values") if cache is None else cache
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0

@@ -1,5 +1,4 @@
-"""The folders beside a model's own files (experts, routing LoRA, tokenizer): found in a directory or on the hub, and
-uploaded with the rest."""
+"""The folders beside a model's own files (experts, routing LoRA, tokenizer), in a directory or a hub repository."""
 
 from __future__ import annotations
 
@@ -12,24 +11,24 @@ from huggingface_hub import CommitOperationAdd, HfApi, errors, snapshot_download
 from transformers.utils import hub as _hub
 
 _LOADING = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-# What says where in its repository a model lies, and does not hold for another repository.
+# These arguments describe the model's own repository and do not apply to another one.
 _OF_THE_MODEL = ("revision", "subfolder")
 
 
 def loading_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``from_pretrained`` that say where and how files are found, where they are given."""
+    """Select the arguments of ``from_pretrained`` that say where and how files are found; None counts as absent."""
     return {key: given[key] for key in _LOADING if given.get(key) is not None}
 
 
 def elsewhere(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Loading arguments for another repository than the model's own."""
+    """Return the loading arguments that also apply to a repository other than the model's own."""
     return {key: value for key, value in arguments.items() if key not in _OF_THE_MODEL}
 
 
 def pinned(source: str | os.PathLike[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Loading arguments whose ``revision`` is the commit that it is now: what is read later comes from it, too.
+    """Return loading arguments whose ``revision`` is the current commit, so that later reads come from the same one.
 
-    Where there is no such repository they stay as they are, and transformers says what is wrong when it loads from it.
+    If the repository cannot be found, the arguments stay as they are: transformers reports the error when it loads.
     """
     if Path(source).is_dir():
         return dict(arguments)
@@ -41,7 +40,7 @@ def pinned(source: str | os.PathLike[str], arguments: Mapping[str, Any]) -> dict
 
 
 def folder(source: str, name: str, arguments: Mapping[str, Any]) -> Path:
-    """The folder ``name`` of a model's directory, or of its hub repository, from which it is fetched first.
+    """Return the folder ``name`` of a model's directory; a folder of a hub repository is fetched first.
 
     Args:
         source: a directory or a hub repository.
@@ -49,7 +48,7 @@ def folder(source: str, name: str, arguments: Mapping[str, Any]) -> Path:
         arguments: of :func:`loading_arguments`; ``subfolder`` says where in ``source`` the model lies.
 
     Raises:
-        FileNotFoundError: there is none. Other errors of fetching it (OSError) pass through.
+        FileNotFoundError: there is no such folder. Other errors of the download (OSError) pass through.
     """
     where = _inside(name, arguments)
     root = Path(source)
@@ -61,9 +60,9 @@ def folder(source: str, name: str, arguments: Mapping[str, Any]) -> Path:
 
 
 def file_names(source: str, name: str, arguments: Mapping[str, Any]) -> set[str]:
-    """The files in the folder ``name`` (and below), without fetching more than its JSON from a hub repository.
+    """List the files in the folder ``name`` and below; of a hub repository only the JSON files are fetched.
 
-    Where the hub cannot be reached, those that were fetched before.
+    If the hub cannot be reached, the list has the files that were fetched before.
     """
     where = _inside(name, arguments)
     root = Path(source)
@@ -75,13 +74,13 @@ def file_names(source: str, name: str, arguments: Mapping[str, Any]) -> set[str]
                 info = HfApi(token=arguments.get("token")).model_info(source, revision=arguments.get("revision"))
                 remote = {file.rfilename for file in info.siblings or ()}
             except (OSError, errors.HTTPError):
-                pass  # as snapshot_download does it
+                pass  # snapshot_download does the same
     local = {path.relative_to(root).as_posix() for path in (root / where).rglob("*") if path.is_file()}
     return {path[len(where) + 1 :] for path in local | remote if path.startswith(f"{where}/")}
 
 
 def small_files(source: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Path:
-    """A directory, itself; of a hub repository the directory into which its configs and tokenizers are fetched."""
+    """Return a directory as it is; fetch configs and tokenizers of a hub repository and return their directory."""
     if Path(source).exists():
         return Path(source)
     patterns = [_inside(f"*.{suffix}", arguments) for suffix in ("json", "jinja", "model", "txt")]
@@ -99,13 +98,13 @@ def _fetched(source: str, pattern: str | list[str], arguments: Mapping[str, Any]
 
 
 class UploadsFolders:
-    """For a class with transformers' PushToHubMixin: files in :meth:`_folders` are uploaded, too, in the same commit.
+    """Extends transformers' PushToHubMixin: the files in :meth:`_folders` are uploaded in the same commit.
 
-    transformers uploads what changed at the top, and of folders only files right in them.
+    transformers itself uploads changed files of the top folder, and of other folders only the files directly in them.
     """
 
     def _folders(self) -> list[str]:
-        """The folders below the saved directory that belong to the object, with ``/`` between their parts."""
+        """Return the folders below the saved directory that belong to the object, with ``/`` between their parts."""
         raise NotImplementedError
 
     def _upload_modified_files(
@@ -126,7 +125,7 @@ class UploadsFolders:
             if path.is_file() and path.stat().st_mtime > files_timestamps.get(path.name, -1)
         ]
         files += [path for name in self._folders() for path in sorted((root / name).rglob("*")) if path.is_file()]
-        client = getattr(_hub, "hf_api", HfApi)()  # transformers' own client, where it has one
+        client = getattr(_hub, "hf_api", HfApi)()  # newer versions of transformers have a client of their own
         if revision is not None and not revision.startswith("refs/pr"):
             client.create_branch(repo_id=repo_id, branch=revision, token=token, exist_ok=True)
         return client.create_commit(

@@ -1,4 +1,4 @@
-"""The stages from images to the embeddings of a prompt, shared by the classes of modeling_mova."""
+"""The stages from images to the embeddings of a prompt; the model classes share them."""
 
 from __future__ import annotations
 
@@ -53,27 +53,27 @@ class ImageFeatures:
         return compute_dtype(self.adapter)
 
     def base_features(self, pixel_values: Tensor) -> Tensor:
-        """(M, 3, S, S) prepared for the base encoder -> (M, L, C)."""
+        """Encode images (M, 3, S, S) that are prepared for the base encoder into (M, L, C)."""
         return self.base(pixel_values.to(self.base_device, self.adapter_dtype)).to(**self._at_adapter())
 
     def _at_adapter(self) -> dict[str, Any]:
         return {"device": self.adapter_device, "dtype": self.adapter_dtype}
 
     def text_features(self, question_ids: Tensor, question_mask: Tensor) -> Tensor:
-        """(M, T) tokens of the questions and their mask -> (M, text_channels), the hidden state at [CLS]."""
+        """Encode (M, T) tokens of questions and their mask into (M, text_channels), the hidden state at [CLS]."""
         device = compute_device(self.text_encoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text_encoder):
             hidden = self.text_encoder(question_ids.to(device), attention_mask=question_mask.to(device))[0]
         return hidden[:, 0].to(**self._at_adapter())
 
     def fuse(self, base: Tensor, experts: Mapping[str, Tensor], routing: Tensor, text: Tensor | None) -> Tensor:
-        """The image tokens for the language model.
+        """Fuse the features of base encoder and experts into the image tokens for the language model.
 
         Args:
             base: (M, L, C) of :meth:`base_features`.
             experts: name to the (B_e, T_e, C_e) tokens of the images that selected it, in their order.
-            routing: (M, N) bool, best on the host.
-            text: (M, text_channels), may be None if nothing is selected.
+            routing: (M, N) bool; a tensor on the CPU saves a synchronisation.
+            text: (M, text_channels); may be None if no image selected an expert.
 
         Returns:
             (M, num_image_tokens, hidden_size).
@@ -86,7 +86,10 @@ class ImageFeatures:
         return self.adapter(base, features, routing, text, grids=[expert.grid for expert in pool])
 
     def routing_tokens(self, base: Tensor) -> Tensor:
-        """(M, L, C) -> (M, num_routing_tokens, hidden_size): pooled tokens without experts, for the router."""
+        """Make the router's image tokens (M, num_routing_tokens, hidden_size) from base features (M, L, C).
+
+        They are fused without experts, and pooled.
+        """
         none = torch.zeros(base.shape[0], len(self.config.experts), dtype=torch.bool)
         tokens = self.fuse(base, {}, none, None)
         side = round(self.config.num_routing_tokens**0.5)
@@ -109,11 +112,11 @@ class ImageFeatures:
 
         Args:
             pixel_values: (M, 3, S, S).
-            routing: (M, N) bool; None: no experts. MoVAForConditionalGeneration also takes what the processor made of a
-                chat, and picks the experts first.
-            expert_pixel_values: name to the prepared images that selected this expert, in their order; the names in
-                the order of the model's experts, which tells a processor of another model.
-            question_ids, question_mask: (M, T), for the text encoder; may be None if nothing is selected.
+            routing: (M, N) bool; None: no experts. MoVAForConditionalGeneration also takes the request that the
+                processor makes of a chat, and picks the experts first.
+            expert_pixel_values: name to the prepared images that selected this expert, in their order. The names must
+                be in the order of the model's experts: otherwise the processor belongs to another model.
+            question_ids, question_mask: (M, T), for the text encoder; may be None if no image selected an expert.
 
         Returns:
             (M, num_image_tokens, hidden_size).
@@ -127,7 +130,7 @@ class ImageFeatures:
             check(not expert_pixel_values, "routing", "must be given with expert_pixel_values", None)
         routing = routing.cpu()
         features = {}
-        selected = [name for name, column in zip(self.experts.experts, routing.T, strict=True) if column.any()]
+        selected = [name for name, column in zip(self.experts.specs, routing.T, strict=True) if column.any()]
         prepared = [name for name, pixels in expert_pixel_values.items() if len(pixels)]
         rule = f"must have those that are selected, in the order of the model's experts ({', '.join(selected)})"
         check(prepared == selected, "expert_pixel_values", rule, prepared)
@@ -140,7 +143,7 @@ class ImageFeatures:
             text = self.text_features(question_ids, question_mask)  # type: ignore[arg-type]
         elif runs_every_part(cast(torch.nn.Module, self)):
             token = torch.zeros(1, 1, dtype=torch.long)
-            text = self.text_features(token, torch.ones_like(token))  # nothing of it gets into the result
+            text = self.text_features(token, torch.ones_like(token))  # the adapter reads nothing of it
         return self.fuse(base, features, routing, text)
 
     def _requested(self, request: Any) -> dict[str, Any]:
@@ -151,14 +154,15 @@ class ImageFeatures:
     def embed(
         self, input_ids: Tensor | None, image_features: Tensor | None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
-        """(B, T) tokens -> (B, T, hidden_size), image features in the place of placeholders, in their order.
+        """Embed (B, T) tokens as (B, T, hidden_size); image features replace the placeholders in their order.
 
         Args:
-            input_ids: the tokens; or None, then ``inputs_embeds`` (B, T, hidden_size) are their embeddings.
+            input_ids: the tokens; None: ``inputs_embeds`` (B, T, hidden_size) are their embeddings.
             image_features: (M, num_image_tokens, hidden_size); None: no images.
 
         Raises:
-            ValueError: there are more or fewer placeholders than image tokens, or these are not as wide as embeddings.
+            ValueError: there are more or fewer placeholders than image tokens, or image features have another width
+                than embeddings.
         """
         embeddings = self.get_input_embeddings()
         if input_ids is not None:
@@ -188,9 +192,9 @@ class ImageFeatures:
             check(found == given, "input_ids", rule, found)
 
     def _image_features(self, image_features: Tensor | None, images: Mapping[str, Any]) -> Tensor | None:
-        """Return the given features, or compute those of the given images.
+        """Return the given features, or compute the features of the given images.
 
-        An argument that would be ignored is an error.
+        It is an error to give an argument that would be ignored.
 
         Args:
             images: pixel_values and the other arguments of :meth:`get_image_features`, each of which may be None.

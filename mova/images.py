@@ -1,4 +1,4 @@
-"""Images: read in full, and made into the square, normalised input of each vision expert."""
+"""Images are read completely and turned into the square, normalised input of each vision expert."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from torch.nn import functional as F
 from ._checks import check
 from .experts import VisionExpert
 
-_BAND = 1 << 19  # how many values of a padded image are in memory at once; above NumPy's 128 that are not halved
+_BAND = 1 << 19  # values of a padded image in memory at once; more than the 128 that NumPy sums without halving
 
 
 def open_image(image: Image.Image | str | os.PathLike[str] | bytes) -> Image.Image:
-    """The image as RGB, decoded in full and turned upright; of an animation the first frame, as it is opened.
+    """Return the image as RGB, completely decoded and turned upright; an animation gives its first frame.
 
-    Other modes become RGB as ``convert("RGB")`` of PIL has it, so transparency and colour profiles are ignored, as in
-    the official code. Unlike there, 16-bit grey is scaled to 8 bits, where PIL clips nearly all of it to white, and an
-    EXIF orientation is followed: a photograph reaches the model as one sees it (one's own PIL image too, while it
-    carries the tag).
+    Other modes are converted by PIL's ``convert("RGB")``, so transparency and colour profiles are ignored, as in the
+    official code. There are two differences from it: 16-bit grey is scaled to 8 bits, while PIL clips nearly all of it
+    to white, and an EXIF orientation is followed, so that the model sees a photograph as people see it. A PIL image
+    that still has the orientation tag is turned, too.
 
     Args:
-        image: a PIL image, which is not changed, the path of a file, or its content.
+        image: a PIL image, which is not changed, the path of a file, or the content of one.
 
     Raises:
-        TypeError: another type.
-        FileNotFoundError: no such file. Other errors of reading it (OSError) pass through.
-        ValueError: what was read is no image, or a broken, truncated or empty one, or above PIL's limit for
-            decompression bombs, or holds values outside 0 to 255 in a 32-bit mode, whose white is unknown.
+        TypeError: ``image`` has another type.
+        FileNotFoundError: there is no such file. Other errors of reading it (OSError) pass through.
+        ValueError: the content is not an image, or the image is broken, truncated or empty, exceeds PIL's limit for
+            decompression bombs, or has a 32-bit mode and values outside 0 to 255, since its white is unknown.
     """
     known = isinstance(image, Image.Image | str | os.PathLike | bytes)
     check(known, "image", "must be a PIL image, a path or bytes", type(image), TypeError)
@@ -50,7 +50,7 @@ def open_image(image: Image.Image | str | os.PathLike[str] | bytes) -> Image.Ima
         image = Image.open(BytesIO(image)) if isinstance(image, bytes) else image
         image.load()
         image = ImageOps.exif_transpose(image)
-    # Decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and what else a broken file leads to.
+    # Decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and others for broken files.
     except Exception as error:
         reason = "not a known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"image must be one that can be decoded in full, got {name} ({reason})") from error
@@ -65,7 +65,7 @@ def open_image(image: Image.Image | str | os.PathLike[str] | bytes) -> Image.Ima
 
 
 def image_key(image: Image.Image) -> str:
-    """The cache key of an RGB image: equal for equal size and pixels, whatever file they came from (64 hex digits).
+    """Return the cache key of an RGB image, 64 hex digits: images of equal size and pixels have equal keys.
 
     Raises:
         TypeError, ValueError: not a PIL image in mode RGB with pixels.
@@ -77,7 +77,7 @@ def image_key(image: Image.Image) -> str:
 
 
 def square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
-    """The RGB image in the middle of a square of its longer side, filled with ``color``; it is not resized.
+    """Pad an RGB image to a square of its longer side, filled with ``color``; the image is centred and not resized.
 
     An odd pixel goes to the right or below, as in the official code (``image_aspect_ratio`` "pad").
 
@@ -90,20 +90,20 @@ def square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:
 
 
 def prepare(image: Image.Image, expert: VisionExpert) -> Tensor:
-    """What ``expert`` is given of an RGB image; experts with the same ``view`` are given the same.
+    """Turn an RGB image into the input of ``expert``; experts with the same ``view`` get the same input.
 
     The image is padded to a square with ``pad_color``. With a ``std`` it is resized (PIL's bicubic) to S x S, S =
-    ``image_size``, scaled to 0 to 1 and normalised, to the bit as CLIPImageProcessor and BitImageProcessor of
-    transformers do it. Without one it is normalised by the mean and the deviation of the padded image before it is
-    resized (bilinear, antialiased), as Pix2StructImageProcessor does. That processor works the grid out from the size
-    of the image, and for one square in seven arrives at 44 x 44; here the grid is always the expert's.
+    ``image_size``, scaled to 0 to 1 and normalised, bit by bit as CLIPImageProcessor and BitImageProcessor of
+    transformers do it. Without a ``std`` it is normalised by the mean and the deviation of the padded image before it
+    is resized (bilinear, antialiased), as Pix2StructImageProcessor does. That processor computes the grid from the size
+    of the image and gets 44 x 44 for one square in seven; here the grid is always the expert's.
 
-    The square is never in memory as a whole: it is resized in bands of rows, to the same bits. So a strip of 1 x 9000
-    takes less than 200 MB.
+    The whole square is never in memory: it is resized in bands of rows, with the same bits as a result. So a strip of
+    1 x 9000 takes less than 200 MB.
 
     Args:
         image: from :func:`open_image`.
-        expert: says how.
+        expert: determines how the image is prepared.
 
     Returns:
         fp32, on the CPU: (3, S, S); for ``patches`` (h * w, 2 + 3 * (S / h) * (S / w)), for the (h, w) ``grid`` row by
@@ -117,7 +117,7 @@ def prepare(image: Image.Image, expert: VisionExpert) -> Tensor:
     if expert.std is None:
         result = _bilinear(padded, size)
     else:
-        # In fp64 until here, and a product: so it is in transformers.
+        # transformers multiplies in fp64, too, before it rounds to fp32.
         scaled: np.ndarray = (_bicubic(padded, size) * (1 / 255)).astype(np.float32)
         scaled = (scaled - np.array(expert.mean, np.float32)) / np.array(expert.std, np.float32)
         result = torch.from_numpy(scaled).permute(2, 0, 1)
@@ -125,7 +125,7 @@ def prepare(image: Image.Image, expert: VisionExpert) -> Tensor:
 
 
 class PreparedImage:
-    """An image and what the encoders are given of it, each form made once, when it is first asked.
+    """An image and its prepared forms for the encoders; each form is made when it is first needed, and kept.
 
     Args:
         source: as for :func:`open_image`.
@@ -141,14 +141,14 @@ class PreparedImage:
         self._views: dict[tuple, Tensor] = {}
 
     def view(self, expert: VisionExpert) -> Tensor:
-        """:func:`prepare` for ``expert``; experts that are given the same share the tensor."""
+        """Return the input of ``expert`` as :func:`prepare` makes it; experts with the same view share the tensor."""
         if expert.view not in self._views:
             self._views[expert.view] = prepare(self.image, expert)
         return self._views[expert.view]
 
 
 class _Padded:
-    """The rows of an RGB image in the middle of a square of its longer side, made when they are asked."""
+    """An RGB image that is padded to a square of its longer side; rows of the square are made on demand."""
 
     def __init__(self, image: Image.Image, color: tuple[int, ...]) -> None:
         _check_rgb(image)
@@ -167,7 +167,7 @@ class _Padded:
         height, width, _ = self._pixels.shape
         result = np.empty((stop - start, self.side, 3), np.uint8)
         result[0] = self._color
-        result[1:] = result[0]  # row by row, which is much faster than pixel by pixel
+        result[1:] = result[0]  # copying rows is much faster than setting pixels
         first, last = max(start, self._top), min(stop, self._top + height)
         if first < last:
             columns = slice(self._left, self._left + width)
@@ -175,21 +175,23 @@ class _Padded:
         return result
 
     def bands(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """All rows from top to bottom, some at a time: where they lie, and :meth:`rows`."""
+        """Yield all rows from top to bottom in bands: the slice of each band, and its :meth:`rows`."""
         height = max(1, _BAND // (3 * self.side))
         for start in range(0, self.side, height):
             stop = min(start + height, self.side)
             yield slice(start, stop), self.rows(start, stop)
 
     def mean_and_deviation(self) -> tuple[np.floating, np.floating]:
-        """Of all values in fp32, to the bit as ``mean`` and ``std`` of NumPy have them for the whole square."""
+        """Return mean and deviation of all values in fp32, bit by bit as NumPy computes them for the whole square."""
         count = 3 * self.side**2
         mean = np.float32(np.float64(self._sum(0, count)) / count)
         return mean, np.sqrt(np.float32(np.float64(self._sum(0, count, mean)) / count))
 
     def _sum(self, start: int, count: int, mean: np.floating | None = None) -> np.floating:
-        """Of ``count`` values from ``start`` on, or of their squared distances from ``mean``; in NumPy's order, which
-        adds the sums of two halves, the first of a multiple of eight."""
+        """Sum ``count`` values from ``start`` on, or their squared distances from ``mean``.
+
+        The order is NumPy's, which adds the sums of two halves; the length of the first half is a multiple of eight.
+        """
         if count > _BAND:
             half = count // 2 // 8 * 8
             return self._sum(start, half, mean) + self._sum(start + half, count - half, mean)
@@ -203,7 +205,7 @@ class _Padded:
 
 
 def _bicubic(padded: _Padded, size: int) -> np.ndarray:
-    """(size, size, 3) uint8, as PIL resizes the square: all rows by themselves, rounded, then all columns."""
+    """Resize the square to (size, size, 3) uint8 as PIL does: first along the rows, with rounding, then the columns."""
     narrow = np.empty((padded.side, size, 3), np.uint8)
     for where, rows in padded.bands():
         narrow[where] = np.asarray(Image.fromarray(rows).resize((size, len(rows)), Image.Resampling.BICUBIC))
@@ -211,7 +213,7 @@ def _bicubic(padded: _Padded, size: int) -> np.ndarray:
 
 
 def _bilinear(padded: _Padded, size: int) -> Tensor:
-    """(3, size, size) fp32, as PyTorch resizes the normalised square: all rows by themselves, then all columns."""
+    """Resize the normalised square to (3, size, size) fp32 as PyTorch does: first along the rows, then the columns."""
 
     def resize(image: Tensor, height: int, width: int) -> Tensor:
         return F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False, antialias=True)[0]
@@ -228,7 +230,7 @@ def _bilinear(padded: _Padded, size: int) -> Tensor:
 
 
 def _patches(image: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(3, S, S) to (h * w, 2 + 3 * (S / h) * (S / w))."""
+    """Cut (3, S, S) into patches (h * w, 2 + 3 * (S / h) * (S / w)), each behind its row and column."""
     h, w = grid
     channels, side, _ = image.shape
     pixels = image.reshape(channels, h, side // h, w, side // w).permute(1, 3, 2, 4, 0).reshape(h * w, -1)

@@ -1,4 +1,4 @@
-"""What a MoV-Adapter did with an image: the experts' weights in each block, and where a token looked."""
+"""Look into a MoV-Adapter: the weights of the experts in each block, and the attention of one token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ._wrapped import unwrapped, without_graphs
 
 
 class Record:
-    """What :func:`recorded` has seen."""
+    """The record that :func:`recorded` fills."""
 
     def __init__(self) -> None:
         self._gates: Tensor | None = None
@@ -28,11 +28,11 @@ class Record:
     def gates(self) -> Tensor:
         """(B, num_layers, N) fp32 on the adapter's device: the weight of each expert in each block.
 
-        Each block's weights of a sample sum to 1; experts that it did not select, and those beyond the block's
-        ``topk``, have 0, and so does all of a sample that selected none.
+        In each block the weights of a sample sum to 1. Experts that the sample did not select, or that are beyond the
+        block's ``topk``, have 0. A sample that selected no expert has only zeros.
 
         Raises:
-            RuntimeError: no forward of the adapter has ended yet in this thread.
+            RuntimeError: no forward of the adapter has finished in this thread yet.
         """
         if self._gates is None:
             raise RuntimeError("nothing is recorded: no forward of the adapter has ended inside recorded()")
@@ -41,15 +41,15 @@ class Record:
 
 @contextmanager
 def recorded(adapter: MoVAdapter) -> Iterator[Record]:
-    """Record the gates of the adapter's forwards inside the ``with``; what it computes stays the same, bit by bit.
+    """Record the gates of the adapter's forwards inside the ``with``; the results stay the same, bit by bit.
 
-    Only forwards of the thread that opened it count, of several the last one that ended. The record outlives the
-    ``with``, the hooks behind it do not. An adapter that torch.compile, peft's ``modules_to_save`` or FSDP has wrapped
-    is recorded too; while it is, compiled parts of it run eagerly, for a graph that was made without the hooks does not
-    call them.
+    Only forwards of the thread that entered the ``with`` count; the last one that finished is recorded. The record can
+    be read after the ``with``, whose hooks are then removed. An adapter that is wrapped by torch.compile, peft's
+    ``modules_to_save`` or FSDP is recorded, too. Its compiled parts run eagerly meanwhile, since a graph that was
+    compiled before does not call the hooks.
 
     Raises:
-        TypeError: ``adapter`` is no MoVAdapter.
+        TypeError: ``adapter`` is not a MoVAdapter.
     """
     inner = unwrapped(adapter, MoVAdapter)
     blocks = cast(list[AdapterBlock], list(inner.blocks))
@@ -60,7 +60,7 @@ def recorded(adapter: MoVAdapter) -> Iterator[Record]:
     def enter(i: int, block: nn.Module, args: tuple[Any, ...]) -> None:
         x, pairs = args[0], _pairs(args)
         selected[i] = pairs.selected
-        weights[i] = torch.zeros(pairs.selected.shape, device=x.device)  # stays if the block does not ask its gate
+        weights[i] = torch.zeros(pairs.selected.shape, device=x.device)  # stays if the block does not call its gate
 
     def weigh(i: int, gate: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
         weights[i] = ops.expert_gate(logits.detach(), selected[i], blocks[i].topk)[0].float()
@@ -88,11 +88,11 @@ def attention_maps(
     block: int = -1,
     grids: Sequence[tuple[int, int] | None] | None = None,
 ) -> list[dict[int, Tensor]]:
-    """Where the token at ``point`` looks in the features of each expert that its sample selected.
+    """Compute the attention of the token at ``point`` to the features of each expert that its sample selected.
 
-    Runs the adapter once, takes the tokens that enter ``block``, and computes the attention of this one query. Source:
-    the cross-attention of MoVA (arXiv 2404.13046), which stores no scores when the adapter itself computes it. A
-    selected expert beyond the block's ``topk`` has a map too, of what the block would have seen with it.
+    The adapter runs once, and the attention of this one query is computed from the tokens that enter ``block``. Source:
+    the cross-attention of MoVA (arXiv 2404.13046), whose scores the adapter itself does not store. A selected expert
+    beyond the block's ``topk`` gets a map, too: the attention that the block would have computed for it.
 
     Args:
         adapter: the adapter; R is its resolution.
@@ -141,7 +141,7 @@ def attention_maps(
 
 
 def _attention(adapter: MoVAdapter, block: AdapterBlock, e: int, query: Tensor, context: Tensor, token: int) -> Tensor:
-    """One query (P, 1, C) at ``token``, its expert's tokens on the base grid (P, R*R, C_e) -> (P, R, R) fp32."""
+    """Return the attention (P, R, R) in fp32 of queries (P, 1, C) at ``token`` to an expert's tokens (P, R*R, C_e)."""
     cross: Any = block.cross_attn[e]
     heads, side = adapter.config.num_heads, adapter.config.resolution
     cos, sin = adapter.rope.tables(context)
@@ -154,7 +154,7 @@ def _attention(adapter: MoVAdapter, block: AdapterBlock, e: int, query: Tensor, 
 
 
 def _of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
-    """Hooks are the module's, and so see the forwards of all threads; this one is called for the caller's own."""
+    """Restrict a hook to the forwards of the calling thread; a module's hooks see those of all threads."""
     mine = threading.get_ident()
 
     def call(*args: Any) -> None:
@@ -165,5 +165,5 @@ def _of_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 def _pairs(arguments: tuple[Any, ...]) -> RaggedPairs:
-    """The pairs among the positional arguments of an AdapterBlock."""
+    """Find the pairs among the positional arguments of an AdapterBlock."""
     return next(a for a in arguments if isinstance(a, RaggedPairs))

@@ -1,4 +1,4 @@
-"""The model: a language model that sees images through the MoV-Adapter, whose experts it picks itself."""
+"""The model: a language model that sees images through the MoV-Adapter and picks the vision experts itself."""
 
 # No "from __future__ import annotations": transformers reads the annotation of "config" at run time.
 import os
@@ -28,29 +28,29 @@ from .routing_lora import LORA_KEYS, ROUTING_LORA, RoutingLoRA
 
 
 class MoVAPreTrainedModel(RoutingLoRA, UploadsFolders, PreTrainedModel):
-    """Saves and loads a model with its experts and its routing LoRA, which have folders of their own beside it."""
+    """Saves and loads a model together with its experts and its routing LoRA, each of which has its own folder."""
 
     config: MoVAConfig
     config_class = MoVAConfig
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MoVAdapter", "VisionEncoder"]  # noqa: RUF012  # as in transformers; children add theirs
+    _no_split_modules = ["MoVAdapter", "VisionEncoder"]  # noqa: RUF012  # transformers adds those of the submodules
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keys_to_ignore_on_load_unexpected = [LORA_KEYS]  # noqa: RUF012  # they are loaded from their own folder
+    _keys_to_ignore_on_load_unexpected = [LORA_KEYS]  # noqa: RUF012  # loaded from a folder of their own
 
     def _freeze(self) -> None:
-        for parameter in self.base.unused_parameters():  # trainable, they would wait for gradients that never come
+        for parameter in self.base.unused_parameters():  # DDP would wait for their gradients, which never come
             parameter.requires_grad_(False)
         if self.config.freeze_text_encoder:
             self.text_encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "MoVAPreTrainedModel":
-        """As in PyTorch, but a frozen text encoder stays in eval mode: its dropout would make its features random."""
+        """As in PyTorch, but a frozen text encoder stays in eval mode, so that no dropout changes its features."""
         super().train(mode)
         if self.config.freeze_text_encoder:
             self.text_encoder.eval()
@@ -64,19 +64,19 @@ class MoVAPreTrainedModel(RoutingLoRA, UploadsFolders, PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """transformers' ``save_pretrained``, with the routing LoRA and the experts; so is ``push_to_hub``.
+        """As in transformers, and also write the routing LoRA and the experts; so does ``push_to_hub``.
 
-        The experts are left out if ``config.expert_path`` names where they lie (frozen, they need one copy).
-        ``variant`` and ``max_shard_size`` hold for them, too.
+        If ``config.expert_path`` names another place of the experts, they are left out: they are frozen, so one copy is
+        enough. ``variant`` and ``max_shard_size`` apply to the experts, too.
 
         Raises:
-            FileNotFoundError: an expert in use has no weights; nothing is uploaded then.
+            FileNotFoundError: an expert in use has no weights; then nothing is uploaded.
             ValueError: ``save_directory`` is a file.
         """
         directory = Path(save_directory)
         check(not directory.is_file(), "save_directory", "must not be a file", str(directory))
         state = self.state_dict() if state_dict is None else state_dict
-        # Before the model's own files, which transformers may upload at once.
+        # The folders come first, since transformers may upload right after it has written the model's own files.
         if self.config.routing_lora and is_main_process:
             self._save_routing_lora(directory / ROUTING_LORA, state)
         if self.config.expert_path is None and is_main_process:
@@ -90,29 +90,30 @@ class MoVAPreTrainedModel(RoutingLoRA, UploadsFolders, PreTrainedModel):
         )
 
     def _folders(self) -> list[str]:
-        experts = () if self.config.expert_path else self.experts.experts
+        experts = () if self.config.expert_path else self.experts.specs
         lora = [ROUTING_LORA] if self.config.routing_lora else []
         return [*(f"experts/{name}" for name in experts), *lora]
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         model = super()._from_config(config, **kwargs)
-        if is_deepspeed_zero3_enabled():  # there, transformers keeps modules from initialising themselves
+        if is_deepspeed_zero3_enabled():  # transformers has suppressed the initialisation of modules
             model.adapter.reset_parameters()
         return model
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' ``from_pretrained``; missing and unexpected keys are errors, experts load when first asked.
+        """As in transformers, but missing and unexpected keys are errors. Experts load when they are first used.
 
-        Whether the files of the experts in use are there and whole is checked now. All files come from the commit that
-        a hub repository has now; ``revision``, ``token``, ``subfolder``, ``variant``, ``cache_dir``,
-        ``local_files_only`` and ``force_download`` hold for the experts and the routing LoRA, too (those of
-        ``expert_path`` lie in a repository of their own, without revision, subfolder and variant).
+        The files of the experts in use are checked now: they must exist and be complete. All files come from the
+            present
+        commit of a hub repository. ``revision``, ``token``, ``subfolder``, ``variant``, ``cache_dir``,
+        ``local_files_only`` and ``force_download`` apply to the experts and the routing LoRA, too. Experts of
+        ``expert_path`` are in another repository, for which revision, subfolder and variant do not count.
 
         Raises:
-            OSError: a file is not there.
-            ValueError: weights are missing or unknown to the model, or a file is damaged; the message names it.
+            OSError: a file does not exist.
+            ValueError: weights are missing or unknown to the model, or a file is damaged; the message names them.
         """
         path = pretrained_model_name_or_path
         wants_info = kwargs.pop("output_loading_info", False)
@@ -121,8 +122,8 @@ class MoVAPreTrainedModel(RoutingLoRA, UploadsFolders, PreTrainedModel):
             arguments = pinned(path, arguments)
             kwargs |= arguments
             check_model_directory(Path(path) / arguments.get("subfolder", ""), variant)
-        kwargs["ignore_mismatched_sizes"] = True  # they are errors below, with the missing ones
-        # Tensors made in inference mode could neither be moved nor trained with outside of it.
+        kwargs["ignore_mismatched_sizes"] = True  # mismatched sizes become an error below
+        # Tensors that are made in inference mode can be neither moved nor trained with outside of it.
         with torch.inference_mode(False):
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
             wrong = [str(key) for key in info["mismatched_keys"]]
@@ -152,7 +153,7 @@ class LanguageModelWithoutHead(PreTrainedModel):
         model = AutoModel.from_config(config)
         self.base_model_prefix = model.base_model_prefix
         setattr(self, self.base_model_prefix, model)
-        # A saved model also has the head.
+        # The files of a saved model also have the head.
         self._keys_to_ignore_on_load_unexpected = [rf"^language_model\.(?!{self.base_model_prefix}\.)"]
         self.post_init()
 
@@ -168,9 +169,9 @@ class LanguageModelWithoutHead(PreTrainedModel):
 
 
 class MoVAModel(ImageFeatures, MoVAPreTrainedModel):
-    """The fused language model without its head: its output is ``last_hidden_state``.
+    """The language model with images and without its head: its output is ``last_hidden_state``.
 
-    It does not generate, so it cannot pick the experts of an image: give them to the processor.
+    It cannot generate, so it cannot pick the experts of an image: give them to the processor.
 
     Attributes:
         experts: the :class:`ExpertPool`: ``model.experts.place("sam", device="cpu")``, ``model.experts.only([...])``.
@@ -228,14 +229,15 @@ class MoVAModel(ImageFeatures, MoVAPreTrainedModel):
 
 
 class MoVAForConditionalGeneration(MoVAModel, PromptGenerationMixin):
-    """Language model, base encoder, text encoder, MoV-Adapter; and the experts, loaded when they are asked.
+    """Language model, base encoder, text encoder, MoV-Adapter, and the experts, which load when they are first used.
 
-    Images come prepared (:class:`MoVAProcessor` does it), each with the experts that it selected; to let the model pick
-    them, use :class:`MoVAPipeline`. The experts are frozen, and so is the text encoder unless the config frees it.
+    Its arguments are what :class:`MoVAProcessor` makes of texts, images and the experts of each image. To let the model
+    pick the experts, use :class:`MoVAPipeline` or the processor's ``apply_chat_template``. The experts are frozen; so
+    is the text encoder, unless ``config.freeze_text_encoder`` is False.
 
     Attributes:
         experts: the :class:`ExpertPool`: ``model.experts.place("sam", device="cpu")``, ``model.experts.only([...])``.
-        lock: held by a thread that generates or routes; re-entrant.
+        lock: a re-entrant lock that a thread holds while it generates or routes.
     """
 
     @staticmethod
@@ -270,21 +272,20 @@ class MoVAForConditionalGeneration(MoVAModel, PromptGenerationMixin):
         prompt_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """One step of the language model; all arguments that are not of images are those of transformers.
+        """One step of the language model; arguments that are not about images are those of transformers.
 
-        With a cache of keys and values, the images are those whose placeholders are in this step's ``input_ids``. Where
-        torch.distributed has several processes, a batch of text alone runs the parts for images as well, on a blank one
-        (see :mod:`mova.ranks`).
+        With a cache of keys and values, give the images whose placeholders are in this step's ``input_ids``. If
+        torch.distributed has several processes, a batch of text alone encodes a blank image (see :mod:`mova.ranks`).
 
         Args:
             pixel_values, routing, expert_pixel_values, question_ids, question_mask: see :meth:`get_image_features`.
-            image_features: (M, num_image_tokens, hidden_size) instead of them.
-            labels: (B, T), -100 where there is no loss; images and prompts usually.
-            prompt_embeds: of :meth:`generate`'s steps, (B, n, hidden_size): what the first n tokens are embedded as;
-                the others were generated, and a placeholder among them is a token like any other.
+            image_features: (M, num_image_tokens, hidden_size), instead of the images.
+            labels: (B, T), -100 at tokens without a loss, usually images and prompts.
+            prompt_embeds: (B, n, hidden_size), the embeddings of the first n tokens in a step of :meth:`generate`. The
+                other tokens were generated, and a placeholder among them is a token like any other.
 
         Raises:
-            ValueError: there are more or fewer placeholders than image tokens, whatever the cache.
+            ValueError: there are more or fewer placeholders than image tokens, with or without a cache.
         """
         if prompt_embeds is not None:
             inputs_embeds = self._embed_step(cast(Tensor, input_ids), prompt_embeds)
@@ -317,14 +318,16 @@ class MoVAForConditionalGeneration(MoVAModel, PromptGenerationMixin):
     ) -> Any:
         """Continue ``input_ids`` (left-padded); ``kwargs`` are those of transformers' ``generate``.
 
-        Images are encoded and fused once, whatever the number of beams. Arguments of images: see :meth:`forward`. With
-        a cache of an earlier part of ``input_ids``, the images are those of all of them, or of the new part.
+        Images are encoded and fused once, whatever the number of beams. For the arguments of images see
+        :meth:`forward`. With a cache of an earlier part of ``input_ids``, give the images of the whole prompt or of its
+        new part.
 
         Returns:
             As in transformers: (B, T + new) tokens, or its output object.
 
         Raises:
-            ValueError: there are more or fewer placeholders than image tokens; a way of generating cannot have images.
+            ValueError: there are more or fewer placeholders than image tokens, or the chosen way of generating does not
+                work with images.
         """
         images = _images(pixel_values, routing, expert_pixel_values, question_ids, question_mask)
         is_mask = attention_mask is None or isinstance(attention_mask, Tensor)
@@ -347,7 +350,7 @@ def _images(
     question_ids: Tensor | None,
     question_mask: Tensor | None,
 ) -> dict[str, Any]:
-    """The arguments of ``get_image_features`` by name."""
+    """Collect the arguments of ``get_image_features`` by name."""
     return {
         "pixel_values": pixel_values,
         "routing": routing,

@@ -1,4 +1,4 @@
-"""From images and questions to answers: route, encode, fuse, answer, and what is worth keeping between questions."""
+"""From images and questions to answers: route, encode, fuse, answer; features are kept between questions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from .routing import Prompts, routing_mask
 
 @dataclass(frozen=True)
 class Fusion:
-    """Image ``tokens`` (B, T, hidden_size) for the language model, and the ``gates`` (B, num_layers, N) that each block
-    gave to the experts, in the order of the model's pool."""
+    """The fused image ``tokens`` (B, T, hidden_size) and the ``gates`` (B, num_layers, N).
+
+    The gates are the weight of each expert in each block, in the order of the model's pool.
+    """
 
     tokens: Tensor
     gates: Tensor
@@ -44,16 +46,16 @@ class Answer:
 class MoVAPipeline:
     """Two passes: the language model picks the experts of each image, only these run, then it answers.
 
-    A sample's result does not depend on the others of its batch. Features are kept by the content of the image, the
-    question and the expert: a second question about an image runs no encoder for it that ran before.
+    The result of a sample does not depend on the rest of its batch. Features are kept by the content of the image, the
+    question and the expert: a second question about an image runs no encoder again.
 
-    Threads may share it, and pipelines a model: each of a request's stages holds the model's lock, so that one thread
-    computes at a time, while others open their images.
+    Threads may share a pipeline, and pipelines may share a model. Each stage of a request holds the model's lock, so
+    one thread computes while others open their images.
 
     Args:
         model: put into eval mode. Call :meth:`clear` after its weights have changed.
         processor: the model's.
-        cache_bytes: budget of the kept features, where they were computed.
+        cache_bytes: budget of the kept features, which stay on the device on which they were computed.
 
     Raises:
         ValueError: the processor is another model's.
@@ -68,7 +70,7 @@ class MoVAPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str, *, cache_bytes: int = 1 << 30, **kwargs: Any) -> MoVAPipeline:
-        """Model and processor from a directory or hub repository; ``kwargs`` are those of the model's own."""
+        """Load model and processor from a directory or hub repository; the model gets ``kwargs``, too."""
         hub = pinned(path, loading_arguments(kwargs))
         processor = MoVAProcessor.from_pretrained(path, **hub)
         model = MoVAForConditionalGeneration.from_pretrained(path, **kwargs | hub)
@@ -76,11 +78,11 @@ class MoVAPipeline:
 
     @property
     def lock(self) -> Lock:
-        """The model's."""
+        """The lock of the model."""
         return self.model.lock
 
     def clear(self) -> None:
-        """Forget all features."""
+        """Drop all kept features."""
         self.cache.clear()
 
     @torch.no_grad()
@@ -96,7 +98,7 @@ class MoVAPipeline:
 
     @torch.no_grad()
     def fuse(self, images: Sequence[Any], questions: Sequence[Any], experts: Any) -> Fusion:
-        """The image tokens that given experts make; ``experts`` as in :meth:`answer`."""
+        """Fuse images with given experts into image tokens; ``experts`` is as in :meth:`answer`."""
         samples, asked = self._samples(images, questions, {})
         return self._fuse(samples, asked, self._routes(samples, asked, experts))
 
@@ -104,7 +106,7 @@ class MoVAPipeline:
     def attention_maps(
         self, image: Any, question: Any, point: tuple[int, int], *, experts: Any = None, block: int = -1
     ) -> dict[str, Tensor]:
-        """Where one token of an image looks in each of its experts; ``mova.visualize.attention_figure`` draws it.
+        """Compute where a token of an image looks in each expert; ``mova.visualize.attention_figure`` draws it.
 
         Args:
             image, question, experts: one image and question, as in :meth:`answer`.
@@ -146,13 +148,13 @@ class MoVAPipeline:
         Args:
             images: B PIL images, paths or bytes.
             questions: B questions.
-            experts: None: the router picks. "all", "none" or a list of names: these, for all images; a list of B such
-                entries, None among them: one for each image.
+            experts: None: the router picks. "all", "none" or a list of names: these experts for all images. A list of B
+                such entries, None included: one entry for each image.
             suffix, suffix_in: see ``mova.prompts``.
-            max_new_tokens: of the answer. None: ``max_length`` if it is given, else what the model's generation config
-                says, else 128.
+            max_new_tokens: longest length of an answer. None: ``max_length`` if it is given, else the limit of the
+                model's generation config, else 128.
             generate: further arguments of transformers' ``generate`` (``num_beams``, ``do_sample``, ``streamer``, ...).
-                There is one answer for each image, whatever ``num_return_sequences`` the generation config has.
+                The ``num_return_sequences`` of the generation config is ignored: each image has one answer.
 
         Raises:
             TypeError, ValueError: an argument breaks its rule; an image cannot be read.
@@ -176,7 +178,7 @@ class MoVAPipeline:
         return opened, asked
 
     def _routes(self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], experts: Any) -> list[Route]:
-        """Chosen by hand where ``experts`` has an entry for a sample, by the router where that is None."""
+        """Return the route of each sample: the entry in ``experts``, or the router's choice if the entry is None."""
         pool = [expert.name for expert in self.processor.pool]
         entries = [None] * len(samples) if experts is None else per_image(experts, len(samples), pool)
         open_ = [i for i, entry in enumerate(entries) if entry is None]
@@ -204,7 +206,7 @@ class MoVAPipeline:
     def _features(
         self, samples: Sequence[PreparedImage], asked: Sequence[Prompts], routes: Sequence[Route]
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-        """What the model's ``fuse`` takes; an expert sees exactly the images that use it."""
+        """Return the arguments of the model's ``fuse``; an expert encodes exactly the images that use it."""
         base, pool = self._base(samples), self.model.config.pool
         routing = routing_mask([route.experts for route in routes], pool)
         features = {}
@@ -229,13 +231,13 @@ class MoVAPipeline:
         return self._rows([("base", expert, sample.key) for sample in samples], encode)
 
     def _text(self, asked: Sequence[Prompts], needed: Sequence[bool], base: Tensor) -> Tensor | None:
-        """(B, text_channels), zeros where no expert is selected; the text encoder reads only the other questions."""
+        """Return (B, text_channels) features of the questions; samples without experts have zeros."""
         texts = [p.text for p, is_needed in zip(asked, needed, strict=True) if is_needed]
         if not texts:
             return None
 
         def encode(rows: list[int]) -> Tensor:
-            # One by one: padding would move a feature by rounding, and with it the question's own result.
+            # One by one, since padding changes the rounding: a result must not depend on the rest of the batch.
             encoded = [self.processor.tokenize_questions([texts[i]]) for i in rows]
             return torch.cat([self.model.text_features(**one) for one in encoded])
 
@@ -245,9 +247,9 @@ class MoVAPipeline:
         return text
 
     def _rows(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Tensor]) -> Tensor:
-        """One row for each key; those that are not kept come from one call with the first index of each.
+        """Return one row for each key. Missing rows are computed in one call, with the first index of each missing key.
 
-        A key begins with what the row is ("base", "expert", "router" or "text"), for an expert may have any name.
+        A key begins with the kind of its row ("base", "expert", "router" or "text"), since an expert may have any name.
         """
         dtype, device = self.model.adapter_dtype, self.model.adapter_device
         full = [(key, dtype, device) for key in keys]

@@ -1,4 +1,4 @@
-"""The experts' encoders of a model: loaded when they are first asked, each where it is wanted."""
+"""The encoders of a model's experts: each is loaded when it is first used, and placed where the user wants it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .hub import file_names, folder
 
 @dataclass(frozen=True)
 class Placement:
-    """Where an expert lives: ``device`` and ``dtype`` (None: those of the caller), and whether it goes back to the
-    host's memory after each use (``offload``)."""
+    """The place of an expert: its ``device`` and ``dtype`` (None: those of the base tokens), and whether it returns to
+    the host's memory after each use (``offload``)."""
 
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
@@ -35,18 +35,19 @@ class Placement:
 class ExpertPool:
     """The frozen encoders of a model's experts, by name.
 
-    They are no parameters of the model, for they never train: ``model.to(...)`` does not move them, an expert follows
-    the base tokens to their device and dtype when it is asked, unless :meth:`place` says otherwise. Threads may share
-    it: they are served one after another.
+    They are not parameters of the model, since they are never trained. So ``model.to(...)`` does not move them: when an
+    expert is used, it follows the base tokens to their device and dtype, unless :meth:`place` says otherwise. Threads
+    may share a pool; their calls run one after another.
 
     Args:
         experts: in the order of the adapter's columns.
-        sizes: name to what differs from the encoder's released sizes.
-        names: those in use, see :meth:`only`; None: all.
+        sizes: name to those sizes of an encoder that differ from the released ones.
+        names: the experts in use, see :meth:`only`; None: all.
 
     Attributes:
-        source: a directory or hub repository with ``experts/<name>``; None: an expert starts with random weights, the
-            same for the same name and sizes.
+        specs: name to the VisionExpert, in the order of the adapter's columns.
+        source: a directory or hub repository with ``experts/<name>``; None: an expert gets random weights, which
+            depend on its name and sizes alone.
         hub_arguments: the loading arguments of transformers for ``source`` (``revision``, ``token``, ``subfolder``,
             ...).
         variant: of the weight files, as in transformers.
@@ -58,7 +59,7 @@ class ExpertPool:
         sizes: Mapping[str, Mapping[str, Any]],
         names: Iterable[str] | None = None,
     ) -> None:
-        self.experts = {expert.name: expert for expert in experts}
+        self.specs = {expert.name: expert for expert in experts}
         self.source: str | None = None
         self.hub_arguments: dict[str, Any] = {}
         self.variant: str | None = None
@@ -66,7 +67,7 @@ class ExpertPool:
         self._sizes = sizes
         self._loaded: dict[str, VisionEncoder] = {}
         self._placements: dict[str, Placement] = {}
-        self._allowed = tuple(self.experts)
+        self._allowed = tuple(self.specs)
         self.lock = Lock()
         if names is not None:
             self.only(names)
@@ -78,9 +79,9 @@ class ExpertPool:
 
     @locked
     def only(self, names: Iterable[str]) -> None:
-        """Use these experts alone: the router offers no other, and to select one is an error; others are unloaded."""
+        """Use only these experts. Others are unloaded and not offered to the router; to select one is an error."""
         wanted = {self._known(name) for name in names}
-        self._allowed = tuple(name for name in self.experts if name in wanted)
+        self._allowed = tuple(name for name in self.specs if name in wanted)
         for name in set(self._loaded) - wanted:
             self.unload(name)
 
@@ -92,36 +93,36 @@ class ExpertPool:
         dtype: torch.dtype | None = None,
         offload: bool = False,
     ) -> None:
-        """Say where experts live (no names: all of them), see :class:`Placement`."""
-        for name in names or self.experts:
+        """Set the :class:`Placement` of these experts, or of all if no name is given."""
+        for name in names or self.specs:
             self._placements[self._known(name)] = Placement(device, dtype, offload)
 
     def placement(self, name: str) -> Placement:
-        """What :meth:`place` said of this expert."""
+        """Return the placement of this expert."""
         return self._placements.get(self._known(name), Placement())
 
     @locked
     def loaded(self) -> tuple[str, ...]:
-        """The names of the experts in memory."""
+        """Return the names of the experts in memory."""
         return tuple(self._loaded)
 
     @locked
     def unload(self, name: str) -> None:
-        """Give the expert's memory back; it is loaded again when it is next asked."""
+        """Free the memory of an expert, which is loaded again when it is next used."""
         self._loaded.pop(self._known(name), None)
 
     @locked
     def __getitem__(self, name: str) -> VisionEncoder:
-        """The encoder, loaded now if it was not; its keys are checked strictly."""
+        """Return the encoder; it is loaded if it is not in memory, with a strict check of its keys."""
         self._known(name)
         if name not in self._loaded:
-            # Tensors made in inference mode could neither be moved nor trained with outside of it.
+            # Tensors that are made in inference mode cannot be moved outside of it.
             with torch.inference_mode(False):
                 self._loaded[name] = self._load(name)
         return self._loaded[name]
 
     def _load(self, name: str) -> VisionEncoder:
-        expert, sizes = self.experts[name], self._sizes.get(name, {})
+        expert, sizes = self.specs[name], self._sizes.get(name, {})
         if self.source is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(crc32(name.encode()))
@@ -132,11 +133,11 @@ class ExpertPool:
     @locked
     @torch.no_grad()
     def encode(self, name: str, pixels: Tensor, like: Tensor) -> Tensor:
-        """(B_e, T_e, C_e) tokens of the prepared images, on the device and in the dtype of ``like``.
+        """Encode prepared images into tokens (B_e, T_e, C_e), on the device and in the dtype of ``like``.
 
         Args:
             name: the expert.
-            pixels: as ``mova.images.prepare`` makes them, of the images that selected the expert; any device and dtype.
+            pixels: the images that selected the expert, as ``mova.images.prepare`` makes them; of any device and dtype.
             like: usually the base tokens.
 
         Raises:
@@ -145,12 +146,12 @@ class ExpertPool:
         """
         check(name in self._allowed, "name", f"must be one of the experts in use ({', '.join(self._allowed)})", name)
         if pixels.shape[0] == 0:
-            return like.new_empty(0, self.experts[name].num_tokens, self.experts[name].channels)
+            return like.new_empty(0, self.specs[name].num_tokens, self.specs[name].channels)
         place = self.placement(name)
         device, dtype = place.device or like.device, place.dtype or like.dtype
         with torch.inference_mode(False):
             encoder = self[name]
-        hooked = any(parameter.is_meta for parameter in encoder.parameters())  # accelerate offloads it
+        hooked = any(parameter.is_meta for parameter in encoder.parameters())  # accelerate has offloaded it
         if hooked:
             device, dtype = compute_device(encoder), compute_dtype(encoder)
         try:
@@ -158,17 +159,17 @@ class ExpertPool:
                 with torch.inference_mode(False):
                     encoder.to(device, dtype)
             return encoder(pixels.to(device, dtype)).to(like)
-        finally:  # also where memory did not suffice
+        finally:  # also if memory did not suffice
             if place.offload and not hooked:
                 with torch.inference_mode(False):
                     encoder.to("cpu")
 
     def check_files(self) -> None:
-        """Raise where an expert in use could not be loaded for its files; no weights are read or fetched.
+        """Raise if the files of an expert in use are missing or damaged; no weights are read or fetched.
 
         Raises:
-            FileNotFoundError: there are none.
-            ValueError: one is damaged; the message names it.
+            FileNotFoundError: an expert has no files.
+            ValueError: a file is damaged; the message names it.
         """
         if self.source is None:
             return
@@ -188,22 +189,22 @@ class ExpertPool:
                     f"{error} (expert {name!r}); to load the model without it, leave it out of "
                     "experts_in_use of its config"
                 ) from error
-            check_config(self.experts[name], self._sizes.get(name, {}), directory)
+            check_config(self.specs[name], self._sizes.get(name, {}), directory)
 
     @locked
     def save(
         self, directory: str | Path, *, variant: str | None = None, max_shard_size: int | str | None = None
     ) -> None:
-        """Write every expert to ``directory/experts/<name>``: as it is in memory, else a copy of its files.
+        """Write every expert to ``directory/experts/<name>``: from memory if it is loaded, else as a copy of its files.
 
         Args:
-            directory: that of the model.
+            directory: the directory of the model.
             variant, max_shard_size: as in transformers.
 
         Raises:
-            FileNotFoundError: an expert in use has none.
+            FileNotFoundError: an expert in use has no files.
         """
-        for name in self.experts:
+        for name in self.specs:
             target = Path(directory) / "experts" / name
             is_loaded = name in self._loaded
             if is_loaded or self.source is None or variant != self.variant:
@@ -225,11 +226,11 @@ class ExpertPool:
                 shutil.copytree(source, target, dirs_exist_ok=True)
 
     def _known(self, name: str) -> str:
-        check(name in self.experts, "name", f"must be one of the model's experts ({', '.join(self.experts)})", name)
+        check(name in self.specs, "name", f"must be one of the model's experts ({', '.join(self.specs)})", name)
         return name
 
     def _directory(self, name: str) -> Path:
-        """Of the expert's files; what was fetched from the hub once is not asked for again."""
+        """Find the directory of an expert's files; a folder that was fetched from the hub once is not fetched again."""
         assert self.source is not None
         key = (self.source, name)
         if key not in self._folders or not self._folders[key].is_dir():

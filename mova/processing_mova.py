@@ -1,4 +1,4 @@
-"""What the model takes, from images and questions: pixels for each encoder, tokens with places for the images."""
+"""Turns images and questions into the model's arguments: pixels for each encoder, tokens with places for images."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .router import RoutingRequest, gate_texts
 from .routing import routing_mask
 
 _QUESTIONS = "question_tokenizer"  # the folder of the text encoder's tokenizer
-# Of the tokenizers: a call sets their padding and truncation before it uses them, which threads must not do at once.
+# Held during a tokenizer's call, which first sets padding and truncation of the tokenizer: threads must not mix.
 _TOKENIZING = Lock()
 # The arguments of the processor's call that apply_chat_template hands on.
 _OF_THE_CALL = (
     "experts", "questions", "padding", "padding_side", "pad_to_multiple_of", "truncation", "max_length",
     "add_special_tokens",
 )  # fmt: skip
-# For a tokenizer that brings no template of its own.
+# The template for a tokenizer without one.
 CHAT_TEMPLATE = (
     "{{ bos_token or '' }}"
     "{% for message in messages %}"
@@ -52,12 +52,12 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         tokenizer: the language model's, with :data:`IMAGE_TOKEN` as one token (:meth:`for_config` adds it).
         question_tokenizer: the text encoder's.
         base, experts: the VisionExperts as the model's config has them.
-        num_image_tokens: how many tokens of the language model an image takes.
-        num_routing_tokens: how many it takes for the router.
-        topk: how many experts the router may name.
-        system_prompt: stands before every conversation; None: the template's own.
+        num_image_tokens: number of language model tokens for an image.
+        num_routing_tokens: number of tokens for an image in the routing pass.
+        topk: the most experts that the router may name.
+        system_prompt: comes before every conversation; None: the template's own.
         routing_template: the router's wording (``mova.routing_prompt``'s ``template``); None: this library's.
-        question_words: how many words ``question_tokenizer`` must have, which the saved processor knows; None: some.
+        question_words: the size that ``question_tokenizer`` must have, known to a saved processor; None: any.
 
     Raises:
         TypeError, ValueError: an argument breaks its rule.
@@ -84,7 +84,7 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
             is_text = wording is None or isinstance(wording, str)
             check(is_text, name, "must be a string or None", wording, TypeError)
         for expert in (base, *experts):
-            VisionExpert(**expert)  # for its checks
+            VisionExpert(**expert)  # raises if a field is wrong
         self.base, self.experts = dict(base), [dict(expert) for expert in experts]
         self.num_image_tokens, self.num_routing_tokens, self.topk = num_image_tokens, num_routing_tokens, topk
         self.system_prompt, self.routing_template = system_prompt, routing_template
@@ -106,7 +106,7 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         return super().save_pretrained(os.fspath(save_directory), push_to_hub, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; the image processor stands in it, where ``AutoImageProcessor`` looks for it."""
+        """As in transformers, and with the image processor, which ``AutoImageProcessor`` looks for here."""
         return {**super().to_dict(), "image_processor": self.image_processor.to_dict()}
 
     def _folders(self) -> list[str]:
@@ -114,34 +114,34 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a file that is damaged, or a tokenizer without its words, is an error.
+        """As in transformers, but a damaged file or a tokenizer without its words is an error.
 
         Raises:
-            OSError: a file is not there.
-            ValueError: a file is damaged, or a tokenizer is not the one that was saved; the message names the file or
-                the tokenizer.
+            OSError: a file does not exist.
+            ValueError: a file is damaged, or a tokenizer is not the saved one; the message names the file or the
+                tokenizer.
         """
         path = pretrained_model_name_or_path
         arguments = loading_arguments(kwargs)
-        # transformers would not take every argument to both tokenizers, and where one is missing take the other.
+        # transformers does not pass every argument to both tokenizers, and replaces a missing tokenizer by the other.
         directory = small_files(path, arguments)
         subfolder = arguments.pop("subfolder", "")
         _check_processor_files(directory / subfolder)
         options = {key: value for key, value in kwargs.items() if key not in arguments}
         try:
             processor = super().from_pretrained(directory, *args, **options)
-            processor.conversation("?")  # by its chat template
+            processor.conversation("?")  # raises if the chat template is damaged
             return processor
         except OSError:
             raise
         except TemplateError as error:
             raise ValueError(f"the chat template in {path} cannot be used: {error}") from error
-        except Exception as error:  # whatever a tokenizer makes of a damaged file
+        except Exception as error:  # tokenizers raise errors of any kind for damaged files
             raise ValueError(f"the processor in {path} cannot be loaded: {error}") from error
 
     @classmethod
     def for_config(cls, config: MoVAConfig, tokenizer: Any, question_tokenizer: Any, **kwargs: Any) -> MoVAProcessor:
-        """The processor of a model; adds :data:`IMAGE_TOKEN` to the tokenizer if it lacks it.
+        """Make the processor of a model; :data:`IMAGE_TOKEN` is added to the tokenizer if it is missing.
 
         Raises:
             ValueError: the token's number is not ``config.image_token_id``.
@@ -163,7 +163,7 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
 
     @property
     def image_processor(self) -> MoVAImageProcessor:
-        """What the base encoder is given; the experts are given their own by ``__call__``."""
+        """The image processor of the base encoder; ``__call__`` prepares the images of the experts."""
         return MoVAImageProcessor(self.base)
 
     @property
@@ -172,7 +172,7 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         return tuple(VisionExpert(**expert) for expert in self.experts)
 
     def conversation(self, question: str, *, images: int = 1) -> str:
-        """A user's turn with its images first, as the language model wants it, up to where the answer begins."""
+        """Format a user's turn, images first, in the chat template, up to the place where the answer begins."""
         check(IMAGE_TOKEN not in question, "question", f"must not contain {IMAGE_TOKEN}", question)
         return self.apply_chat_template([{"role": "user", "content": f"{IMAGE_TOKEN}\n" * images + question}])
 
@@ -188,25 +188,25 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Messages, or a list of conversations, as text; or with ``tokenize`` as the model's arguments.
+        """Format messages, or a list of conversations, as text; or with ``tokenize`` as the model's arguments.
 
-        A content may be a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``. The template holds
-        whatever special tokens belong before the text, so ``__call__`` adds none.
+        A content may be a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``. The template has the
+        special tokens before the text, so ``__call__`` adds none.
 
         Args:
-            conversation: with ``tokenize`` its images stand in their parts, under "image" or "path" (a PIL image, a
-                path or bytes), "url" or "base64".
+            conversation: messages, or a list of conversations. With ``tokenize`` each image part must have its image,
+                under "image" or "path" (a PIL image, a path or bytes), "url" or "base64".
             chat_template, add_generation_prompt: as in transformers.
             tokenize: return tokens instead of text.
-            return_dict: with ``tokenize``, all that ``model.generate(**inputs)`` takes, instead of ``input_ids`` alone.
-                The model then picks the experts of each image itself, as :class:`MoVAPipeline` does, unless ``experts``
-                says which.
+            return_dict: with ``tokenize``, return all arguments of ``model.generate(**inputs)`` instead of
+                ``input_ids`` alone. The model then picks the experts of each image itself, as :class:`MoVAPipeline`
+                does, unless ``experts`` is given.
             return_tensors, processor_kwargs: of ``__call__``, whose arguments may also stand beside them: ``padding``,
                 ``max_length``, ``experts``, ``questions``, ...
-            kwargs: what else the template reads.
+            kwargs: further variables of the template.
 
         Raises:
-            TypeError, ValueError: a part is no image or text, or those of ``__call__``.
+            TypeError, ValueError: a part is neither image nor text, or ``__call__`` raises it.
         """
         is_list = isinstance(conversation, list | tuple)
         check(is_list, "conversation", "must be a list", type(conversation).__name__, TypeError)
@@ -245,12 +245,12 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         if not return_dict:
             return inputs["input_ids"]
         if images and "routing" not in inputs:
-            gate_texts(self, questions)  # for its checks, before the model is asked
+            gate_texts(self, questions)  # raises if a question is wrong, before the model runs
             inputs["routing"] = RoutingRequest(self, images, questions)
         return inputs
 
     def _template(self, given: str | None) -> str:
-        """The chat template: what is given; or, of several by name, the one that it names, without one "default"."""
+        """Return the chat template: the given one. Of several by name, ``given`` or "default" names it."""
         own = self.chat_template or self.tokenizer.chat_template or CHAT_TEMPLATE
         if not isinstance(own, Mapping):
             return given or own
@@ -271,27 +271,28 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         return_tensors: str = "pt",
         **tokenizer: Any,
     ) -> BatchFeature:
-        """The model's arguments, for ``model(**inputs)`` and ``model.generate(**inputs, ...)``.
+        """Make the arguments of ``model(**inputs)`` and ``model.generate(**inputs, ...)``.
 
         Args:
             images: one or a list, or a list of lists, one for each text: PIL images, paths or bytes; in the order of
                 the placeholders in ``text``.
             text: one or a list of B, with :data:`IMAGE_TOKEN` where an image belongs (see :meth:`conversation`).
-            experts: "all", "none" or a list of names, for all M images; or a list of M such entries. None is none.
-            questions: what the adapter's gates read, one for each image (see ``mova.prompts``'s ``text``); needed where
-                an image uses experts.
+            experts: "all", "none" or a list of names, for all M images; or a list of M such entries. None: no experts.
+            questions: the text for the adapter's gates, one for each image (``mova.prompts(...).text``); needed if an
+                image uses experts.
             padding, max_length: as in transformers.
-            truncation: whether longer texts are cut on the right, never an image; None: if ``max_length`` is given.
+            truncation: whether longer texts are cut on the right; an image is never cut. None: True if ``max_length``
+                is given.
             return_tensors: "pt" only.
             tokenizer: of transformers' tokenizers: ``padding_side``, ``pad_to_multiple_of``, ``add_special_tokens``
-                (False, for the template has them).
+                (default False, since the template has them).
 
         Returns:
             input_ids, attention_mask (B, T), left-padded; with images also pixel_values (M, 3, S, S), and with experts
             routing (M, N), expert_pixel_values {name: images that use it}, question_ids and question_mask (M, T_q).
 
         Raises:
-            TypeError, ValueError: what is given does not fit together, or an image would be cut.
+            TypeError, ValueError: the arguments do not fit together, or an image would be cut.
         """
         check(return_tensors == "pt", "return_tensors", "must be 'pt'", return_tensors)
         _check_not_generating(tokenizer)
@@ -330,7 +331,7 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         truncation: bool | None = None,
         **tokenizer: Any,
     ) -> dict[str, Tensor]:
-        """input_ids and attention_mask (B, T), left-padded, each image's place widened to ``image_tokens``."""
+        """Make input_ids and attention_mask (B, T), left-padded; each placeholder becomes ``image_tokens`` tokens."""
         expected = [text.count(IMAGE_TOKEN) * image_tokens for text in texts]
         wide = [text.replace(IMAGE_TOKEN, IMAGE_TOKEN * image_tokens) for text in texts]
         cuts = max_length is not None if truncation is None else truncation
@@ -349,7 +350,7 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
     def tokenize_questions(self, questions: Sequence[str]) -> dict[str, Tensor]:
-        """question_ids and question_mask (M, T_q), padded on the right, cut at 512 tokens."""
+        """Make question_ids and question_mask (M, T_q), padded on the right and cut at 512 tokens."""
         limit = min(512, self.question_tokenizer.model_max_length)
         how = {"padding": True, "padding_side": "right", "truncation": True, "max_length": limit}
         with _TOKENIZING:
@@ -357,7 +358,7 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
         return {"question_ids": encoded["input_ids"], "question_mask": encoded["attention_mask"]}
 
     def routed(self, images: Sequence[PreparedImage], chosen: Sequence[Any], questions: Any) -> dict[str, Any]:
-        """routing, expert_pixel_values, question_ids and question_mask, of one entry of experts for each image."""
+        """Make routing, expert_pixel_values, question_ids and question_mask from the experts of each image."""
         pool = self.pool
         mask = routing_mask(chosen, pool)
         pixels = {
@@ -375,7 +376,7 @@ class MoVAProcessor(UploadsFolders, ProcessorMixin):
 
 
 def _check_not_generating(arguments: Iterable[str]) -> None:
-    """Refuse what ``generate`` would take: transformers' pipelines hand it to a processor, which would lose it."""
+    """Refuse arguments of ``generate``, which transformers' pipelines pass to the processor: they would be lost."""
     known = vars(GenerationConfig())
     found = sorted(name for name in arguments if name in known and not name.startswith("_"))
     rule = "is for generate (of a pipeline of transformers: generate_kwargs={...})"
@@ -383,7 +384,7 @@ def _check_not_generating(arguments: Iterable[str]) -> None:
 
 
 def per_image(experts: Any, count: int, pool: Sequence[str]) -> list[Any]:
-    """One entry for each of ``count`` images: what is "all", "none" or names of the pool is for all of them."""
+    """Return one entry for each of ``count`` images; "all", "none" and a list of names are for all images."""
     is_list = isinstance(experts, list | tuple)
     check(isinstance(experts, str) or is_list, "experts", "must be 'all', 'none' or a list", experts, TypeError)
     if isinstance(experts, str) or all(isinstance(e, str) and e in pool for e in experts):
@@ -393,7 +394,7 @@ def per_image(experts: Any, count: int, pool: Sequence[str]) -> list[Any]:
 
 
 def _check_words(tokenizer: Any, expected: int | None) -> int:
-    """The size of the text encoder's tokenizer. One that lost its vocabulary still loads, and knows no word."""
+    """Check the text encoder's tokenizer and return its size. It loads even without its vocabulary file."""
     found, where = tokenizer.get_vocab(), tokenizer.name_or_path
     check(IMAGE_TOKEN not in found, "question_tokenizer", "must be the text encoder's, not the language model's", where)
     has_words = not set(found) <= set(tokenizer.all_special_tokens)
@@ -404,10 +405,10 @@ def _check_words(tokenizer: Any, expected: int | None) -> int:
 
 
 def _check_processor_files(directory: Path) -> None:
-    """Raise where a file of a processor's directory is missing or damaged, and name it."""
+    """Raise an error that names the missing or damaged file of a processor's directory."""
     if not (directory / "processor_config.json").is_file():
-        return  # on the hub, or no processor: transformers says so
-    for name in ("processor_config.json", "config.json"):  # a tokenizer reads that of the model, too
+        return  # no processor: transformers reports it
+    for name in ("processor_config.json", "config.json"):  # a tokenizer reads the model's config, too
         if (directory / name).exists():
             read_json(directory / name)
     for folder in (directory, directory / _QUESTIONS):

@@ -26,8 +26,10 @@ ANSWER_TOKENS = 128  # the length of an answer when nobody says how long it may 
 
 @dataclass(frozen=True)
 class Route:
-    """The ``experts`` of a sample, best first; the router's ``answer`` and the ``letters`` that it was offered, or None
-    and nothing where the experts were chosen by hand."""
+    """The ``experts`` of a sample, best first; the router's ``answer``, and the ``letters`` that it was offered.
+
+    Experts that were chosen by hand have no answer (None) and no letters.
+    """
 
     experts: tuple[str, ...]
     answer: str | None = None
@@ -41,7 +43,7 @@ class RoutingRequest:
     Args:
         processor: the model's.
         images: M of them.
-        questions: for each image those of its conversation so far.
+        questions: for each image the questions of its conversation so far.
     """
 
     processor: Any
@@ -67,7 +69,7 @@ class Router:
             questions: each a string, or the questions of a conversation so far.
             wording: of ``mova.prompts``: suffix, suffix_in, descriptions.
         """
-        pool = [self.model.experts.experts[name] for name in self.model.experts.allowed]
+        pool = [self.model.experts.specs[name] for name in self.model.experts.allowed]
         template = self.processor.routing_template or TEMPLATE
         return [prompts(q, pool, topk=self.processor.topk, template=template, **wording) for q in questions]
 
@@ -123,18 +125,18 @@ class Router:
 
 
 def route_requested(model: Any, request: RoutingRequest | list[Any]) -> dict[str, Any]:
-    """Ask the router, and prepare what the experts that it picks are given.
+    """Ask the router, and prepare the inputs of the experts that it picks.
 
     Args:
         model: in eval mode.
-        request: one, or a list of them: those of a batch.
+        request: one request, or a list of those of a batch.
 
     Returns:
         routing, expert_pixel_values, question_ids and question_mask of ``get_image_features``.
 
     Raises:
-        TypeError: the list holds something else.
-        ValueError: the model is in training mode, in which its features are random.
+        TypeError: the list holds something else than requests.
+        ValueError: the model is in training mode, in which dropout would change the choice.
     """
     requests = request if isinstance(request, list) else [request]
     for each in requests:
@@ -154,7 +156,7 @@ def gate_texts(processor: Any, questions: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _check_processor(processor: Any, config: MoVAConfig) -> None:
-    """Raise where the processor is another model's."""
+    """Raise if the processor belongs to another model."""
     words, vocabulary = len(processor.question_tokenizer), config.text_encoder_config.vocab_size
     fits = words <= vocabulary
     check(fits, "processor", f"must have a question_tokenizer of the text encoder's {vocabulary} words", words)

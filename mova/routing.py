@@ -1,4 +1,4 @@
-"""Routing as text: the prompt that offers experts to a language model, and what its answer selects."""
+"""Routing as text: the prompt that offers experts to a language model, and the experts that its answer selects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FIELDS = re.compile(r"\{(topk|pool|question)\}")
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a tokenizer can read the text: it has no half of a surrogate pair."""
+    """Whether a tokenizer can read the text: it must not have half a surrogate pair."""
     return text.isascii() or not _SURROGATE.search(text)
 
 
@@ -43,14 +43,14 @@ class RoutingPrompt:
 
     @property
     def letters(self) -> dict[str, str]:
-        """Letter to name."""
+        """The name of the expert for each letter."""
         return dict(zip(LETTERS, self.pool, strict=False))
 
     def answer(self, experts: Iterable[str]) -> str:
-        """The answer that selects these experts in this order, to train on: ``"A, D"`` or ``"none"``.
+        """Return the answer that selects these experts in this order, ``"A, D"`` or ``"none"``: a target for training.
 
         Raises:
-            ValueError: one of them is not in the pool.
+            ValueError: an expert is not in the pool.
         """
         letter_of = {name: letter for letter, name in self.letters.items()}
         names = dict.fromkeys(member_names(experts, self.pool))
@@ -66,20 +66,23 @@ def routing_prompt(
     seed: int | None = None,
     template: str = TEMPLATE,
 ) -> RoutingPrompt:
-    """Ask which of ``experts`` would help with ``question``. The placeholder of the image goes before the text.
+    """Make the prompt that asks which of ``experts`` would help with ``question``.
+
+    The placeholder of the image goes before the text.
 
     Args:
         question: the user's own words.
         experts: the pool, 1 to 26 names or VisionExperts; the first becomes A. There are no two-letter names.
-        topk: how many the answer may name.
-        descriptions: name to description, instead of the expert's own, for any of them.
-        seed: shuffle the pool, the same for the same seed; the result's ``pool`` and ``letters`` have the order.
-        template: the wording, with ``{pool}``, ``{question}`` and, if wanted, ``{topk}``. Without ``{pool}`` it lists
-            the models under their letters itself, in the order of ``experts``; without ``{question}`` the question is
-            appended. That of :func:`mova.official_template` goes with ``mova.experts.OFFICIAL``.
+        topk: the most experts that the answer may name.
+        descriptions: name to description; replaces the expert's own description.
+        seed: shuffles the pool, in the same way for the same seed; the result's ``pool`` and ``letters`` have the
+            order.
+        template: the wording, with ``{pool}``, ``{question}`` and, if wanted, ``{topk}``. A template without ``{pool}``
+            must list the models by their letters, in the order of ``experts``; without ``{question}`` the question is
+            appended. The template of :func:`mova.official_template` belongs to ``mova.experts.OFFICIAL``.
 
     Raises:
-        TypeError, ValueError: an argument breaks its rule; unknown and repeated names are errors.
+        TypeError, ValueError: an argument breaks its rule, or a name is unknown or repeated.
     """
     check(isinstance(question, str), "question", "must be a string", question, TypeError)
     check(question.strip(), "question", "must not be empty", question)
@@ -109,7 +112,7 @@ def routing_prompt(
         order = tuple(random.Random(seed).sample(order, len(order)))
     listed = "\n".join(f"{letter}. {lines[name]}" for letter, name in zip(LETTERS, order, strict=False))
     values = {"topk": str(topk), "pool": listed, "question": question}
-    # In one pass: a question may hold "{pool}", and any text other braces.
+    # Replaced in one pass, since a question may contain "{pool}"; and not by str.format, since texts may have braces.
     return RoutingPrompt(_FIELDS.sub(lambda field: values[field[1]], template), order)
 
 
@@ -133,19 +136,19 @@ def prompts(
     descriptions: Mapping[str, str] | None = None,
     seed: int | None = None,
 ) -> Prompts:
-    """All that is made of a question, in one place. The placeholder of the image goes before ``router`` and ``answer``.
+    """Make all three forms of a question. The placeholder of the image goes before ``router`` and ``answer``.
 
-    The router and the answer have the last question, the text encoder has all of them: "question 0: ", the question in
-    small letters and an empty line, then the same for 1 and so on.
+    The router and the answer get the last question. The text encoder gets all of them: "question 0: ", the question in
+    lower case and an empty line, then the same for question 1, and so on.
 
     Args:
-        questions: the user's own words; of a conversation those of every round.
-        suffix: how to answer ("Answer with one word."), in a line of its own after the last question.
-        suffix_in: which of "router", "answer" and "text" have the suffix; the official scripts do not agree on it.
+        questions: the user's own words; of a conversation a list with the question of every round.
+        suffix: an instruction ("Answer with one word.") on a line of its own after the last question.
+        suffix_in: the forms that get the suffix, of "router", "answer" and "text"; the official scripts do not agree.
         experts, topk, template, descriptions, seed: as for :func:`routing_prompt`.
 
     Raises:
-        TypeError, ValueError: an argument breaks its rule; no question, or an empty one, is an error.
+        TypeError, ValueError: an argument breaks its rule, there is no question, or a question is empty.
     """
     rounds = [questions] if isinstance(questions, str) else questions
     check(isinstance(rounds, list | tuple), "questions", "must be a string or a list of strings", questions, TypeError)
@@ -169,24 +172,25 @@ _LATIN = "[0-9A-Za-zÀ-ɏ]+"
 _WORD = re.compile(f"{_LATIN}(?:['\u2019-]{_LATIN})*")
 _NONE = re.compile(r"\W*(none|nothing|n/?a)\b", re.IGNORECASE)
 _JOINS = ("and", "or")
-# Makes a word of an "A" that starts a sentence and of an "I": "A chart reader", "I think"; not "A and C", "A is best".
+# Follows an "A" or "I" that is a word, as in "A chart reader" and "I think"; not a letter, as in "A and C", "A is
+# best".
 _GOES_ON = re.compile(r"[ \t]+(?!(?:and|or|is|for|because|plus|then|with|only)\b)[a-zà-ÿ]")
 
 
 def parse_routing(answer: str, pool: Sequence[str | VisionExpert], *, topk: int | None = None) -> tuple[str, ...]:
-    """The names of the experts that ``answer`` selects, in its order, each once, at most ``topk``.
+    """Return the names of the experts that ``answer`` selects, in its order, each once, at most ``topk``.
 
-    A letter counts where it stands alone; a small one only if the answer is nothing but letters, for ``a`` is a word.
-    Letters outside the pool are ignored. What begins with "none", "nothing" or "n/a" selects nothing, and so does what
-    names nothing, with a warning. No string is an error.
+    A letter counts if it stands alone; a lower-case letter counts only if the answer has nothing but letters, since
+    ``a`` is a word. Letters outside the pool are ignored. An answer that begins with "none", "nothing" or "n/a" selects
+    nothing. An answer without letters selects nothing, too, with a warning. Every string is accepted.
 
     Args:
         answer: what the language model wrote.
         pool: names or VisionExperts in the order of their letters (:attr:`RoutingPrompt.pool`).
-        topk: the most that are returned; None is all.
+        topk: the most names that are returned; None: all.
 
     Raises:
-        TypeError, ValueError: ``answer`` is no string, ``pool`` is empty or has repeated names, ``topk`` is below 1.
+        TypeError, ValueError: ``answer`` is not a string, ``pool`` is empty or repeats a name, ``topk`` is below 1.
     """
     check(isinstance(answer, str), "answer", "must be a string", answer, TypeError)
     names = pool_names(pool)
@@ -208,15 +212,15 @@ def parse_routing(answer: str, pool: Sequence[str | VisionExpert], *, topk: int 
 
 
 def _is_word(answer: str, word: re.Match[str], previous: re.Match[str] | None) -> bool:
-    """Whether an A or I in prose is the article or the pronoun."""
+    """Whether an A or I in a sentence is the article or the pronoun."""
     starts = previous is None or any(c in ".!?\n" for c in answer[previous.end() : word.start()])
     return (word[0] == "I" or (word[0] == "A" and starts)) and _GOES_ON.match(answer, word.end()) is not None
 
 
 def parse_routing_official(answer: str, num_experts: int = 7) -> list[bool]:
-    """What the official code makes of an answer, mistakes included, for parity: a row in the order of the letters.
+    """Parse an answer as the official code does, mistakes included; returns a row in the order of the letters.
 
-    A capital anywhere in the first three comma-separated pieces selects, so "Based on A" selects B, too.
+    Any capital in the first three comma-separated pieces selects an expert, so "Based on A" selects B, too.
     """
     check(isinstance(answer, str), "answer", "must be a string", answer, TypeError)
     check(num_experts in range(1, len(LETTERS) + 1), "num_experts", f"must be 1 to {len(LETTERS)}", num_experts)
@@ -225,10 +229,14 @@ def parse_routing_official(answer: str, num_experts: int = 7) -> list[bool]:
 
 
 def selection(experts: str | Iterable[str | VisionExpert], pool: Sequence[str | VisionExpert]) -> list[bool]:
-    """The routing row of one sample: "all", "none", or the names to switch on, over ``pool`` in the model's order.
+    """Return the routing row of one sample, one entry for each expert of ``pool``.
+
+    Args:
+        experts: "all", "none", or the names of the selected experts.
+        pool: in the model's order.
 
     Raises:
-        TypeError, ValueError: another string, or a name that is not in the pool.
+        TypeError, ValueError: ``experts`` is another string, or has a name that is not in the pool.
     """
     ordered = pool_names(pool)
     if isinstance(experts, str):
@@ -241,7 +249,7 @@ def selection(experts: str | Iterable[str | VisionExpert], pool: Sequence[str | 
 def routing_mask(
     selections: Sequence[str | Iterable[str | VisionExpert]], pool: Sequence[str | VisionExpert]
 ) -> Tensor:
-    """(B, N) bool: :func:`selection` of every sample, as ``mova_kernels.MoVAdapter`` takes it."""
+    """Return the routing (B, N) bool of ``mova_kernels.MoVAdapter``: the :func:`selection` of every sample."""
     import torch
 
     is_batch = isinstance(selections, Sequence) and not isinstance(selections, str)
@@ -251,7 +259,7 @@ def routing_mask(
 
 
 def pool_names(pool: Sequence[str | VisionExpert]) -> list[str]:
-    """The names of a pool, which need not be registered."""
+    """Return the names of a pool, which need not be registered; they must be different."""
     check(isinstance(pool, list | tuple), "pool", "must be a list or tuple of names or VisionExperts", pool, TypeError)
     names = [_name("pool", e) for e in pool]
     check(names, "pool", "must not be empty", names)
@@ -260,6 +268,7 @@ def pool_names(pool: Sequence[str | VisionExpert]) -> list[str]:
 
 
 def member_names(experts: Iterable[str | VisionExpert], pool: Sequence[str]) -> list[str]:
+    """Return the names of experts, which must be in the pool."""
     is_list = isinstance(experts, Iterable) and not isinstance(experts, str)
     check(is_list, "experts", "must be a sequence of names", experts, TypeError)
     names = [_name("experts", e) for e in experts]

@@ -1,4 +1,4 @@
-"""The LoRA that makes the language model a router: on in the routing pass, out of the way everywhere else."""
+"""The LoRA that makes the language model a router: it is on in the routing pass and off everywhere else."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .checkpoint import read_state
 from .ranks import with_zero_times
 
 ROUTING_LORA = "routing"  # the adapter's name in peft, and its folder beside the model
-LORA_KEYS = rf"\.lora_\w+\.{ROUTING_LORA}(\.|$)"  # of its weights in the model's state
-# What would change the language model outside of the routing pass, or what no weight file of a LoRA can hold.
+LORA_KEYS = rf"\.lora_\w+\.{ROUTING_LORA}(\.|$)"  # matches the keys of its weights in the model's state
+# These options change the language model outside of the routing pass, or need more than the weight file of a LoRA.
 _MUST_BE_EMPTY = (
     "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens",
 )  # fmt: skip
-_INITIAL_STATES = (True, False, "gaussian")  # the others change the weights of the language model
+_INITIAL_STATES = (True, False, "gaussian")  # other values change the weights of the language model
 
 
 class RoutingLoRA:
-    """The part of :class:`MoVAForConditionalGeneration` that is about its routing LoRA.
+    """The part of :class:`MoVAForConditionalGeneration` that handles its routing LoRA.
 
-    It is peft's own work: transformers' mixin around it wants, at the time of writing, a peft that is not released yet.
-    It may lie beside adapters of the user's own on the same language model: a routing pass adds it to those that are
-    active, and nothing else here changes them, or whether a parameter requires a gradient.
+    It uses peft directly, since transformers' own mixin for peft asks for a version that was not released when this was
+    written. The language model may also have adapters of the user: a routing pass adds the routing LoRA to the active
+    ones. Nothing here changes those adapters otherwise, or whether a parameter requires a gradient.
     """
 
     config: Any
@@ -44,16 +44,16 @@ class RoutingLoRA:
     def add_routing_lora(self, config: Any) -> None:
         """Give the language model a LoRA for the routing pass.
 
-        Its weights are trainable, and get gradients from what is computed inside :meth:`routing_pass`; the others stay
-        as trainable as they were.
+        Its weights are trainable and get gradients from computations inside :meth:`routing_pass`. Other parameters keep
+        their ``requires_grad``.
 
         Args:
             config: a ``peft.LoraConfig`` for the language model.
 
         Raises:
-            TypeError: ``config`` is none.
-            ValueError: ``config`` asks for what changes the language model outside of the routing pass as well, or
-                there is a routing LoRA already.
+            TypeError: ``config`` is not a LoraConfig.
+            ValueError: ``config`` would change the language model outside of the routing pass, too, or there is a
+                routing LoRA already.
         """
         from peft import inject_adapter_in_model
 
@@ -63,7 +63,7 @@ class RoutingLoRA:
         active = {layer: list(layer.active_adapters) for layer in self._tuner_layers().values()}
         with torch.inference_mode(False):  # in which its weights could not be trained
             inject_adapter_in_model(config, self.language_model, adapter_name=ROUTING_LORA)
-        # peft freezes all others, and makes the new adapter the only active one.
+        # peft has frozen all other parameters and made the new adapter the only active one: both are undone.
         for parameter, wanted in trainable.items():
             parameter.requires_grad_(wanted)
         for layer in self._tuner_layers().values():
@@ -75,12 +75,15 @@ class RoutingLoRA:
         self.config.routing_lora = True
 
     def load_routing_lora(self, directory: str | Path) -> None:
-        """Load one that ``save_pretrained``, or peft for the language model, wrote; it replaces the one that is there.
+        """Load a routing LoRA, which replaces the present one, if there is one.
 
-        Its weights have the dtype of the file, and are trainable.
+        Its weights have the dtype of the file and are trainable.
+
+        Args:
+            directory: written by ``save_pretrained``, or by peft for the language model alone.
 
         Raises:
-            ValueError: weights are missing or unknown, or its config is none for a routing LoRA.
+            ValueError: weights are missing or unknown, or the config does not suit a routing LoRA.
         """
         from peft import PeftConfig, set_peft_model_state_dict
 
@@ -104,13 +107,13 @@ class RoutingLoRA:
 
     @contextmanager
     def routing_pass(self) -> Iterator[None]:
-        """Inside, the language model is the router: its routing LoRA is on.
+        """Switch the routing LoRA on inside the ``with``, so that the language model is the router.
 
-        The switch belongs to the model, whose lock is held meanwhile: other threads wait.
+        All threads share the switch, so the model's lock is held meanwhile: other threads wait.
 
         Raises:
-            RuntimeError: the LoRA cannot act: peft has removed, merged or disabled it. The language model raises it
-                where its layers run in reentrant checkpointing other than :meth:`gradient_checkpointing_enable`'s.
+            RuntimeError: peft has removed, merged or disabled the LoRA. Later, the language model raises this error if
+                its layers run in reentrant checkpointing that :meth:`gradient_checkpointing_enable` did not set up.
         """
         if not self.config.routing_lora:
             yield
@@ -138,7 +141,7 @@ class RoutingLoRA:
             self._switch_routing_lora(before)
 
     def _switch_routing_lora(self, on: bool) -> None:
-        # Not by peft's set_adapter or enable_adapters, which also decide what requires a gradient.
+        # peft's set_adapter and enable_adapters would also change which parameters require a gradient.
         if on != self._routing_lora_on:
             for layer in self._lora_layers().values():
                 others = [name for name in layer.active_adapters if name != ROUTING_LORA]
@@ -148,7 +151,7 @@ class RoutingLoRA:
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
-        """As in transformers, but a layer that is computed again, in backward, has the LoRA as it had it in forward."""
+        """As in transformers, but a layer that backward computes again has the LoRA on or off as it was in forward."""
 
         remembering = partial(self._checkpointed, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, remembering, **kwargs)  # type: ignore[misc]
@@ -157,10 +160,10 @@ class RoutingLoRA:
         return checkpoint(partial(_run_switched, self, self._routing_lora_on, function), *args)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in PyTorch, also with the names that ``save_pretrained`` writes, as transformers' ``Trainer`` resumes.
+        """As in PyTorch, and with the names that ``save_pretrained`` writes, with which ``Trainer`` resumes.
 
         Raises:
-            ValueError: the state is of a model with a routing LoRA and this one has none, or the other way round.
+            ValueError: of the state and this model, one has a routing LoRA and the other has none.
         """
         prefixes = [f"language_model.{name}." for name in self._lora_layers()]
         found = any(re.search(LORA_KEYS, key) for key in state_dict)
@@ -180,7 +183,7 @@ class RoutingLoRA:
         return super().load_state_dict(renamed, strict, assign)  # type: ignore[misc]
 
     def _saved_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's state under the names that its weights have without a routing LoRA, and the LoRA's own."""
+        """Rename the weights of a state to the names of a model without a routing LoRA; the LoRA's own keep theirs."""
         saved = {}
         foreign = []
         for key, value in state.items():
@@ -193,7 +196,7 @@ class RoutingLoRA:
         return saved
 
     def _save_routing_lora(self, directory: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the folder of the routing LoRA, as peft does, of the model's whole state."""
+        """Write the folder of the routing LoRA, as peft does, from the model's whole state."""
         own = {key: value for key, value in state.items() if re.search(LORA_KEYS, key)}
         rule = "must have the weights of the routing LoRA, since model.config.routing_lora is True"
         check(own, "state_dict", rule, "none")
@@ -207,7 +210,7 @@ class RoutingLoRA:
 
     def _tuner_layers(self) -> dict[str, Any]:
         """The modules of the language model that peft has wrapped, by name."""
-        if "peft" not in sys.modules:  # without it nothing is wrapped
+        if "peft" not in sys.modules:  # nothing is wrapped before peft is imported
             return {}
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
@@ -216,7 +219,7 @@ class RoutingLoRA:
         return {name: module for name, module in self.language_model.named_modules() if isinstance(module, wrappers)}
 
     def _lora_layers(self) -> dict[str, Any]:
-        """Those of them that the routing LoRA changes."""
+        """The modules of the language model that the routing LoRA changes, by name."""
         layers = self._tuner_layers()
         if not layers:
             return {}
@@ -231,10 +234,10 @@ def _run_switched(model: RoutingLoRA, on: bool, function: Callable[..., Any], *a
 
 
 def _refuse_unknown_recomputation(layer: Any, args: Any) -> None:
-    """A hook of the LoRA's layers: refuse to run it within an autograd.Function, other than by :func:`_run_switched`.
+    """A hook of the LoRA's layers: refuse to run within an autograd.Function, except under :func:`_run_switched`.
 
-    Such a function computes the layer again in its backward, as reentrant checkpointing does, and the LoRA may be on in
-    one of the two and off in the other. Both gradients would be wrong without an error.
+    Such a function, for example reentrant checkpointing, computes the layer again in its backward. The LoRA may be on
+    in one of the two computations and off in the other, and the gradients would be wrong without an error.
     """
     if torch.compiler.is_compiling() or ROUTING_LORA not in layer.active_adapters:
         return
@@ -249,9 +252,9 @@ def _refuse_unknown_recomputation(layer: Any, args: Any) -> None:
 
 
 def _join_under_zero3(layer: Any, args: Any, output: Tensor) -> Tensor | None:
-    """A hook of the LoRA's layers: where it is off, its weights get gradients of zero from DeepSpeed's ZeRO-3.
+    """A hook of the LoRA's layers: give its weights zero gradients under DeepSpeed's ZeRO-3 while the LoRA is off.
 
-    ZeRO-3 would take a step with their last gradients, those of an earlier routing pass.
+    Otherwise ZeRO-3 would update them by the gradients of an earlier routing pass.
     """
     if ROUTING_LORA in layer.active_adapters or not torch.is_grad_enabled():
         return None

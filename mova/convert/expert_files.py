@@ -17,13 +17,13 @@ from .expert_keys import from_public, to_public
 
 
 def convert_expert(expert: VisionExpert, source: Path, target: Path, sizes: Mapping[str, Any] | None = None) -> None:
-    """Write the encoder of an expert's own checkpoint to ``target``, in the dtype of the file.
+    """Convert an expert's own checkpoint into an encoder in ``target``, in the dtype of the file.
 
     Args:
         expert: an official one, or ``clip``.
         source: a file, or a directory of them.
-        target: the directory for it, in a model ``experts/<name>``.
-        sizes: where it differs from the released sizes (``MoVAConfig.encoder_sizes``).
+        target: the directory to write; in a model it is ``experts/<name>``.
+        sizes: sizes that differ from the released ones (``MoVAConfig.encoder_sizes``).
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -60,7 +60,7 @@ def to_public_checkpoint(source: Path, name: str, target: Path) -> None:
 
     Raises:
         FileNotFoundError: the model has no weights of it.
-        ValueError: it has no such expert; ``target`` is there already.
+        ValueError: the model has no such expert, or ``target`` exists.
     """
     config = MoVAConfig.from_pretrained(source)
     names = [expert.name for expert in config.pool]

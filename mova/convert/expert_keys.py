@@ -1,6 +1,6 @@
-"""Checkpoints of the vision experts under other names: the official MoVA's, and each expert's own.
+"""Names of the vision experts' weights in other checkpoints: the official MoVA's, and each expert's own.
 
-Three forms of a state dict, per expert:
+A state dict of an expert has three forms:
 
 - ours, which :meth:`VisionEncoder.save` writes and :meth:`VisionEncoder.from_state` takes. For a backbone of
   transformers it is the layout of the checkpoints on the Hugging Face Hub, which every version of transformers
@@ -8,7 +8,7 @@ Three forms of a state dict, per expert:
 - official, below ``model.vision_tower.vision_tower_<i>.`` in a MoVA checkpoint;
 - public, the file that the expert's authors published.
 
-What is left out on purpose is in ``DROPPED`` and ``AROUND``. Any other name that is not known is handed on as it is, so
+``DROPPED`` and ``AROUND`` list the weights that are left out on purpose. Any other unknown name is kept as it is, so
 that loading reports it.
 """
 
@@ -31,7 +31,7 @@ from ..encoders.codetr import rope_table
 class _Rename(NamedTuple):
     """Official names that begin with ``official`` begin with ``ours`` here; # is a number.
 
-    With several in ``ours`` the official tensor is theirs, concatenated.
+    If ``ours`` has several names, the official tensor is the concatenation of their tensors.
     """
 
     official: str
@@ -45,7 +45,7 @@ def _renames(prefix: str, table: Mapping[str, str | tuple[str, ...]]) -> tuple[_
     )
 
 
-# The first match counts in either direction, so that a block's general rule comes last.
+# The first match counts in both directions, so the general rule of a block comes last.
 _SAM = {
     "pos_embed": "pos_embed",
     "patch_embed.proj.": "patch_embed.projection.",
@@ -76,9 +76,9 @@ _RENAMES: dict[str, tuple[_Rename, ...]] = {
     "biomedclip": _renames("", _VIT),
 }  # the others have the same names in both forms
 
-# Patterns of names that no backbone of ours has. CLIP's are its text half and its old index buffer, Vary's is the
-# second convolution, which MoVA does without, Co-DETR's are tables that follow from the sizes, and BiomedCLIP's is the
-# projection behind the tower, which MoVA skips: to_official cannot bring that one back.
+# Patterns of names that no backbone of ours has: CLIP's text half and old index buffer, Vary's second convolution,
+# which MoVA does not use, Co-DETR's tables, which follow from the sizes, and BiomedCLIP's projection behind the tower,
+# which MoVA skips. to_official cannot restore that projection.
 DROPPED: dict[str, tuple[str, ...]] = {
     "clip": (
         r"text_model\.",
@@ -90,7 +90,7 @@ DROPPED: dict[str, tuple[str, ...]] = {
     "codetr": (r"(rope_win|rope_glb|blocks\.\d+\.attn\.rope)\.freqs_(cos|sin)$",),
     "biomedclip": (r"head\.",),
 }
-# Where the authors' file holds a larger model: the prefixes the encoder may have, each with patterns of what is around.
+# For authors' files that hold a larger model: the possible prefixes of the encoder, and patterns of all other weights.
 _ROOTS = ("model.", "transformer.", "")
 AROUND: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vary": (
@@ -108,15 +108,15 @@ AROUND: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sam": (("image_encoder.",), (r"(prompt_encoder|mask_decoder)\.", r"pixel_(mean|std)$")),
 }
 _CLIP_POSITIONS = "vision_model.embeddings.position_embedding.weight"
-# A name of the encoder that tells which prefix a file has.
+# A weight of the encoder by which the prefix of a file is recognised.
 _ANCHOR = {"pix2struct": "layernorm.weight", "deplot": "layernorm.weight", "biomedclip": "trunk.pos_embed"}
 
 
 def from_official(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our form of expert ``name``'s official weights, without what is in ``DROPPED``; tensors are not copied.
+    """Turn expert ``name``'s official weights into our form, without those in ``DROPPED``; tensors are not copied.
 
     Raises:
-        ValueError: ``name`` is neither an official expert nor ``clip``, a fused weight does not divide, or two names
+        ValueError: ``name`` is neither an official expert nor ``clip``, a fused weight cannot be divided, or two names
             become one.
     """
     check(name in BUILDERS, "name", f"must be one of {', '.join(BUILDERS)}", name)
@@ -136,9 +136,9 @@ def from_official(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_official(name: str, state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The official form of our weights, the inverse of :func:`from_official`.
+    """Turn our weights into the official form; the inverse of :func:`from_official`.
 
-    Co-DETR's tables follow from ``sizes``, the builder's keywords, and have the dtype of its positions.
+    Co-DETR's tables are computed from ``sizes``, the builder's keywords, in the dtype of its positions.
 
     Raises:
         ValueError: ``name`` is neither an official expert nor ``clip``, a part of a fused weight or Co-DETR's positions
@@ -165,10 +165,10 @@ def to_official(name: str, state: Mapping[str, Tensor], sizes: Mapping[str, Any]
 
 
 def from_public(name: str, state: Mapping[str, Tensor], sizes: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """Our form of the weights that expert ``name``'s authors published, without what is in ``AROUND`` and ``DROPPED``.
+    """Turn the weights that expert ``name``'s authors published into our form, without ``AROUND`` and ``DROPPED``.
 
-    CLIP's positions are resized to the grid of ``sizes``, the builder's keywords: bicubically, as in MoVA, and without
-    the CLS token's. MoVA's Co-DETR has a neck and a last norm of its own, which a detector's file may lack.
+    CLIP's positions, except that of the CLS token, are resized to the grid of ``sizes``, the builder's keywords:
+    bicubically, as in MoVA. MoVA's Co-DETR has its own neck and last norm, which a detector's file may lack.
 
     Raises:
         ValueError: as :func:`from_official`.
@@ -189,14 +189,14 @@ def from_public(name: str, state: Mapping[str, Tensor], sizes: Mapping[str, Any]
 
 
 def to_public(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the names of the file that expert ``name``'s authors published: the encoder alone.
+    """Rename our weights to the names in the file that expert ``name``'s authors published; the encoder alone.
 
-    What :func:`from_public` leaves out is not there, and CLIP's positions keep their grid.
+    Weights that :func:`from_public` leaves out are missing, and CLIP's positions keep their grid.
 
     Raises:
         ValueError: as :func:`to_official`.
     """
-    official = to_official(name, state) if name != "codetr" else state  # whose tables no reader needs
+    official = to_official(name, state) if name != "codetr" else state  # its tables are not needed
     prefix = AROUND.get(name, (("",),))[0][0]
     return {prefix + key: value for key, value in official.items()}
 
@@ -219,7 +219,7 @@ def _our_names(name: str, key: str) -> tuple[str, ...]:
 
 
 def _official_name(name: str, key: str) -> tuple[str, int, int]:
-    """The official name, which part of it ``key`` is, and how many there are."""
+    """Return the official name, the part of it that ``key`` is, and the number of parts."""
     for official, ours in _RENAMES.get(name, ()):
         for part, beginning in enumerate(ours):
             if moved := _moved(key, beginning, official):
@@ -228,13 +228,13 @@ def _official_name(name: str, key: str) -> tuple[str, int, int]:
 
 
 def _moved(key: str, old: str, new: str) -> str | None:
-    """``key`` with ``new`` in the place of its beginning ``old``; None if it begins otherwise."""
+    """Replace the beginning ``old`` of ``key`` by ``new``; None if the key begins otherwise."""
     match = re.match(r"(\d+)".join(map(re.escape, old.split("#"))), key)
     return match and new.replace("#", match[match.lastindex or 0]) + key[match.end() :]
 
 
 def _resized(positions: Tensor, side: int) -> Tensor:
-    """(1 + n * n, C), the CLS token's first, to (1 + side * side, C)."""
+    """Resize positions (1 + n * n, C), that of the CLS token first, to (1 + side * side, C)."""
     stored = math.isqrt(positions.shape[0] - 1)
     if stored in (0, side) or stored**2 + 1 != positions.shape[0]:
         return positions
@@ -244,7 +244,7 @@ def _resized(positions: Tensor, side: int) -> Tensor:
 
 
 def _rope_tables(dtype: torch.dtype, **sizes: Any) -> dict[str, Tensor]:
-    """Co-DETR's rotary tables under the official names: the model's two, and in each block its own copy of one."""
+    """Make Co-DETR's rotary tables under the official names: two of the model, and a copy of one in each block."""
     config = config_of("codetr", **sizes)
     sides = {"rope_win": config.window_size, "rope_glb": config.image_size // config.patch_size}
     tables = {

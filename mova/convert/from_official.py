@@ -55,25 +55,25 @@ def from_official_checkpoint(
     towers: Sequence[VisionExpert] = TOWERS,
     encoder_sizes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write the official checkpoint in ``source`` as a model with a processor.
+    """Convert the official checkpoint in ``source`` into a model with a processor.
 
-    No tensor is changed, nor is its dtype. Weights are mapped into memory and written shard by shard; what a larger
-    vocabulary changes is held in memory. config.json is written last, when all went well.
+    Values and dtypes of all tensors stay. Weights are mapped into memory and written shard by shard; only tensors that
+    a larger vocabulary changes are held in memory. config.json is written last, after everything else has succeeded.
 
     Args:
         source: directory with config.json, weights (safetensors or PyTorch's, in shards or not) and a tokenizer.
-        target: the directory for it, without a model.
+        target: the directory to write, which must not hold a model.
         code: the user's copy of the official code, whose routing prompt and system prompt go into the model.
         text_encoder: directory or hub name of the BERT whose tokenizer the model uses; None: what the config says.
         skip: experts that are left out. The model does not use them until :func:`add_experts` adds them.
-        own: name to the expert's own checkpoint, in the place of the tower in ``source``.
-        towers: base encoder and experts; the config in ``source`` wins where it says otherwise.
-        encoder_sizes: where they differ from the released sizes (``MoVAConfig.encoder_sizes``).
+        own: name to the expert's own checkpoint, which replaces the tower in ``source``.
+        towers: base encoder and experts; the config in ``source`` takes precedence.
+        encoder_sizes: sizes that differ from the released ones (``MoVAConfig.encoder_sizes``).
 
     Raises:
-        OSError: a file is not there; the tokenizer of the text encoder cannot be had.
-        ValueError: keys are missing, unexpected or of another shape, and the message has them; the rotary tables are
-            not those of the config; a name is not that of an expert; ``target`` holds a model.
+        OSError: a file does not exist, or the tokenizer of the text encoder cannot be loaded.
+        ValueError: keys are missing, unexpected or of another shape (the message names them), the rotary tables do not
+            follow from the config, a name is not that of an expert, or ``target`` holds a model.
     """
     own = own or {}
     names = [tower.name for tower in towers]
@@ -83,7 +83,7 @@ def from_official_checkpoint(
     check_new(target)
 
     fields = official_fields(source)
-    # With an empty config, for transformers knows no mova_llama.
+    # With an empty config, since transformers does not know mova_llama.
     tokenizer = AutoTokenizer.from_pretrained(source, config=PreTrainedConfig())
     parts = split_parts(read_state(source))
     absent = [name for name in names if not parts[name] and name not in {*skip, *own}]
@@ -133,7 +133,7 @@ def from_official_checkpoint(
 
 
 def _check_parts(config: MoVAConfig, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Names and shapes of all that is no vision tower, and the values of the rotary tables, which are not kept."""
+    """Check names and shapes of all parts but the vision towers, and the values of the rotary tables."""
     for part, expected in expected_tensors(config).items():
         prefix, state = PREFIXES[part], parts[part]
         check_weights(
@@ -155,7 +155,7 @@ def _check_parts(config: MoVAConfig, parts: Mapping[str, Mapping[str, Tensor]]) 
 
 
 def _widen(language_model: dict[str, Tensor], official_rows: int, rows: int) -> None:
-    """Rows of zeros for the image's token, which is never looked up and never an answer."""
+    """Add rows of zeros for the image's token, which is never looked up and never an answer."""
     for key in (EMBEDDINGS, HEAD):
         value = language_model.get(key)
         if value is not None:

@@ -1,4 +1,4 @@
-"""The official texts, from one's own copy of the official code; it is read, never run."""
+"""Read the official texts from a copy of the official code, which is parsed and never run."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pathlib import Path
 
 from .._checks import check
 
-# A few statements can double a text again and again.
+# The longest text: a few statements could double a text again and again.
 _LONGEST = 100_000
 _Value = str | int | list
-# Special tokens as in <|start|>system<|end|>, and the white space after them.
+# Special tokens, as in <|start|>system<|end|>, with the white space after them.
 _SPECIAL = re.compile(r"(?:<\|\w+\|>(?:system)?\s*)*")
 
 
 def official_template(path: str | Path) -> str:
-    """The official wording of the routing prompt, a template for :func:`mova.routing_prompt`.
+    """Read the official wording of the routing prompt, a template for :func:`mova.routing_prompt`.
 
     The file may hold assignments of strings, ints, lists and names, ``+`` between strings, subscripts, and loops over
-    ``range(len(NAME))`` that make such assignments; those are worked out here, and nothing of it is executed.
+    ``range(len(NAME))`` that make such assignments. They are evaluated here; no code of the file is executed.
 
     Args:
         path: the checkout of TempleX98/MoVA, or its ``mova/constants.py``.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no Python file, it holds anything else, or ROUTING_PROMPT is not a string in it.
+        ValueError: it is not a Python file, it holds other statements, or ROUTING_PROMPT is not a string in it.
     """
     names: dict[str, _Value] = {}
     path, body = _parse(path, "constants.py")
@@ -42,9 +42,9 @@ def official_template(path: str | Path) -> str:
 
 
 def official_system_prompt(path: str | Path, name: str = "conv_mova_llama3") -> str:
-    """The words of the system turn of an official conversation template.
+    """Read the text of the system turn of an official conversation template.
 
-    The special tokens and the role before them are left out: they belong to the chat template of the tokenizer.
+    The special tokens and the role before it are left out: they belong to the chat template of the tokenizer.
 
     Args:
         path: the checkout of TempleX98/MoVA, or its ``mova/conversation.py``.
@@ -52,7 +52,7 @@ def official_system_prompt(path: str | Path, name: str = "conv_mova_llama3") -> 
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no Python file, or does not assign ``Conversation(system=...)``, with a string literal, to
+        ValueError: it is not a Python file, or does not assign ``Conversation(system=...)``, with a string literal, to
             ``name``.
     """
     path, body = _parse(path, "conversation.py")
@@ -80,7 +80,7 @@ def _parse(path: str | Path, file: str) -> tuple[Path, list[ast.stmt]]:
 
 
 class _RefusedError(Exception):
-    """It holds a node that is not read."""
+    """The file holds a node that is not evaluated."""
 
 
 def _refused(node: ast.stmt | ast.expr) -> _RefusedError:

@@ -29,7 +29,7 @@ _BOS, _END_OF_TURN = "<|begin_of_text|>", "<|eot_id|>"
 
 
 def official_fields(source: Path) -> dict[str, Any]:
-    """The fields of the official config."""
+    """Read the fields of the official config."""
     fields = json.loads((source / "config.json").read_text(encoding="utf-8"))
     kind = fields.get("model_type")
     check(kind == "mova_llama", "source", "must be an official MoVA, model_type mova_llama", kind)
@@ -47,7 +47,7 @@ def mova_config(
     towers: Sequence[VisionExpert],
     encoder_sizes: Mapping[str, Mapping[str, Any]],
 ) -> MoVAConfig:
-    """The config; adds the image's token to the tokenizer, whose number may lie beyond the official vocabulary."""
+    """Make the config, and add the image's token to the tokenizer, possibly beyond the official vocabulary."""
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     known = {*AutoConfig.for_model("llama").to_dict(), "rope_theta", "rope_scaling"} - _OF_THE_FILE
@@ -78,7 +78,7 @@ def mova_config(
 
 
 def _towers(fields: Mapping[str, Any], towers: Sequence[VisionExpert]) -> list[VisionExpert]:
-    """Base encoder and experts as the official config has them."""
+    """Adapt base encoder and experts to the official config."""
     base, *experts = towers
     side, layer = fields.get("image_feat_size", base.grid[0]), fields.get("mm_vision_select_layer", base.layer)
     channels = fields.get("expert_channels", [expert.channels for expert in experts])
@@ -88,11 +88,11 @@ def _towers(fields: Mapping[str, Any], towers: Sequence[VisionExpert]) -> list[V
     found = [replace(base, image_size=size, input_size=size, grid=(side, side), native_grid=(side, side), layer=layer)]
     for expert, width in zip(experts, channels, strict=True):
         changes: dict[str, Any] = {"channels": width}
-        if expert.name in ("dinov2", "biomedclip"):  # they are given the base encoder's image
+        if expert.name in ("dinov2", "biomedclip"):  # their input is the base encoder's image
             seen = expert.input_size
             if expert.name == "dinov2":
                 changes["layer"] = layer
-                seen = min(seen, size)  # larger images are made smaller, smaller ones are left
+                seen = min(seen, size)  # the official code reduces images, but never enlarges them
                 cells = seen // (expert.input_size // expert.native_grid[0])
                 changes |= {"grid": (cells, cells), "native_grid": (cells, cells)}
             changes |= {"image_size": size, "input_size": seen, "resize": None if seen == size else "bilinear"}
@@ -101,7 +101,7 @@ def _towers(fields: Mapping[str, Any], towers: Sequence[VisionExpert]) -> list[V
 
 
 def bert_config(state: Mapping[str, Tensor]) -> BertConfig:
-    """The sizes of a BERT, whose heads are 64 wide in all published ones."""
+    """Derive the config of a BERT from its weights; heads are 64 wide in all published BERTs."""
     words, positions = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
     inner = "encoder.layer.0.intermediate.dense.weight"
     absent = [PREFIXES["text_encoder"] + key for key in (words, positions, inner) if key not in state]
@@ -122,7 +122,7 @@ def question_tokenizer(name: str | None) -> BertTokenizer:
     error: Exception | None = None
     try:
         tokenizer = BertTokenizer.from_pretrained(name)
-        # Where no file is found it may come without words, and without an error.
+        # If no file is found, transformers may return a tokenizer without words instead of an error.
         if not set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
             return tokenizer
     except (OSError, ValueError) as reason:
@@ -134,10 +134,10 @@ def question_tokenizer(name: str | None) -> BertTokenizer:
 
 
 def chat_template(tokenizer: Any) -> str | None:
-    """That of the official code, for a tokenizer with Llama 3's tokens; None: the tokenizer's own.
+    """Return the chat template of the official code if the tokenizer has Llama 3's tokens; None: the tokenizer's own.
 
-    The official template begins with the token for the beginning, and the official code keeps the one that a tokenizer
-    may add by itself: then its prompts begin with two.
+    The official template starts with the token for the beginning, and the official code keeps the one that a tokenizer
+    may add by itself. So a prompt may begin with two of them.
     """
     if _END_OF_TURN not in tokenizer.get_vocab():
         return None
@@ -146,7 +146,7 @@ def chat_template(tokenizer: Any) -> str | None:
 
 
 def generation_config(config: MoVAConfig, tokenizer: Any) -> GenerationConfig:
-    """Greedy, never the image's placeholder, to the end of the turn."""
+    """Generate greedily to the end of the turn, and never the image's placeholder."""
     vocabulary = tokenizer.get_vocab()
     ends = [vocabulary[token] for token in dict.fromkeys((_END_OF_TURN, tokenizer.eos_token)) if token in vocabulary]
     return GenerationConfig(

@@ -16,7 +16,7 @@ from ..experts import BASE, OFFICIAL
 from ..modeling_mova import MoVAForConditionalGeneration
 
 TOWERS = (BASE, *OFFICIAL)  # in the official order
-# Where a part's weights are in an official checkpoint; the first match counts.
+# Part -> the prefix of its weights in an official checkpoint; the first match counts.
 PREFIXES = {
     "text_encoder": "model.mm_projector.text_encoder.bert.",
     "adapter": "model.mm_projector.",
@@ -30,7 +30,7 @@ _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|text_encoder\.bert\.embeddings\.po
 
 
 def split_parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The checkpoint's tensors by part, without the part's prefix; without buffers of old versions."""
+    """Split a checkpoint's tensors by part and remove the parts' prefixes; buffers of old versions are dropped."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in PREFIXES}
     for key, value in state.items():
         if not _BUFFERS.search(key):
@@ -40,7 +40,7 @@ def split_parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def expected_tensors(config: MoVAConfig) -> dict[str, dict[str, Tensor]]:
-    """Tensors without values under the official names, of the parts that are checked by them."""
+    """Return tensors without values under the official names, for the parts that are checked against them."""
     with torch.device("meta"):
         model = MoVAForConditionalGeneration(config)
     return {
@@ -51,7 +51,7 @@ def expected_tensors(config: MoVAConfig) -> dict[str, dict[str, Tensor]]:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Config and tokenizer, whatever its kind."""
+    """Copy config and tokenizer, of whatever kind it is."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):

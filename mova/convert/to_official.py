@@ -21,18 +21,18 @@ from .official_layout import EMBEDDINGS, HEAD, KEPT, PREFIXES, TABLES, check_new
 
 
 def to_official_checkpoint(source: Path, target: Path) -> None:
-    """Write a model that :func:`from_official_checkpoint` made, trained further or not, under the official names.
+    """Write a model that :func:`from_official_checkpoint` made under the official names, also after further training.
 
-    With it go the small files of the original checkpoint: config.json and the tokenizer, without this library's token
-    for images. Rotary tables get the dtype of the adapter's positions.
+    The small files of the original checkpoint, config.json and the tokenizer without this library's token for images,
+    are copied. Rotary tables get the dtype of the adapter's positions.
 
     Args:
         source: the model's directory, with its experts or with ``expert_path`` in its config.
-        target: the directory for it, without a model.
+        target: the directory to write, which must not hold a model.
 
     Raises:
-        FileNotFoundError: it was not made from an official checkpoint, or lacks an expert.
-        ValueError: it has a routing LoRA, for which official checkpoints have no place; ``target`` holds a model.
+        FileNotFoundError: the model was not made from an official checkpoint, or lacks an expert.
+        ValueError: it has a routing LoRA, for which official checkpoints have no place, or ``target`` holds a model.
     """
     kept = source / KEPT
     if not (kept / "config.json").is_file():
@@ -59,7 +59,7 @@ def to_official_checkpoint(source: Path, target: Path) -> None:
     base, sizes = config.base_expert, config.encoder_sizes
     backbone = {key.removeprefix("backbone."): value for key, value in parts.pop("base").items()}
     with tempfile.TemporaryDirectory() as directory:
-        # Through the encoder, whose save has one layout in all versions of transformers.
+        # Saved by the encoder, whose files have the same layout in all versions of transformers.
         VisionEncoder.from_state(backbone, base, sizes.get(base.name)).save(directory)
         parts[base.name] = to_official(base.name, read_state(Path(directory)))
         for expert in config.pool:

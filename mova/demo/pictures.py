@@ -1,4 +1,4 @@
-"""Five pictures drawn by code, each with a question and the experts that fit: for demos without a data set."""
+"""Five pictures drawn by code, each with a question and the experts that help: for demos without a data set."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from ..experts import resolve
 
-SCALE = 2  # drawn larger and reduced, which smooths the edges
+SCALE = 2  # pictures are drawn larger and then reduced, which smooths the edges
 INK, GREY, PAPER = "#24292f", "#808a94", "#ffffff"
 BLUE, ORANGE, GREEN, RED, VIOLET = "#1a8fe3", "#e8973a", "#35a37c", "#dc4f55", "#8468c4"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what one may ask about it.
+    """A picture, a question about it, and the experts that help to answer it.
 
     Args:
         name: one word.
         image: PIL image, RGB.
         question: a question about it.
-        experts: names in :mod:`mova.experts` of those that help to answer it, the most helpful first; may be empty.
+        experts: the names of the experts that help to answer it, the most helpful first; may be empty.
 
     Raises:
         ValueError: an expert is not registered.
@@ -42,9 +42,9 @@ class Picture:
 
 
 def pictures() -> list[Picture]:
-    """A chart, a page of text, shapes, a scene and one for which no expert is needed; of five aspect ratios.
+    """Draw a chart, a page of text, shapes, a scene, and a picture that needs no expert, of five aspect ratios.
 
-    Drawn afresh at each call, the same pixels each time with the same version of Pillow.
+    They are drawn anew in each call. The pixels are the same for the same version of Pillow.
     """
     return [
         Picture("chart", _chart(), "In which year did imports exceed exports?", ("deplot", "pix2struct")),
@@ -56,7 +56,7 @@ def pictures() -> list[Picture]:
 
 
 class _Canvas:
-    """A drawing in the pixels of its result."""
+    """A drawing whose coordinates are pixels of the finished picture."""
 
     def __init__(self, width: int, height: int, color: str = PAPER) -> None:
         self.size = width, height
@@ -65,7 +65,7 @@ class _Canvas:
 
     def rectangle(self, left: float, top: float, right: float, bottom: float, color: str, radius: float = 0) -> None:
         box = _scaled((left, top, right, bottom))
-        # Pillow counts the last pixel in.
+        # Pillow includes the last pixel.
         self.draw.rounded_rectangle((*box[:2], box[2] - 1, box[3] - 1), radius * SCALE, fill=color)
 
     def circle(self, x: float, y: float, radius: float, color: str) -> None:
@@ -81,7 +81,7 @@ class _Canvas:
         self.draw.text((x * SCALE, y * SCALE), words, fill=color, font=_font(size), anchor=anchor)
 
     def gradient(self, top: int, bottom: int, colors: Sequence[str]) -> None:
-        """Vertical, through evenly spaced colours."""
+        """Draw a vertical gradient through evenly spaced colours."""
         ramp = Image.new("RGB", (1, len(colors)))
         for y, color in enumerate(colors):
             ramp.paste(color, (0, y, 1, y + 1))
@@ -92,7 +92,7 @@ class _Canvas:
         )
 
     def shadow(self, draw: Callable[[_Canvas], object], blur: float, strength: float) -> None:
-        """Darken what ``draw`` paints black on a white canvas, blurred."""
+        """Draw a blurred shadow of the shape that ``draw`` paints in black on a white canvas."""
         other = _Canvas(*self.size)
         draw(other)
         mask = other.image.convert("L").filter(ImageFilter.GaussianBlur(blur * SCALE))
@@ -100,7 +100,7 @@ class _Canvas:
         self.image.paste(Image.new("RGB", self.image.size, "#1c2b3a"), mask=mask)
 
     def finished(self, grain: float = 0) -> Image.Image:
-        """Reduced, with this share of noise."""
+        """Return the drawing in its final size, with this share of noise."""
         image = self.image.resize(self.size, Image.Resampling.BOX)
         noise = Image.frombytes("L", self.size, random.Random(0).randbytes(math.prod(self.size)))
         return Image.blend(image, noise.convert("RGB"), grain)
@@ -272,7 +272,7 @@ def _plain() -> Image.Image:
 
 
 def _wrapped(words: str, size: float, width: float) -> list[str]:
-    """Lines of at most ``width`` pixels."""
+    """Break words into lines of at most ``width`` pixels."""
     lines = [""]
     for word in words.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -27,7 +27,7 @@ ANSWERS = {
 
 
 def run(output: Path) -> None:
-    """Answer the five drawn pictures in one batch, say what happened, and draw it into ``output``."""
+    """Answer the questions about the five drawn pictures in one batch, print the answers, and draw ``output``."""
     started = time.perf_counter()
     shown = pictures()
     images, questions = [p.image for p in shown], [p.question for p in shown]
@@ -50,7 +50,7 @@ def run(output: Path) -> None:
 
 
 def learn(pipeline: MoVAPipeline, shown: Sequence[Picture], answers: Sequence[str], steps: int = 150) -> float:
-    """Train the language model alone to route and answer these pictures, until it does; returns the last loss."""
+    """Train the language model alone to route and answer these pictures by heart; returns the last loss."""
     model, processor = pipeline.model, pipeline.processor
     asked = [prompts(p.question, processor.pool) for p in shown]
     images, questions = [p.image for p in shown], [p.question for p in shown]
@@ -77,7 +77,7 @@ def learn(pipeline: MoVAPipeline, shown: Sequence[Picture], answers: Sequence[st
 def _labelled(
     processor: MoVAProcessor, texts: Sequence[str], answers: Sequence[str], image_tokens: int
 ) -> dict[str, torch.Tensor]:
-    """Conversations with their answers, and labels that count the answers alone."""
+    """Tokenize conversations with their answers; the labels cover the answers alone."""
     end = processor.tokenizer.eos_token
     whole = [f"{processor.conversation(text)} {answer}{end}" for text, answer in zip(texts, answers, strict=True)]
     inputs = processor.tokenize(whole, image_tokens)

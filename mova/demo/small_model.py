@@ -16,9 +16,9 @@ from ..modeling_mova import MoVAForConditionalGeneration
 from ..pipeline import MoVAPipeline
 from ..processing_mova import IMAGE_TOKEN, MoVAProcessor
 
-_SPECIAL = ["<pad>", "<s>", "</s>", IMAGE_TOKEN]  # the tokenizer's first tokens
+_SPECIAL = ["<pad>", "<s>", "</s>", IMAGE_TOKEN]  # the first tokens of the tokenizer
 _VIT = {"num_hidden_layers": 2, "num_attention_heads": 2}
-# Per encoder: how it differs from the released one as data, and its sizes in transformers' words.
+# Encoder -> the fields of its VisionExpert that differ from the released one, and its sizes as fields of its config.
 _SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clip": (
         {"image_size": 112, "input_size": 112, "grid": (16, 16), "native_grid": (16, 16), "channels": 64},
@@ -80,7 +80,7 @@ _SMALL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def small_config(text_config: Any = None, vocabulary: int = 512) -> MoVAConfig:
-    """All seven experts and the base encoder at toy sizes, around a given or a small language model."""
+    """Make a config of all seven experts and the base encoder at toy sizes, with a given or a small language model."""
     if text_config is None:
         text_config = LlamaConfig(
             vocab_size=vocabulary, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
@@ -103,14 +103,14 @@ def small_config(text_config: Any = None, vocabulary: int = 512) -> MoVAConfig:
 
 
 def small_model(texts: Sequence[str] = (), *, text_config: Any = None, seed: int = 0) -> MoVAPipeline:
-    """A pipeline with random weights, the same for the same arguments.
+    """Make a pipeline with random weights, which are the same for the same arguments.
 
-    The adapter's own initial state would add nothing to the base tokens; here all of its weights are random.
+    A new adapter adds nothing to the base tokens, so its zero weights are made random here.
 
     Args:
-        texts: what the tokenizer is trained on, in addition to single bytes.
-        text_config: of another language model; its vocabulary must hold the tokenizer's.
-        seed: of the weights.
+        texts: the texts on which the tokenizer is trained, in addition to single bytes.
+        text_config: config of another language model, whose vocabulary must hold the tokenizer's.
+        seed: the seed of the weights.
     """
     tokenizer = _tokenizer(texts, 512)
     config = small_config(text_config)
@@ -129,7 +129,7 @@ def _small(expert: VisionExpert) -> VisionExpert:
 
 
 def _tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of ``size`` tokens or fewer, made on the spot."""
+    """Train a byte-level BPE tokenizer of at most ``size`` tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -144,7 +144,7 @@ def _tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def _question_tokenizer() -> BertTokenizer:
-    """BERT's, with letters as its words."""
+    """Make a tokenizer of BERT's kind with letters as its words."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789:?.,"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
     return BertTokenizer(vocab={word: i for i, word in enumerate(words)})

@@ -1,4 +1,4 @@
-"""The vision encoders: backbones of transformers and two of our own behind one interface, and their checkpoints."""
+"""The vision encoders behind one interface: backbones of transformers, and two that this package adds."""
 
 from .encoder import VisionEncoder
 

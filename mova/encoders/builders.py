@@ -27,7 +27,7 @@ from .vary import VaryConfig, VaryModel
 
 _PIX2STRUCT = {"patch_embed_hidden_size": 768, "d_kv": 64, "seq_len": 4096}
 
-# Each class with its config and the config's fields; a field that is not here has the class's default.
+# Name -> the class, the class of its config, and the fields of the config that differ from its defaults.
 _RELEASED: dict[str, tuple[Callable[..., PreTrainedModel], type[PreTrainedConfig], dict[str, Any]]] = {
     "clip": (
         CLIPVisionModel,
@@ -80,12 +80,12 @@ _RELEASED: dict[str, tuple[Callable[..., PreTrainedModel], type[PreTrainedConfig
 
 
 def is_released(name: str) -> bool:
-    """Whether the expert's builder is the one of this file."""
+    """Whether the expert's builder is the one in this file."""
     return name in BUILDERS and builder(name) is BUILDERS[name]
 
 
 def config_of(name: str, **sizes: Any) -> PreTrainedConfig:
-    """The config of the official expert ``name`` with ``sizes`` in the place of the released ones."""
+    """Make the config of the official expert ``name``; ``sizes`` replace the released ones."""
     _, config, released = _RELEASED[name]
     return config(**{**released, **sizes})
 

@@ -1,4 +1,4 @@
-"""The image encoder of Co-DETR: a ViT-L with windows and a rotary embedding, which no library holds."""
+"""The image encoder of Co-DETR: a ViT-L with windows and a rotary embedding. No library has it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class CoDetrConfig(PreTrainedConfig):
 def rope_table(
     side: int, rope_size: int, head_channels: int, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine tables (side * side, head_channels) in fp32, in the form that rope2d takes.
+    """Make cosine and sine tables (side * side, head_channels) in fp32, in the form that rope2d takes.
 
-    They are those of ``rope2d_table``, but a token's row and column are scaled from ``side`` to ``rope_size``.
+    They are like those of ``rope2d_table``, but a token's row and column are scaled from ``side`` to ``rope_size``.
     """
     position = torch.arange(side, dtype=torch.float32, device=device) / side * rope_size
     half = head_channels // 2
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(N, L, C), tables (L, C / heads): every token attends to all L of its row."""
+        """Let each token of x (N, L, C) attend to all L tokens of its row; the tables are (L, C / heads)."""
         q, k, v = self.q_proj(x) + self.q_bias, self.k_proj(x), self.v_proj(x) + self.v_bias
         q, k, v = (t.unflatten(2, (self.num_heads, -1)) for t in (q, k, v))
         q, k = rope2d(q, cos, sin), rope2d(k, cos, sin)
@@ -98,7 +98,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, L, C), tables (l, C / heads): each run of l tokens attends to itself."""
+        """Let each run of l tokens of x (B, L, C) attend to itself; the tables are (l, C / heads)."""
         windows = self.norm1(x).unflatten(1, (-1, cos.shape[0])).flatten(0, 1)
         x = x + self.attn(windows, cos, sin).reshape(x.shape)
         return x + self.mlp(self.norm2(x))
@@ -117,7 +117,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) to (B, S / patch_size, S / patch_size, C)."""
+        """Embed the patches of (B, 3, S, S) as (B, S / patch_size, S / patch_size, C)."""
         return self.proj(pixels).movedim(1, -1)
 
 
@@ -131,7 +131,7 @@ class CoDetrModel(PreTrainedModel):
     def __init__(self, config: CoDetrConfig) -> None:
         super().__init__(config)
         channels = config.hidden_size
-        num_positions = (config.image_size // config.patch_size) ** 2 + 1  # the first is a CLS token's, and unused
+        num_positions = (config.image_size // config.patch_size) ** 2 + 1  # the first, of a CLS token, is unused
         self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, channels))
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -146,13 +146,13 @@ class CoDetrModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) to (B, output_channels, S / patch_size, S / patch_size), in the dtype of the weights.
+        """Encode (B, 3, S, S) into (B, output_channels, S / patch_size, S / patch_size), in the dtype of the weights.
 
-        The rotary tables are made anew in each call: a buffer would follow the model to bf16, and lose its values where
-        from_pretrained begins on the meta device.
+        The rotary tables are computed in each call. As buffers they would be rounded when the model is cast to bf16,
+        and they would have no values after from_pretrained, which starts on the meta device.
 
         Raises:
-            ValueError: the image is not square, or its patches do not fill windows.
+            ValueError: the image is not square, or its patches do not fill whole windows.
         """
         window = self.config.window_size
         x = self.patch_embed(pixel_values)
@@ -163,7 +163,7 @@ class CoDetrModel(PreTrainedModel):
 
         head_channels = self.config.hidden_size // self.config.num_attention_heads
         local = rope_table(window, self.config.rope_size, head_channels, x.device)
-        # Attention to all tokens knows no order, so they can stay in that of the windows: only their table follows.
+        # Attention to all tokens does not depend on their order: they stay in window order, and so does their table.
         whole = [
             _window_order(table.view(1, side, side, -1), window)[0]
             for table in rope_table(side, self.config.rope_size, head_channels, x.device)
@@ -183,12 +183,12 @@ class CoDetrModel(PreTrainedModel):
 
 
 def _window_order(x: Tensor, window: int) -> Tensor:
-    """(B, h, w, C) to (B, h * w, C), window by window."""
+    """Reorder (B, h, w, C) into (B, h * w, C), window by window."""
     x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))
     return x.transpose(2, 3).flatten(1, 4)
 
 
 def _raster_order(x: Tensor, side: int, window: int) -> Tensor:
-    """(B, side * side, C), window by window, to (B, side, side, C)."""
+    """Reorder (B, side * side, C), which is window by window, into (B, side, side, C)."""
     n = side // window
     return x.unflatten(1, (n, n, window, window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""An expert's backbone with all that turns a prepared image into the expert's tokens."""
+"""An expert's encoder: its backbone, and the steps that turn a prepared image into the expert's tokens."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ _NOT_SIZES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transfo
 
 
 class VisionEncoder(nn.Module):
-    """A vision expert: prepared images in, tokens out. In eval mode and without gradients until one asks for them.
+    """A vision expert: prepared images in, tokens out. It starts in eval mode and with frozen weights.
 
     Args:
-        expert: what goes in and comes out.
+        expert: describes input and output.
         sizes: keywords for the expert's builder (``experts.builder``), which has the released sizes as defaults; for
-            the official experts the names of the backbone's config in transformers. ``attn_implementation`` is one.
+            the official experts they are fields of the backbone's config in transformers, ``attn_implementation``
+            included.
 
     The backbone can be any ``nn.Module`` that takes the expert's pixels or patches. It returns tokens (B, T, C), a map
     (B, C, h, w), or an output of transformers with one of them as ``last_hidden_state``; one whose expert has a
     ``layer`` also takes ``output_hidden_states=True`` and returns ``hidden_states``.
 
     Raises:
-        TypeError: ``expert`` is no VisionExpert, or the builder knows no such size.
+        TypeError: ``expert`` is not a VisionExpert, or the builder does not know a size.
         ValueError: no builder is registered for the expert.
     """
 
@@ -54,19 +55,19 @@ class VisionEncoder(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """The expert's tokens.
+        """Encode prepared images into the expert's tokens.
 
         Args:
             pixels: (B, 3, S, S) with S = ``expert.image_size``, float; for ``expert.patches`` (B, T, 2 + 3 p p), each
                 patch behind its row and column, p = S // grid. Cast to the backbone's dtype.
 
         Returns:
-            (B, h * w, C) with (h, w) = ``expert.grid`` and C = ``expert.channels``. No rows give no rows, and the
-            backbone is not called.
+            (B, h * w, C) with (h, w) = ``expert.grid`` and C = ``expert.channels``. For B = 0 the backbone is not
+            called.
 
         Raises:
             TypeError: ``pixels`` is not floating point.
-            ValueError: ``pixels`` or what the backbone made of them has a shape that is not the expert's.
+            ValueError: ``pixels`` or the output of the backbone does not have the expert's shape.
         """
         expert = self.expert
         shape = self._pixels_shape()
@@ -83,11 +84,11 @@ class VisionEncoder(nn.Module):
         return feature_resample(tokens, expert.native_grid, expert.grid)
 
     def blank(self) -> Tensor:
-        """(1, 3, S, S) or (1, T, 2 + 3 p p), a prepared image of zeros."""
+        """Make a prepared image of zeros, (1, 3, S, S) or (1, T, 2 + 3 p p)."""
         return torch.zeros(1, *self._pixels_shape())
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """What CLIP has behind the hidden state that is the expert's: it never gets a gradient."""
+        """Return the parameters of CLIP that come after the expert's hidden state: they never get a gradient."""
         if self.expert.layer is None or not isinstance(self.backbone, CLIPVisionModel):
             return []
         names = [name for name, _ in self.backbone.named_modules()]
@@ -103,7 +104,7 @@ class VisionEncoder(nn.Module):
         return 3, size, size
 
     def _tokens(self, pixels: Tensor) -> Tensor:
-        """Runs the backbone: (B, native h * w, C), checked."""
+        """Run the backbone and check its output; returns (B, native h * w, C)."""
         expert, layer = self.expert, self.expert.layer
         result = self.backbone(pixels) if layer is None else self.backbone(pixels, output_hidden_states=True)
         if layer is not None:
@@ -132,11 +133,11 @@ class VisionEncoder(nn.Module):
         variant: str | None = None,
         max_shard_size: int | str | None = None,
     ) -> None:
-        """Write the backbone's weights, and the config of a transformers one, into ``directory``.
+        """Write the backbone's weights into ``directory``, and its config if it is a backbone of transformers.
 
         Args:
-            directory: made if it is not there.
-            variant, max_shard_size: as in transformers; a backbone of one's own is one file whatever its size.
+            directory: created if it does not exist.
+            variant, max_shard_size: as in transformers; a backbone of the user's own is always written to one file.
         """
         directory = Path(directory)
         if isinstance(self.backbone, PreTrainedModel):
@@ -159,11 +160,16 @@ class VisionEncoder(nn.Module):
         device: torch.device | str | None = None,
         variant: str | None = None,
     ) -> VisionEncoder:
-        """What :meth:`save` wrote. ``dtype`` None is that of the file, ``device`` None the CPU.
+        """Load an encoder that :meth:`save` wrote.
+
+        Args:
+            directory, expert, sizes, variant: as they were saved.
+            dtype: None: the dtype of the file.
+            device: None: the CPU.
 
         Raises:
-            OSError: the files are not there.
-            ValueError: weights are missing, unknown or of another shape, ``sizes`` are not those of the file, or it is
+            OSError: the files do not exist.
+            ValueError: weights are missing, unknown or of another shape, the file has other ``sizes``, or it is
                 damaged.
         """
         state = read_state(Path(directory), variant)
@@ -179,9 +185,13 @@ class VisionEncoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> VisionEncoder:
-        """An encoder with the weights that :mod:`mova.convert` made of a checkpoint.
+        """Make an encoder with weights that :mod:`mova.convert` has renamed.
 
-        ``dtype`` None is that of the state, ``device`` None the CPU.
+        Args:
+            state: the weights.
+            expert, sizes: as for the class.
+            dtype: None: the dtype of the weights.
+            device: None: the CPU.
 
         Raises:
             ValueError: weights are missing, unknown or of another shape.
@@ -205,7 +215,7 @@ class VisionEncoder(nn.Module):
                 _check_config(expert, encoder.backbone.config, directory)
             encoder.backbone = _from_pretrained(expert, encoder.backbone, state, dtype)
         else:
-            encoder = cls(expert, sizes)  # on the meta device its buffers would have no values
+            encoder = cls(expert, sizes)  # again, since buffers have no values on the meta device
             own = encoder.backbone.state_dict()
             wrong = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
             check_weights(f"{expert.name} at its sizes", own.keys() - state.keys(), state.keys() - own.keys(), wrong)
@@ -219,7 +229,7 @@ def _from_pretrained(
     state: Mapping[str, Tensor],
     dtype: torch.dtype | None,
 ) -> PreTrainedModel:
-    """The model of ``skeleton``'s class and config, filled by transformers, which knows the layouts of all versions."""
+    """Load a model of ``skeleton``'s class and config by transformers, which knows the layouts of all its versions."""
     options: dict[str, Any] = {}
     if "add_pooling_layer" in inspect.signature(type(skeleton).__init__).parameters:
         options["add_pooling_layer"] = skeleton.pooler is not None
@@ -240,7 +250,7 @@ def _from_pretrained(
 
 @contextmanager
 def _without_zero3() -> Iterator[None]:
-    """Inside, transformers loads as if DeepSpeed were not there: no engine gathers the weights of an expert."""
+    """Let transformers load as if DeepSpeed were not in use: no engine would gather the weights of an expert."""
     set_by_user = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -250,13 +260,14 @@ def _without_zero3() -> Iterator[None]:
 
 
 def check_config(expert: VisionExpert, sizes: Mapping[str, Any], directory: Path) -> None:
-    """Raise where the config beside an expert's weights is damaged or not that of ``sizes``.
+    """Raise if the config beside an expert's weights is damaged or has other sizes.
 
-    Without building it, so only for the official experts; of others only whether it is JSON.
+    The expert is not built. So the sizes are compared only for official experts; the config of any other expert must
+    only be JSON.
 
     Raises:
-        FileNotFoundError: an official expert has none.
-        ValueError: it is damaged, or ``sizes`` are not those of the file.
+        FileNotFoundError: an official expert has no config.
+        ValueError: the config is damaged, or has other ``sizes``.
     """
     if (directory / "config.json").exists():
         read_json(directory / "config.json")
@@ -268,7 +279,7 @@ def _check_config(expert: VisionExpert, config: PreTrainedConfig, directory: Pat
     fields = read_json(directory / "config.json")
     try:
         saved = type(config).from_dict(fields).to_dict()
-    except Exception as error:  # whatever a config makes of fields of a wrong type
+    except Exception as error:  # configs raise errors of any kind for fields of a wrong type
         raise ValueError(f"{directory / 'config.json'} must be the config of {expert.name}, got {error}") from error
     ours = config.to_dict()
     differ = {

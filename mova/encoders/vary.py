@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, SamVisionConfig, SamVisionModel
 
 
 class VaryConfig(SamVisionConfig):
-    """Sizes of :class:`VaryModel`: those of SAM's image encoder, by default ViT-B."""
+    """Sizes of :class:`VaryModel`, which are those of SAM's image encoder; the default is ViT-B."""
 
     model_type = "mova_vary"
 
@@ -27,5 +27,5 @@ class VaryModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) to (B, 2 * output_channels, h, w), h = w = S / patch_size / 2, in the dtype of the weights."""
+        """Encode (B, 3, S, S) into (B, 2 * output_channels, h, w) with h = w = S / patch_size / 2."""
         return self.net_2(self.sam(pixel_values).last_hidden_state)

@@ -21,15 +21,15 @@ PANEL, TITLE, PER_ROW = 2.2125, 0.25, 4
 
 
 def attention_figure(image: Image, maps: Mapping[str, Tensor], point: tuple[int, int]) -> Figure:
-    """Where a token looked: the image with the token marked, then a panel per expert with its map over the image.
+    """Draw where a token looked: the image with the token marked, then each expert's attention map over the image.
 
-    The image is padded to a square, as the encoders see it. Each map is scaled to its own peak, which stands
-    above it as a multiple of the mean.
+    The image is padded to a square, as the encoders see it. Each map is scaled to its own peak; the title says how many
+    times the mean the peak is.
 
     Args:
         image: PIL image.
-        maps: name to (R, R) attention over the grid, of any float dtype and device, as one sample of
-            ``mova.inspection.attention_maps`` has it by the expert's index.
+        maps: name to (R, R) attention over the grid, of any float dtype and device. ``mova.inspection.attention_maps``
+            returns such maps by the expert's index.
         point: (row, column) of the token in cells of the grid.
 
     Returns:
@@ -37,7 +37,7 @@ def attention_figure(image: Image, maps: Mapping[str, Tensor], point: tuple[int,
 
     Raises:
         ImportError: matplotlib is missing.
-        TypeError, ValueError: an argument of the wrong type, shape or range.
+        TypeError, ValueError: an argument has a wrong type, shape or range.
     """
     page = Page()
     check_image("image", image)
@@ -80,7 +80,7 @@ def attention_figure(image: Image, maps: Mapping[str, Tensor], point: tuple[int,
 
 
 def _square(image: Image) -> Image:
-    """Padded as for the base encoder."""
+    """Pad an image to a square as for the base encoder."""
     from PIL import Image
 
     side = max(image.size)
@@ -90,6 +90,6 @@ def _square(image: Image) -> Image:
 
 
 def _tinted(color: str, opacity: Tensor) -> Any:
-    """(R, R) in [0, 1] -> (R, R, 4) of one colour."""
+    """Turn opacities (R, R) in [0, 1] into pixels (R, R, 4) of one colour."""
     rgb = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)], dtype=opacity.dtype)
     return torch.cat([rgb.expand(*opacity.shape, 3), 0.9 * opacity[..., None]], -1).numpy()

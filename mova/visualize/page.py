@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-# Lengths are inches and sizes of text points: a figure is 10 inches wide, to be read when that is 900 pixels.
+# Lengths are in inches, text sizes in points. A figure is 10 inches wide, and readable when shown 900 pixels wide.
 WIDTH, DPI, MARGIN, GAP = 10.0, 200, 0.2, 0.25
 INK, GREY, PALE = "#24292f", "#6e7781", "#d8dee4"
 OFFICIAL_COLORS = ("#1a7fd0", "#b0487a", "#c96f16", "#23885f", "#7058bf", "#c43d43", "#66801f")
@@ -27,7 +27,7 @@ MOST_LINES, MOST_PIXELS = 5, 800  # of a question or an answer; of an image's lo
 
 
 class Page:
-    """A figure laid out in inches from its top left corner, of a size that is known at the end."""
+    """A figure that is laid out in inches from its top left corner; its size is set at the end."""
 
     def __init__(self) -> None:
         try:
@@ -50,7 +50,7 @@ class Page:
         return self.figure
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        """Axes without ticks, in a thin frame."""
+        """Add axes without ticks, in a thin frame."""
         axes = self.figure.add_axes((0, 0, 1, 1), xticks=[], yticks=[])
         axes.set_aspect("auto")
         axes.spines[:].set(color=PALE, linewidth=0.8)
@@ -68,7 +68,7 @@ class Page:
         self.figure.add_artist(line)
 
     def image(self, image: Image, x: float, y: float, width: float, height: float) -> float:
-        """As large as fits into the box, in the middle of its width; returns where it ends."""
+        """Show an image as large as the box allows, centred horizontally; returns its lower edge."""
         scale = min(width / image.width, height / image.height)
         w, h = image.width * scale, image.height * scale
         self.axes(x + (width - w) / 2, y, w, h).imshow(reduced(image), aspect="auto")
@@ -82,7 +82,7 @@ class Page:
         return y
 
     def chips(self, names: Sequence[str], colors: Mapping[str, str], x: float, y: float, width: float) -> float:
-        """The names as coloured labels, as many in a line as fit."""
+        """Draw the names as coloured labels, as many in a line as fit; returns their lower edge."""
         from matplotlib.patches import FancyBboxPatch
 
         left = x
@@ -100,7 +100,7 @@ class Page:
         return y + CHIP
 
     def lines(self, words: str, width: float, size: float, weight: str) -> list[str]:
-        """At most MOST_LINES; an ellipsis stands for what is left out."""
+        """Break words into at most MOST_LINES lines; an ellipsis stands for the rest."""
         rest = " ".join(words.split())
         lines: list[str] = []
         while rest:
@@ -115,13 +115,13 @@ class Page:
         return lines
 
     def cut(self, words: str, width: float, size: float, weight: str) -> str:
-        """``words``, or as many of their characters as fit, and an ellipsis."""
+        """Cut words to the width; an ellipsis stands for the rest."""
         if self.width(words, size, weight) <= width:
             return words
         return words[: self.fitting(words, width - self.width("…", size, weight), size, weight)].rstrip() + "…"
 
     def fitting(self, words: str, width: float, size: float, weight: str) -> int:
-        """How many characters of ``words`` fit into ``width``; at least one."""
+        """Count the characters of ``words`` that fit into ``width``; at least one."""
         lengths = range(1, len(words) + 1)
         return max(1, bisect_right(lengths, width, key=lambda n: self.width(words[:n], size, weight)))
 
@@ -133,19 +133,19 @@ class Page:
 
 
 def expert_colors(names: Sequence[str]) -> dict[str, str]:
-    """Fixed ones for official experts, far apart and dark enough for white text for the others, in their order."""
+    """Give each expert a colour that is dark enough for white text; those of the official experts are fixed."""
     official = dict(zip((e.name for e in OFFICIAL), OFFICIAL_COLORS, strict=True))
     others = [name for name in names if name not in official]
     found = {name: official[name] for name in names if name in official}
     for i, name in enumerate(others):
-        hue = (0.52 + i * (5**0.5 - 1) / 2) % 1  # the golden section never comes back to where it was
+        hue = (0.52 + i * (5**0.5 - 1) / 2) % 1  # steps of the golden section never repeat a hue
         rgb = colorsys.hls_to_rgb(hue, (0.26, 0.37, 0.31)[i % 3], (0.5, 0.62)[i % 2])
         found[name] = "#" + "".join(f"{round(255 * c):02x}" for c in rgb)
     return found
 
 
 def reduced(image: Image) -> Image:
-    """A copy in RGB, of at most MOST_PIXELS a side."""
+    """Return a copy in RGB with sides of at most MOST_PIXELS."""
     image = image.convert("RGB")
     image.thumbnail((MOST_PIXELS, MOST_PIXELS))
     return image
@@ -158,7 +158,7 @@ def check_image(argument: str, image: object) -> None:
 
 
 def check_shape(argument: str, tensor: object, shape: tuple[int | str, ...]) -> None:
-    """``tensor`` must have this shape; strings are free dimensions."""
+    """Raise unless ``tensor`` has this shape; strings stand for dimensions of any size."""
     check(isinstance(tensor, Tensor), argument, "must be a tensor", type(tensor).__name__, TypeError)
     assert isinstance(tensor, Tensor)
     fits = tensor.dim() == len(shape) and all(

@@ -32,27 +32,27 @@ def routing_figure(
     tokens: Tensor | None = None,
     answers: Sequence[str] | None = None,
 ) -> Figure:
-    """One row per image: the question, the chosen experts, their weights in each block, and what came of them.
+    """Draw one row for each image: question, chosen experts, their weights in each block, fused tokens, answer.
 
-    An expert has one colour throughout a figure; the official ones have theirs in every figure.
+    An expert has one colour throughout a figure; official experts have the same colour in all figures.
 
     Args:
         images: B PIL images.
-        questions: B strings, cut behind the fifth line, as answers are. matplotlib's ``font.family`` must have their
-            characters.
-        experts: per image those that were chosen, in the order to show them in.
+        questions: B strings, which are cut after the fifth line, as answers are. matplotlib's ``font.family`` must have
+            their characters.
+        experts: the chosen experts of each image, in the order in which they are shown.
         gates: (B, num_layers, N) weights from 0 to 1, of any dtype and device, as ``mova.inspection.recorded`` gives.
         pool: the N experts in the order of ``gates``.
-        tokens: (B, T, C) fused tokens on a square grid, T = R * R; shown is each token's part in the first principal
-            component of its sample, with the sign that makes the entry of largest magnitude positive.
+        tokens: (B, T, C) fused tokens on a square grid, T = R * R. The figure shows each token's score on the first
+            principal component of its sample; the sign makes the score of largest magnitude positive.
         answers: B strings.
 
     Returns:
-        the figure, 10 inches wide, as high as it needs to be.
+        the figure, 10 inches wide and as high as necessary.
 
     Raises:
         ImportError: matplotlib is missing.
-        TypeError, ValueError: an argument of the wrong type, length, shape or range, or an expert outside the pool.
+        TypeError, ValueError: an argument has a wrong type, length, shape or range, or an expert is not in the pool.
     """
     page = Page()
     names = pool_names(pool)
@@ -73,7 +73,7 @@ def routing_figure(
     components = [_component(sample) for sample in _grids(tokens, len(images))] if tokens is not None else None
 
     colors = expert_colors(names)
-    bars = WIDTH - MARGIN - BARS - (TOKENS + GAP if components is not None else 0)  # where the columns begin
+    bars = WIDTH - MARGIN - BARS - (TOKENS + GAP if components is not None else 0)  # the left edge of the bars
     text = MARGIN + IMAGE + GAP
     room = bars - BLOCK_LABEL - GAP - text
     headings = [(text, "question, chosen experts" + (", answer" if answers is not None else ""))]
@@ -103,7 +103,7 @@ def routing_figure(
 
 
 def _draw_bars(page: Page, x: float, y: float, weights: Mapping[str, Tensor], colors: Mapping[str, str]) -> None:
-    """A bar per block, divided by the weights (num_layers,) of each expert in turn."""
+    """Draw a bar for each block, divided by the weights (num_layers,) of the experts."""
     num_layers = len(next(iter(weights.values())))
     axes = page.axes(x, y, BARS, BAR * num_layers)
     axes.set(xlim=(0, 1), ylim=(num_layers, 0))
@@ -123,7 +123,7 @@ def _draw_bars(page: Page, x: float, y: float, weights: Mapping[str, Tensor], co
 
 
 def _grids(tokens: Tensor, num_samples: int) -> Tensor:
-    """(B, T, C) -> (B, R, R, C) in fp64 on the host."""
+    """Return tokens (B, T, C) as grids (B, R, R, C) in fp64 on the CPU."""
     check_shape("tokens", tokens, (num_samples, "T", "C"))
     side = math.isqrt(tokens.shape[1])
     check(side * side == tokens.shape[1] > 0, "tokens", "must lie on a square grid", tuple(tokens.shape))
@@ -133,7 +133,7 @@ def _grids(tokens: Tensor, num_samples: int) -> Tensor:
 
 
 def _component(grid: Tensor) -> Tensor:
-    """(R, R, C) -> (R, R): the projection on the first principal component."""
+    """Project a grid (R, R, C) on its first principal component; returns (R, R)."""
     centred = grid.flatten(0, 1)
     centred = centred - centred.mean(0)
     values, vectors = torch.linalg.eigh(centred @ centred.T)

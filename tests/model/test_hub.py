@@ -200,7 +200,7 @@ def test_a_variant_is_of_the_experts_too(pipeline, tmp_path):
     pipeline.model.save_pretrained(tmp_path)
     plain = (tmp_path / "experts" / "sam" / "model.safetensors").read_bytes()
     half = small_model().model
-    for name in half.experts.experts:
+    for name in half.experts.specs:
         half.experts[name].to(torch.float16)
     half.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     assert (tmp_path / "experts" / "sam" / "model.safetensors").read_bytes() == plain

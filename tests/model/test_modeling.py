@@ -72,7 +72,7 @@ def test_what_is_saved_comes_back_through_the_auto_classes(pipeline, saved_model
 def test_saving_a_loaded_model_copies_the_experts_that_it_never_loaded(saved_model, tmp_path):
     model = MoVAForConditionalGeneration.from_pretrained(saved_model)
     model.save_pretrained(tmp_path)
-    for name in model.experts.experts:
+    for name in model.experts.specs:
         file = f"experts/{name}/model.safetensors"
         assert (tmp_path / file).read_bytes() == (saved_model / file).read_bytes()
 
