@@ -294,9 +294,10 @@ def test_table_of_gpu_status_says_what_passed_on_the_emulator(monkeypatch, tmp_p
     monkeypatch.setattr(gpu_status, "kernels", lambda: names)
     monkeypatch.setattr(gpu_status, "ROOT", tmp_path)
     gpu_status.write_emulated(str(tmp_path / "benchmarks/results/emulator/sm_90-triton-3.9.json"), "sm_90", outcomes)
-    assert re.fullmatch(r"sm_90 \(Triton [\d.]+, `\w*`\): 1 tests, \*\*1 failed\*\*", gpu_status.emulated(kernel))
-    assert re.fullmatch(r"sm_90 \(`\w*`\): 1 tests", gpu_status.emulated("feature_resample/feature_resample.cu"))
-    assert gpu_status.emulated("swiglu_norm/triton_impl.py") == "**no**"
+    assert re.fullmatch(r"1 \([\d.]+\), \*\*1 failed\*\*", gpu_status.emulated_tests(kernel, "sm_90"))
+    assert re.fullmatch(r"1 \([\d.]+\)", gpu_status.emulated_tests("feature_resample/feature_resample.cu", "sm_90"))
+    assert gpu_status.emulated_tests(kernel, "sm_80") == "**no**"
+    assert gpu_status.emulated_tests("swiglu_norm/triton_impl.py", "sm_90") == "**no**"
 
 
 def test_gpu_check_names_missing_packages_at_once(monkeypatch, tmp_path):

@@ -18,10 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "gpu-status.md"
 BEGIN, END = "<!-- written by tools/gpu_status.py: -->\n", "<!-- end -->\n"
-COMPILED = {
-    "triton_impl.py": "sm_80, sm_90, sm_100 (`tools/compile_gate.py`)",
-    "cuda": "sm_80, sm_90a, sm_100 (with PTX)",
-}
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
 def kernels() -> list[str]:
@@ -77,21 +74,25 @@ def write_emulated(path: str, gpu: str, outcomes: dict[str, str]) -> None:
     Path(path).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def emulated(kernel: str) -> str:
-    """ "sm_90 (Triton 3.9, `1234567`): 40 tests" for each architecture."""
-    found = []
-    for file in sorted(ROOT.glob("benchmarks/results/emulator/*.json"), key=lambda f: int(f.stem.split("-")[0][3:])):
-        report = json.loads(file.read_text())
+def emulated() -> list[dict]:
+    """The reports of the emulator, by architecture and by version of Triton."""
+    found = [json.loads(file.read_text()) for file in ROOT.glob("benchmarks/results/emulator/*.json")]
+    return sorted(found, key=lambda report: (int(report["gpu"][3:]), report["triton"]))
+
+
+def emulated_tests(kernel: str, gpu: str) -> str:
+    """ "40 (3.9)": how many tests passed compiled for this architecture, with which Triton; and how many failed."""
+    cells = []
+    for report in emulated():
         result = report["kernels"].get(kernel)
-        if result is not None:
-            compiler = f"Triton {report['triton']}, " if kernel.endswith(".py") else ""
+        if report["gpu"] == gpu and result is not None:
             failed = f", **{len(result['failed'])} failed**" if result["failed"] else ""
-            found.append(f"{report['gpu']} ({compiler}`{report['commit']}`): {result['passed']} tests{failed}")
-    return "; ".join(found) or "**no**"
+            cells.append(f"{result['passed']} ({report['triton']}){failed}")
+    return ", ".join(cells) or "**no**"
 
 
 def table(reports: Iterable[dict]) -> str:
-    heads = ("kernels, forward and backward", "compiled for", "passed on the emulator", "passed on a GPU", "rate")
+    heads = ("kernels, forward and backward", *ARCHITECTURES, "passed on a GPU", "rate")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     reports = list(reports)
     for kernel in kernels():
@@ -104,9 +105,10 @@ def table(reports: Iterable[dict]) -> str:
             if now not in ("passed", None):
                 passed.append(f"**{now}**: `{report['commit']}`, {report['device']}, {report['date']}")
         ran = "; ".join(passed) or "**never run**"
-        compiled = COMPILED["triton_impl.py" if kernel.endswith(".py") else "cuda"]
-        lines.append(f"| `{kernel}` | {compiled} | {emulated(kernel)} | {ran} | {'; '.join(rates)} |")
-    return "\n".join(lines) + "\n"
+        cells = " | ".join(emulated_tests(kernel, gpu) for gpu in ARCHITECTURES)
+        lines.append(f"| `{kernel}` | {cells} | {ran} | {'; '.join(rates)} |")
+    sources = (f"{report['gpu']} with Triton {report['triton']} at `{report['commit']}`" for report in emulated())
+    return "\n".join(lines) + f"\n\nCommits of the emulator's results: {', '.join(sources)}.\n"
 
 
 def reports() -> list[dict]:
