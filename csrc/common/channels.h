@@ -51,6 +51,6 @@ inline void store_in_order(float* p, int count, const vfloat v[Format::parts]) {
   for (int i = 0; i < count; ++i) p[i] = v[i % Format::parts][i / Format::parts];
 }
 
-inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp2(x * -1.44269504f)); }
+inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp2(x * -log2e)); }
 
 }  // namespace

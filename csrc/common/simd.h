@@ -73,6 +73,8 @@ inline float total(const vfloat (&v)[n]) {
   return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
 }
 
+constexpr float log2e = 1.44269504f;
+
 // For exp2: split leaves the rest of x in [-1/2, 1/2] and returns the integer in a form that scale understands, which
 // multiplies by its power of 2. x may be infinite.
 #if defined(__AVX512DQ__)
