@@ -10,8 +10,6 @@
 
 enum { MK_MAX_HEAD_WIDTH = 256 };
 
-// Every field has 8 bytes. Strides are in elements; the stride of a channel is 1. What has no strides is contiguous.
-// Tensors that are written overlap no other.
 struct mk_expert_attention_fwd_args {
   uint64_t q, k, v;   // (P, L, H*D), read
   uint64_t cos, sin;  // (L, D) fp32, read
@@ -33,6 +31,5 @@ struct mk_expert_attention_bwd_args {
   int64_t dtype;  // mk_dtype of all but the tables and lse: MK_F32 or MK_BF16
 };
 
-// Return an mk_status; `nbytes` is the size of the block above.
 MK_API int mk_expert_attention_fwd(const void* args, uint64_t nbytes);
 MK_API int mk_expert_attention_bwd(const void* args, uint64_t nbytes);

@@ -1,13 +1,13 @@
-// What lies between the matrix products of a stage of token_downsample, on row-major tokens. With x the tokens,
+// The steps between the matrix products of a stage of token_downsample, on row-major tokens. With x the tokens,
 //     a = conv1 x, h = SiLU(LN a), c = conv2 h, s = SiLU(LN c), v = s * gate, d = conv3 v, result = pool(x + LN d),
 // where conv1 and conv3 are matrix products, conv2 is a depthwise 3x3 convolution and gate comes from the mean of s
-// over all tokens. LN and everything that is not stored is in fp32.
+// over all tokens. LN and all values that are not stored are fp32.
 #pragma once
 
 #include "common/mova_kernels.h"
 
-// Each step is one pass over the tokens. All but MK_ADD_BWD also read weight and bias, those of LN; "sums (2, C)" are
-// the gradients of these.
+// // Each step is one pass over the tokens. All but MK_ADD_BWD also read the weight and bias of LN, whose gradients are
+// the sums (2, C).
 enum mk_token_downsample_step {
   MK_NORM_SILU = 0,      // x: a or c; gate or 0 -> y: h or v
   MK_CONV = 1,           // x: h; taps -> y: c; sums (B, C): of s over tokens
@@ -15,12 +15,11 @@ enum mk_token_downsample_step {
   MK_NORM_ADD_BWD = 3,   // x: d; outer: grad of the result -> y: grad of d; sums (2, C)
   MK_GATE_BWD = 4,       // x: c; grad: of v; gate -> y: v; sums (B, C): grad of gate
   MK_NORM_SILU_BWD = 5,  // x: c; grad: of v; gate; grad_mean -> y: grad of c; sums (2, C)
-  MK_CONV_BWD = 6,       // x: a; grad: of c; taps -> y: grad of a; sums (11, C): then those of the taps
-  MK_ADD_BWD = 7,        // outer: grad of the result; y, to which the grad of the stage's x through "x +" is added
+  MK_CONV_BWD = 6,       // x: a; grad: of c; taps -> y: grad of a; sums (11, C), the last 9: grads of taps
+  MK_ADD_BWD = 7,        // outer: grad of the result; adds the grad of the stage's x through "x +" to y
 };
 
-// Every field has 8 bytes; what a step does not use is 0. Strides are in elements; what has none is contiguous. Tensors
-// that are written overlap no other, but y may be grad in MK_NORM_SILU_BWD.
+// // Fields that a step does not use are 0. In MK_NORM_SILU_BWD, y may be grad.
 struct mk_token_downsample_args {
   uint64_t x;          // (B, R * R, C)
   uint64_t grad;       // (B, R * R, C)
@@ -41,5 +40,4 @@ struct mk_token_downsample_args {
   double eps;
 };
 
-// Returns an mk_status; `nbytes` is the size of the block above.
 MK_API int mk_token_downsample(const void* args, uint64_t nbytes);

@@ -7,7 +7,7 @@ MK_DECLARE_LOOPS(mk::StageLoops, token_downsample_loops)
 
 namespace {
 
-// Rows of C sums that a step makes of each line, and whether they are added up within a sample only.
+// Each line yields `rows` rows of C sums, which are added up per sample or over all samples.
 struct Sums {
   int64_t rows;
   bool per_sample;
@@ -15,7 +15,7 @@ struct Sums {
 constexpr Sums sums_of_step[] = {{0, false}, {1, true},  {0, false},  {2, false},
                                  {1, true},  {2, false}, {11, false}, {0, false}};
 
-// Adds up `lines` lines of `n` sums each, in their order.
+// Adds up `lines` lines of `n` sums each, in order.
 int add_lines(const float* partial, int64_t lines, int64_t n, float* sums) {
   return mk::parallel_for(n, 1 + (1 << 16) / (lines + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) sums[i] = 0;

@@ -13,7 +13,7 @@ inline vfloat load(const float* p, int64_t c, int count) { return load<F32>(p + 
 
 inline void add(float* p, int64_t c, int count, vfloat v) { store<F32>(p + c, count, load<F32>(p + c, count) + v); }
 
-// A token in fp32 with its mean and 1 / sqrt(variance + eps). Behind the last channel the vectors hold the mean.
+// A token in fp32 with its mean and 1 / sqrt(variance + eps).
 struct Token {
   vfloat value[max_vectors];
   float mean, rstd;
@@ -21,7 +21,7 @@ struct Token {
   inline vfloat normed(int64_t c) const { return (at(value, c) - mean) * rstd; }
 };
 
-// Given a token's values, with zeros behind the last channel, and their sum.
+// Needs a token's values, with zeros behind the last channel, and their sum.
 template <class Format>
 MK_INLINE void find_moments(Token& t, const vfloat (&sum)[sums], int64_t C, float eps) {
   const Moments m = moments<Format>(t.value, sum, C);
@@ -41,7 +41,7 @@ inline vfloat affine(const StageLine& line, const Token& t, int64_t c, int count
   return t.normed(c) * load(line.weight, c, count) + load(line.bias, c, count);
 }
 
-// The nine neighbours of a pixel, those outside of the grid replaced by `zeros`.
+// Finds the nine neighbours of a pixel; those outside of the grid are `zeros`.
 template <class T>
 inline void find_neighbours(const StageLine& line, const T* x, int64_t column, const T* zeros, const T* (&there)[9]) {
   for (int k = 0; k < 9; ++k) {
@@ -116,8 +116,8 @@ void norm_add(const StageLine& line) {
   }
 }
 
-// The gradient of LN's input, `grad` being that of its output (zeros behind the last channel); adds to the gradients of
-// weight and bias.
+// // Writes the gradient of LN's input, given `grad` of its output (zeros behind the last channel), and adds to the
+// gradients of weight and bias.
 template <class Format>
 inline void store_norm_grad(const StageLine& line, const Token& t, const vfloat* grad, typename Format::type* y) {
   NormGradient gradient;
@@ -134,7 +134,7 @@ inline void store_norm_grad(const StageLine& line, const Token& t, const vfloat*
   });
 }
 
-// Adds to `grad` what the windows that pixel (line, column) is in pass on to it.
+// Adds the gradients of all windows that contain pixel (line, column) to `grad`.
 template <class Format>
 inline void add_from_windows(const StageLine& line, int64_t column, vfloat* grad) {
   const int64_t step = line.window == 1 ? 1 : 2, side = line.R / step;
@@ -240,7 +240,7 @@ void conv_grad(const StageLine& line) {
       const vfloat v = affine(line, t, c, count), s = sigmoid(v), h = v * s;
       vfloat g = {};
       MK_UNROLL for (int k = 0; k < 9; ++k) {
-        // This pixel is the k-th neighbour of the pixel opposite.
+        // This pixel is the k-th neighbour of pixel there[8 - k].
         const vfloat grad_c = load<Format>(there[8 - k] + c, count);
         g += grad_c * load(line.taps + k * line.C, c, count);
         add(line.sums + (2 + k) * line.C, c, count, grad_c * h);
