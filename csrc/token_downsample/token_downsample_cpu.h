@@ -17,7 +17,7 @@ struct StageLine {
 
 typedef ByDtype<void (*)(const StageLine&)> StageStep;
 struct StageLoops {
-  StageStep step[8];  // by mk_token_downsample_step
+  StageStep norm_silu, conv, norm_add, norm_add_bwd, gate_bwd, norm_silu_bwd, conv_bwd, add_bwd;
 };
 
 }  // namespace mk

@@ -154,7 +154,7 @@ inline void add_from_windows(const StageLine& line, int64_t column, vfloat* grad
 }
 
 template <class Format>
-void norm_add_grad(const StageLine& line) {
+void norm_add_bwd(const StageLine& line) {
   typedef typename Format::type type;
   memset(line.sums, 0, 2 * line.C * sizeof *line.sums);
   Token t;
@@ -169,7 +169,7 @@ void norm_add_grad(const StageLine& line) {
 }
 
 template <class Format>
-void add_grad(const StageLine& line) {
+void add_bwd(const StageLine& line) {
   vfloat grad[max_vectors];
   for (int64_t j = 0; j < line.R; ++j) {
     auto* const y = static_cast<typename Format::type*>(line.y) + (line.line * line.R + j) * line.C;
@@ -182,7 +182,7 @@ void add_grad(const StageLine& line) {
 }
 
 template <class Format>
-void gate_grad(const StageLine& line) {
+void gate_bwd(const StageLine& line) {
   typedef typename Format::type type;
   memset(line.sums, 0, line.C * sizeof *line.sums);
   Token t;
@@ -204,7 +204,7 @@ inline vfloat silu_grad(vfloat grad, vfloat x, vfloat sigmoid) {
 }
 
 template <class Format>
-void norm_silu_grad(const StageLine& line) {
+void norm_silu_bwd(const StageLine& line) {
   typedef typename Format::type type;
   const float share = 1.0f / (float)(line.R * line.R);
   memset(line.sums, 0, 2 * line.C * sizeof *line.sums);
@@ -224,7 +224,7 @@ void norm_silu_grad(const StageLine& line) {
 }
 
 template <class Format>
-void conv_grad(const StageLine& line) {
+void conv_bwd(const StageLine& line) {
   typedef typename Format::type type;
   type zeros[MK_MAX_NORM_CHANNELS];
   memset(zeros, 0, line.C * sizeof *zeros);
@@ -255,5 +255,5 @@ void conv_grad(const StageLine& line) {
 
 #define MK_STEP(name) {name<F32>, name<BF16InOrder>}
 extern const mk::StageLoops MK_ISA_NAME(token_downsample_loops) = {
-    {MK_STEP(norm_silu), MK_STEP(conv), MK_STEP(norm_add), MK_STEP(norm_add_grad), MK_STEP(gate_grad),
-     MK_STEP(norm_silu_grad), MK_STEP(conv_grad), MK_STEP(add_grad)}};
+    MK_STEP(norm_silu), MK_STEP(conv),          MK_STEP(norm_add), MK_STEP(norm_add_bwd),
+    MK_STEP(gate_bwd),  MK_STEP(norm_silu_bwd), MK_STEP(conv_bwd), MK_STEP(add_bwd)};
