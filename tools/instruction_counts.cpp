@@ -224,26 +224,26 @@ void token_downsample() {
                                 1,
                                 R,
                                 C,
+                                0,
                                 R * R * C,
                                 C,
                                 0,
-                                0,
                                 dtype,
                                 eps};
-#define STEP(name) a.step = name, CALL(mk_token_downsample, #name, a)
-  STEP(MK_NORM_SILU);
-  STEP(MK_CONV);
-  STEP(MK_NORM_ADD);
-  STEP(MK_NORM_ADD_BWD);
-  STEP(MK_GATE_BWD);
-  STEP(MK_NORM_SILU_BWD);
-  STEP(MK_CONV_BWD);
-  STEP(MK_ADD_BWD);
-#undef STEP
+#define STEP(name, sums) a.num_sums = sums, CALL(mk_token_downsample_##name, a.pool ? "pool" : "-", a)
+  STEP(norm_silu, 0);
+  STEP(conv, 1);
+  STEP(norm_add, 0);
+  STEP(norm_add_bwd, 2);
+  STEP(gate_bwd, 1);
+  STEP(norm_silu_bwd, 2);
+  STEP(conv_bwd, 11);
+  STEP(add_bwd, 0);
   a.pool = 1;
-  a.step = MK_NORM_ADD, CALL(mk_token_downsample, "MK_NORM_ADD,pool", a);
-  a.step = MK_NORM_ADD_BWD, CALL(mk_token_downsample, "MK_NORM_ADD_BWD,pool", a);
-  a.step = MK_ADD_BWD, CALL(mk_token_downsample, "MK_ADD_BWD,pool", a);
+  STEP(norm_add, 0);
+  STEP(norm_add_bwd, 2);
+  STEP(add_bwd, 0);
+#undef STEP
 }
 
 void (*const cases[])() = {matmul,        expert_attention, expert_gate, feature_norm, feature_resample,

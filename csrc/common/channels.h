@@ -11,8 +11,9 @@ struct Constant {
   static constexpr int value = n;
 };
 
-// body(c, count, Constant<m>) for m neighbouring registers of `count` channels each, the first of them channel c:
-// blocks of n registers, then single ones, then the rest of the channels. `count` is a constant for all but the rest.
+// Calls body(c, count, Constant<m>) for m neighbouring registers of `count` channels each, from channel c on: for
+// blocks of n registers, then for single ones, then for the rest of the channels. `count` is a constant for all but the
+// rest.
 template <class Format, int n, class Body>
 MK_INLINE void for_each_block(int64_t channels, const Body& body) {
   constexpr int width = Format::width;
@@ -22,16 +23,16 @@ MK_INLINE void for_each_block(int64_t channels, const Body& body) {
   if (c < channels) body(c, (int)(channels - c), Constant<1>{});
 }
 
-// The vector of channel c and its neighbours, in an array of vectors for all channels. c is a multiple of `lanes`.
+// Returns the vector that begins with channel c, a multiple of `lanes`, in an array of vectors for all channels.
 template <class Vector>
 MK_INLINE Vector& at(Vector* vectors, int64_t c) {
   return *(Vector*)((char*)vectors + c * (int64_t)sizeof(float));
 }
 
-// Enough independent sums to hide the latency of an addition.
+// This many independent sums hide the latency of an addition.
 constexpr int sums = 4;
 
-// body(c, count, k) for every register, which may add to the sum number k < sums.
+// Calls body(c, count, k) for every register, which may add to sum number k < sums.
 template <class Format, class Body>
 MK_INLINE void for_each_summand(int64_t channels, const Body& body) {
   for_each_block<Format, sums>(channels, [&](int64_t c, int count, auto registers) MK_ALWAYS_INLINE {
@@ -39,18 +40,18 @@ MK_INLINE void for_each_summand(int64_t channels, const Body& body) {
   });
 }
 
-// body(c, count) for every register.
+// Calls body(c, count) for every register.
 template <class Format, class Body>
 MK_INLINE void for_each_register(int64_t channels, const Body& body) {
   for_each_summand<Format>(channels, [&](int64_t c, int count, int) MK_ALWAYS_INLINE { body(c, count); });
 }
 
-// The first `count` channels of a register in the order of memory, which Format::load may have changed.
+// Stores the first `count` channels of a register in the order of memory, which Format::load may have changed.
 template <class Format>
 inline void store_in_order(float* p, int count, const vfloat v[Format::parts]) {
   for (int i = 0; i < count; ++i) p[i] = v[i % Format::parts][i / Format::parts];
 }
 
-inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp2(x * -1.44269504f)); }
+inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exp2(x * -log2e)); }
 
 }  // namespace

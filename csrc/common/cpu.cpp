@@ -11,7 +11,7 @@ namespace {
 const char* const isa_names[] = {MK_FOR_EACH_ISA(MK_NAME_OF, )};
 constexpr int isa_count = sizeof isa_names / sizeof *isa_names;
 
-// What CMakeLists.txt allows the compiler to use in each set must be asked for here.
+// Asks for every feature that CMakeLists.txt lets the compiler use in a set.
 int best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -53,7 +53,7 @@ int mk::parallel_for(int64_t n, int64_t grain, mk_range_body body, void* context
 MK_API void mk_advise_huge_pages(uint64_t memory, uint64_t bytes) {
   const uint64_t begin = (memory + huge_page - 1) / huge_page * huge_page,
                  end = (memory + bytes) / huge_page * huge_page;
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice that the system may not take
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // the system may ignore it
 }
 
 void* mk::workspace(int64_t bytes, int slot) {

@@ -29,7 +29,7 @@ namespace mk {
 
 int cpu_isa();
 
-// body(begin, end) over disjoint parts of [0, n), at least `grain` long where n allows; it must not throw.
+// Runs body(begin, end) over disjoint parts of [0, n), at least `grain` long where n allows. The body must not throw.
 int parallel_for(int64_t n, int64_t grain, mk_range_body body, void* context);
 
 template <class Body>
@@ -39,8 +39,8 @@ int parallel_for(int64_t n, int64_t grain, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// Scratch memory of the calling thread, aligned to 64 bytes; the next call with this slot gets the same. Null if there
-// is none. What the parts of a parallel_for share is in another slot than what each of them has for itself.
+// // Returns scratch memory of the calling thread, aligned to 64 bytes, or null. The next call with this slot returns
+// the same memory: one slot is for memory that the parts of a parallel_for share, the other for a part's own.
 constexpr int own_slot = 0, shared_slot = 1;
 void* workspace(int64_t bytes, int slot = own_slot);
 

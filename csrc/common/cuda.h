@@ -14,7 +14,7 @@ inline int cuda_status(const char* function, cudaError_t error) {
   return fail(MK_CUDA_ERROR, "%s: %s (%s)", function, cudaGetErrorName(error), cudaGetErrorString(error));
 }
 
-// Makes a device current for a scope. Costs one query where it is current already, which is the usual case.
+// Makes a device current for a scope. It costs one query if the device is current already, the usual case.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int64_t device) : target_((int)device) {
@@ -38,7 +38,7 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
-// `n` neighbouring elements. Where they fill 16 bytes they must be aligned to that, and move as one uint4: the compiler
+// // `n` neighbouring elements. If they fill 16 bytes, they must be aligned to 16 and move as one uint4: the compiler
 // tends to split the access otherwise.
 template <class T, int n>
 struct Pack {

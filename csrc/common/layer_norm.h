@@ -11,7 +11,7 @@ struct Moments {
   float variance;          // biased
 };
 
-// The moments of a token, given the sums of its channels. Lanes without a channel must hold zeros and then hold `mean`.
+// Computes the moments of a token, given the sums of its channels, and writes the mean to lanes without a channel.
 template <class Format>
 MK_INLINE Moments moments(vfloat* token, const vfloat (&sum)[sums], int64_t channels) {
   constexpr int width = Format::width, parts = Format::parts;
@@ -41,7 +41,7 @@ MK_INLINE Moments moments(vfloat* token, const vfloat (&sum)[sums], int64_t chan
   return {mean, correction, variance - correction * correction};
 }
 
-// 1 / sqrt(variance + eps), NaN where the squares of a token overflowed: 0 would make it a token of zeros.
+// Returns 1 / sqrt(variance + eps), or NaN if the squares of a token overflowed: 0 would make it a token of zeros.
 inline float inverse_deviation(float variance, float eps) {
   return 1 / __builtin_sqrtf(variance + eps) + (variance - variance);
 }

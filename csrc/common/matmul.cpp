@@ -27,7 +27,7 @@ int matmul(const char* function, const mk_matmul_args& a) {
       });
   if (status) return status;
 
-  // Panels are equally high, whole steps but for the last one: a short one would leave threads idle.
+  // Panels have equal numbers of steps, since a short panel would leave threads idle.
   const auto first_row = [&](int64_t panel) {
     const int64_t step = mk::matmul_row_step, row = (a.M * panel / panels + step - 1) / step * step;
     return row < a.M ? row : a.M;

@@ -1,11 +1,11 @@
-// The matrix product of fp32 or bf16 matrices on a CPU: c = a b + bias + added, with sums in fp32. fp32 sums of more
-// than `chain` (common/tile.h) products consist of shorter ones. c is rounded once more for bias and once for added in
-// fp32, once in all in bf16. bf16 is multiplied as such where the processor can do it and widened where it cannot.
+// The matrix product of fp32 or bf16 matrices on a CPU: c = a b + bias + added, with sums in fp32. A sum of more than
+// `chain` (common/tile.h) products in fp32 is made of shorter sums. In fp32, adding bias and added rounds c once each;
+// in bf16, c is rounded once in all. Where the processor has no products of bf16, they are widened to fp32.
 #pragma once
 
 #include "common/mova_kernels.h"
 
-// Every field has 8 bytes. Strides are in elements; the stride of a column of added and c is 1.
+// The stride of a column of added and c is 1.
 struct mk_matmul_args {
   uint64_t a;      // (M, K), read
   uint64_t b;      // (K, N), read
@@ -17,5 +17,5 @@ struct mk_matmul_args {
   int64_t dtype;  // MK_F32 or MK_BF16, of all matrices
 };
 
-// Returns an mk_status; `nbytes` is the size of the block above. The result does not depend on the number of threads.
+// The result does not depend on the number of threads.
 MK_API int mk_matmul(const void* args, uint64_t nbytes);

@@ -9,15 +9,15 @@ static_assert(mk::matmul_row_step % tile_rows == 0 && mk::matmul_rows % mk::matm
                   mk::matmul_columns % tile_columns == 0,
               "blocks consist of tiles");
 
-// K in units.
+// Returns K in units.
 template <class Product>
 inline int64_t units(int64_t K) {
   return (K + Product::depth - 1) / Product::depth;
 }
 
 // a is packed in pieces of `Product::chain` units along its rows, (matmul_rows, Product::chain) each; b in tiles of
-// columns, (units, tile_columns) each. A unit is filled up with zero; what fills up tiles is anything, since nobody
-// looks at the sums that come of it.
+// columns, (units, tile_columns) each. The last unit is padded with zero. The
+// padding of tiles stays uninitialised; its sums are never read.
 template <class Product>
 int64_t left_bytes(int64_t K) {
   return round_up(units<Product>(K), Product::chain) * mk::matmul_rows * (int64_t)sizeof(unit);
@@ -35,7 +35,8 @@ inline vfloat gather(const typename Format::type* p, int64_t stride, int count) 
   return load<Format>(elements, lanes);
 }
 
-// `count` neighbours of the k-th row of a matrix with K rows, joined with those of the next row if a unit has both.
+// Joins `count` neighbours of row k of a matrix with K rows to units, together with those of the next row if a unit has
+// two elements.
 template <class Format, class Product>
 MK_INLINE void join(const typename Format::type* p, int64_t stride, int64_t k, int64_t K, int count, unit* dst) {
   const bool both = Product::depth == 2 && k + 1 < K;

@@ -1,12 +1,17 @@
-// The C API that all ops share; each op adds a header of its own. Knows neither torch nor Python.
+// The C API that all ops share; each op adds a header of its own. It knows neither torch nor Python.
+//
+// A function of an op takes one argument block, `args`, whose size is `nbytes`, and returns an mk_status. Every field
+// of a block has 8 bytes. Strides are in elements; the stride of a channel is 1. Tensors without strides are
+// contiguous. Tensors that are written overlap no other, unless the header says so.
 #pragma once
 
 #include <stdint.h>
 
 #define MK_API extern "C" __attribute__((visibility("default")))
 
-// Raised when a function is added, or its argument block or meaning changes; mova_kernels/_compiled.py holds the same.
-#define MK_ABI_VERSION 4
+// Raised when a function is added, or when its argument block or meaning changes. mova_kernels/_compiled.py states the
+// same number.
+#define MK_ABI_VERSION 5
 
 enum mk_status {
   MK_OK = 0,
@@ -16,7 +21,7 @@ enum mk_status {
   MK_THREADS_ERROR = 4,
   MK_NO_MEMORY = 5
 };
-// The most channels of a token that is normalised on a CPU: they wait in fp32 on the stack, in the L1 cache.
+// The most channels of a token that is normalised on a CPU. They are kept in fp32 on the stack, in the L1 cache.
 enum { MK_MAX_NORM_CHANNELS = 8192 };
 
 enum mk_dtype { MK_F32 = 0, MK_BF16 = 1, MK_F16 = 2 };
@@ -38,7 +43,7 @@ MK_API const char* mk_cpu_isa(void);
 MK_API const char* mk_cpu_isas(void);  // those this processor has, "base,avx2"
 MK_API int mk_set_cpu_isa(const char* name);
 
-// CPU library: has fresh memory mapped in huge pages as far as it consists of them; several times faster to touch.
+// CPU library: asks the system for huge pages in fresh memory, which is several times faster to touch then.
 MK_API void mk_advise_huge_pages(uint64_t memory, uint64_t bytes);
 
 // CUDA library: versions as 1000 * major + 10 * minor; a driver version of 0 means that there is no driver.

@@ -16,8 +16,7 @@
 #define MK_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// For a function with a `count` of channels: a copy of it for the constant, without calls of memcpy. The second one is
-// for lambdas, which have the attribute behind their parameters.
+// // For functions and lambdas with a `count` of channels: inlined where `count` is constant, they do not call memcpy.
 #define MK_INLINE inline __attribute__((always_inline))
 #define MK_ALWAYS_INLINE __attribute__((always_inline))
 
@@ -61,7 +60,7 @@ inline vuint lane_numbers() {
   return v;
 }
 
-// The sum of all lanes of all vectors.
+// Returns the sum of all lanes of all vectors.
 template <int n>
 inline float total(const vfloat (&v)[n]) {
   vfloat all = v[0];
@@ -73,8 +72,10 @@ inline float total(const vfloat (&v)[n]) {
   return (quarter[0][0] + quarter[0][1]) + (quarter[0][2] + quarter[0][3]);
 }
 
-// For exp2: split leaves the rest of x in [-1/2, 1/2] and returns the integer in a form that scale understands, which
-// multiplies by its power of 2. x may be infinite.
+constexpr float log2e = 1.44269504f;
+
+// // For exp2: split() reduces x to [-1/2, 1/2] and returns the integer part, in a form by which scale() multiplies
+// with its power of 2. x may be infinite.
 #if defined(__AVX512DQ__)
 constexpr __mmask16 every = 0xffff;  // without a mask, GCC warns about its own headers
 inline vfloat split(vfloat& x) {
@@ -88,7 +89,7 @@ inline vfloat split(vfloat& x) {
   const vfloat largest = vfloat{} + 128.0f, smallest = vfloat{} - 127.0f;
   x = smallest > x ? smallest : x;
   x = largest < x ? largest : x;
-  // Adding and subtracting 1.5 * 2^23 rounds to an integer, which stays behind in the low bits.
+  // Adding 1.5 * 2^23 rounds to an integer, which the low bits then hold.
   const vfloat shift = vfloat{} + 12582912.0f, shifted = x + shift;
   x -= shifted - shift;
   return shifted;
@@ -98,8 +99,8 @@ inline vfloat scale(vfloat y, vfloat whole) { return y * (vfloat)(((vuint)whole 
 #endif
 
 // 2^x to 0.7 units in the last place, or coarsely to a relative error of 7.5e-5; at most denormal below 2^-126.5,
-// infinity from 2^128 on at the latest, NaN for NaN. Several vectors at a time, step by step: the steps of one wait for
-// each other longer than a processor looks ahead.
+// infinity from 2^128 on at the latest, NaN for NaN. It takes several vectors
+// at a time, step by step, since the steps of one vector wait for each other.
 template <bool coarse = false, int n>
 inline void exp2(vfloat (&x)[n]) {
   // Minimax in relative error on [-1/2, 1/2].
@@ -136,7 +137,8 @@ struct F32 {
   static inline void store(float* p, int count, const vfloat v[parts]) { memcpy(p, &v[0], count * sizeof *p); }
 };
 
-// In the upper half of each lane, to nearest, ties to even. The carry could turn a NaN into an infinity.
+// Rounds to nearest, ties to even; the result is the upper half of each lane. The carry could turn a NaN into an
+// infinity.
 inline vuint round_to_bf16(vfloat v) {
   const vuint bits = (vuint)v;
   return v != v ? vuint{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -161,7 +163,7 @@ struct BF16 {
   }
 };
 
-// For a shuffle, half a register of bf16 in the order of memory: they meet fp32 operands lane by lane.
+// Keeps half a register of bf16 in the order of memory, at the cost of a shuffle: they meet fp32 operands lane by lane.
 struct BF16InOrder {
   typedef uint16_t type;
   static constexpr int parts = 1, width = lanes;

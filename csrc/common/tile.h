@@ -1,4 +1,4 @@
-// Products of packed matrices, a tile of the result at a time in registers. For loops, which are compiled once per
+// // Products of packed matrices, with a tile of the result in registers. For loops, which are compiled once per
 // instruction set.
 //
 // Operands consist of 32-bit units: one fp32, or two bf16 that are neighbours along the depth of the product. The left
@@ -23,10 +23,10 @@ typedef uint32_t unit __attribute__((may_alias));
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// How elements are multiplied: units of `depth` elements, which follow each other in memory in the left operand; what
-// store_units writes into the right one are units of the next `depth` rows. The error of a sum grows with its length:
-// a sum of more than `chain` units consists of shorter ones. Of bf16 that is not for the error, which is small beside
-// theirs, but for the caches, by measurement. `coarse` says what exp2 is good enough for elements.
+// // How elements are multiplied, in units of `depth` elements. The elements of a unit are neighbours in a row of the
+// left operand, and come from `depth` rows of the right one, which store_units joins. A sum of more than `chain` units
+// is made of shorter sums: in fp32 because the error of a sum grows with its length, in bf16 because that was measured
+// to be kinder to the caches. `coarse` says whether the coarse exp2 is good enough.
 struct F32Product {
   typedef float element;
   static constexpr int depth = 1;
@@ -67,7 +67,7 @@ struct BF16Product {
 };
 #endif
 
-// For bf16 tensors. Where there is no product of bf16, they are widened.
+// For bf16 tensors. // They are widened where the processor has no products of bf16.
 #if defined(__AVX512BF16__)
 typedef BF16Product NarrowProduct;
 #else
@@ -87,7 +87,7 @@ inline void add_product(const unit* a, int64_t a_stride, const unit* b, int64_t 
   }
 }
 
-// Rows become columns: in turn, each bit of the number of a row is exchanged for that of the number of a lane.
+// Transposes lanes x lanes units: each step exchanges one bit of the row number with that bit of the lane number.
 inline void transpose(vuint (&rows)[lanes]) {
   MK_UNROLL for (int bit = 1; bit < lanes; bit *= 2) {
     vuint first, second;
@@ -104,7 +104,7 @@ inline void transpose(vuint (&rows)[lanes]) {
   }
 }
 
-// The first `count` units of tile_columns rows, which are `stride` units apart, to rows of the right operand. Reads
+// // Transposes the first `count` units of tile_columns rows, `stride` units apart, to rows of the right operand. Reads
 // whole vectors.
 inline void to_columns(const unit* rows, int64_t stride, int64_t count, unit* right) {
   for (int64_t k = 0; k < count; k += lanes) {
@@ -119,8 +119,8 @@ inline void to_columns(const unit* rows, int64_t stride, int64_t count, unit* ri
   }
 }
 
-// A tile c, whose rows are `c_stride` apart, becomes a * b, or grows by it. Not inlined: among other code the compiler
-// would not keep the sums in registers.
+// // Sets a tile c, whose rows are `c_stride` apart, to a * b, or adds a * b to it. It is not inlined: among other code
+// the compiler would not keep the sums in registers.
 template <class Product, bool grows>
 __attribute__((noinline)) void multiply(const unit* a, int64_t a_stride, const unit* b, int64_t depth, float* c,
                                         int64_t c_stride) {

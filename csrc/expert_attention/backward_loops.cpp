@@ -1,24 +1,25 @@
 // Compiled once per instruction set; see common/simd.h for what that forbids.
 //
 // With S = scale * Q K^T, P = softmax(S) and dP = G V^T:  dV = P^T G,  dS = P * (dP - rowsum(G * out)),
-// dK = scale * dS^T Q,  dQ = scale * dS K. Blocks of S^T, with keys as rows, are computed again from the saved sums:
-// then P^T and dS^T are left operands as they are, and dQ^T = K^T dS^T takes the same dS^T as its right operand.
+// dK = scale * dS^T Q,  dQ = scale * dS K. Blocks of S^T, with keys as rows, are computed again, and P^T from them and
+// the saved log-sum-exps: P^T and dS^T are then left operands as they are, and dQ^T = K^T dS^T takes the same dS^T as
+// its right operand.
 #include "common/cpu.h"
 #include "expert_attention/expert_attention_cpu.h"
 #include "expert_attention/pack.h"
 
 namespace {
 
-constexpr float log2e = 1.44269504f;
-// What belongs to a block of keys stays in the L2 cache.
+// The operands and gradients of a block of keys stay in the L2 cache.
 constexpr int64_t key_block = 16 * tile_rows, query_block = 64;
 static_assert(query_block % tile_columns == 0, "blocks of queries consist of whole tiles");
 
-// Where things lie in the workspace. As in pack.h, a unit has `depth` elements.
+// Sizes in the workspace. As in pack.h, a unit has `depth` elements.
 template <class Product>
 struct Layout {
   static constexpr int depth = Product::depth;
-  int64_t queries, units, row_units, columns, rows;  // padded: L; D in units, also of a staged row; D in whole tiles
+  int64_t queries, units, row_units, columns,
+      rows;  // L; D in units; a staged row in units; D in whole tiles of columns and of rows
 
   Layout(int64_t L, int64_t D)
       : queries(round_up(L, query_block)),
@@ -27,7 +28,7 @@ struct Layout {
         columns(round_up(D, tile_columns)),
         rows(round_up(D, tile_rows)) {}
 
-  // In units: of Q^T and G^T, of Q and G, of staged keys and values, of K^T, of P^T and dS^T, of their gradients.
+  // In units: Q^T and G^T; Q and G; staged keys and values; K^T; P^T and dS^T; gradients of keys and values.
   int64_t by_column() const { return queries * units; }
   int64_t by_depth() const { return queries / depth * columns; }
   int64_t staged() const { return key_block * row_units; }
@@ -52,7 +53,7 @@ int64_t part_size(int64_t L, int64_t D) {
   return Layout<Product>(L, D).part();
 }
 
-// Takes the workspace apart.
+// Divides the workspace.
 struct Cursor {
   char* next;
   template <class T = unit>
@@ -63,10 +64,10 @@ struct Cursor {
   }
 };
 
-// out[j] = the sum over channels of a row of x times the same row of y.
+// out[t] is the dot product of row t of x and row t of y.
 template <class Format>
-void row_products(const typename Format::type* x, int64_t x_stride, const typename Format::type* y, int64_t y_stride,
-                  int64_t L, int64_t D, float* out) {
+void row_dots(const typename Format::type* x, int64_t x_stride, const typename Format::type* y, int64_t y_stride,
+              int64_t L, int64_t D, float* out) {
   for (int64_t t = 0; t < L; ++t) {
     vfloat sum[1] = {};
     for_each_register<F32>(D, [&](int64_t d, int count) MK_ALWAYS_INLINE {
@@ -84,11 +85,11 @@ void transpose(const typename Product::element* rows, int64_t width, int64_t D, 
   }
 }
 
-// Tiles of S^T and dP^T to tiles of P^T and dS^T, the latter as part of a left operand and, where that differs, as part
-// of a right one. Rows from `real` on become zeros.
+// Turns tiles of S^T and dP^T into tiles of P^T and dS^T. dS^T is written as a left operand and, where its units
+// differ, as a right operand too. Rows from `real` on become zeros.
 template <class Product>
-inline void soften(const float* scores, const float* products, const float* lse, const float* delta, float scale,
-                   int64_t real, typename Product::element* p, typename Product::element* ds, unit* ds_right) {
+inline void softmax_grad(const float* scores, const float* grad_p, const float* lse, const float* delta, float scale,
+                         int64_t real, typename Product::element* p, typename Product::element* ds, unit* ds_right) {
   constexpr int depth = Product::depth;
   for (int m = 0; m < tile_rows; m += depth) {
     vfloat gradient[depth][tile_vectors];
@@ -101,7 +102,7 @@ inline void soften(const float* scores, const float* products, const float* lse,
       exp2<Product::coarse>(v);
       MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
         if (m + i >= real) v[n] = vfloat{};
-        gradient[i][n] = v[n] * (load(products + row + n * lanes) - load(delta + n * lanes));
+        gradient[i][n] = v[n] * (load(grad_p + row + n * lanes) - load(delta + n * lanes));
         Product::store(p + row + n * lanes, v[n]);
         Product::store(ds + row + n * lanes, gradient[i][n]);
       }
@@ -114,7 +115,7 @@ inline void soften(const float* scores, const float* products, const float* lse,
   }
 }
 
-// Rows of fp32 sums to a gradient, rotated back if there are tables. Whether all of it is finite.
+// Writes rows of fp32 sums to a gradient, rotated back if there are tables. Returns whether all of them are finite.
 template <class Format>
 bool store_rows(const float* sums, int64_t sums_stride, int64_t rows, int64_t D, float scale, const float* cos,
                 const float* sin, typename Format::type* dst, int64_t stride) {
@@ -130,11 +131,12 @@ bool store_rows(const float* sums, int64_t sums_stride, int64_t rows, int64_t D,
   return total(zeros) == 0;
 }
 
-// Whether weights can be computed again from the saved sums. A NaN comes from an input and makes the right NaN.
+// Whether probabilities can be computed again from the log-sum-exps. NaN passes: it comes from an input and belongs in
+// the gradients.
 inline bool in_range(const float* lse, int64_t count) {
-  float most = 0;
-  for (int64_t t = 0; t < count; ++t) most = __builtin_fabsf(lse[t]) > most ? __builtin_fabsf(lse[t]) : most;
-  return most <= mk::largest_lse;
+  float max = 0;
+  for (int64_t t = 0; t < count; ++t) max = __builtin_fabsf(lse[t]) > max ? __builtin_fabsf(lse[t]) : max;
+  return max <= mk::largest_lse;
 }
 
 template <class Format, class Product>
@@ -171,8 +173,8 @@ mk::AttentionOutcome keys(const mk::AttentionGradients& g, void* workspace, int6
   pack_depth<Format, Product>(query, L, layout.queries, D, q_depth);
   pack_depth<Format, Product>(grad, L, layout.queries, D, g_depth);
   memcpy(lse, h.lse, L * sizeof *lse);
-  row_products<Format>((const type*)g.grad, g.grad_stride, (const type*)h.out, h.out_stride, L, D, delta);
-  for (int64_t t = L; t < layout.queries; ++t) lse[t] = delta[t] = 0;  // queries that do not exist
+  row_dots<Format>((const type*)g.grad, g.grad_stride, (const type*)h.out, h.out_stride, L, D, delta);
+  for (int64_t t = L; t < layout.queries; ++t) lse[t] = delta[t] = 0;  // padding
   memset(part, 0, layout.part() * sizeof *part);
   memset(k_transposed, 0, layout.transposed() * sizeof(unit));
   const float longest_query = longest_column<Product>(q_columns, layout.queries, layout.units);
@@ -193,15 +195,15 @@ mk::AttentionOutcome keys(const mk::AttentionGradients& g, void* workspace, int6
       for (int64_t t = 0; t < query_block; t += tile_columns) {
         const int64_t query_units = (first + t) * layout.units;
         for (int64_t i = 0; i < whole; i += tile_rows) {
-          alignas(64) float scores[tile_rows * tile_columns], products[tile_rows * tile_columns];
+          alignas(64) float scores[tile_rows * tile_columns], grad_p[tile_rows * tile_columns];
           const int64_t offset = (t / tile_columns * key_block + i) * tile_columns;
           multiply<Product, false>((const unit*)k_rows + i * layout.row_units, layout.row_units,
                                    q_columns + query_units, layout.units, scores, tile_columns);
           multiply<Product, false>((const unit*)v_rows + i * layout.row_units, layout.row_units,
-                                   g_columns + query_units, layout.units, products, tile_columns);
-          const int64_t real = valid - i < tile_rows ? valid - i : tile_rows;  // the others are keys that do not exist
-          soften<Product>(scores, products, lse + first + t, delta + first + t, scale, real, p + offset, ds + offset,
-                          ds_right + offset / depth);
+                                   g_columns + query_units, layout.units, grad_p, tile_columns);
+          const int64_t real = valid - i < tile_rows ? valid - i : tile_rows;  // the others are padding
+          softmax_grad<Product>(scores, grad_p, lse + first + t, delta + first + t, scale, real, p + offset,
+                                ds + offset, ds_right + offset / depth);
         }
       }
       const unit* const right = depth > 1 ? ds_right : (const unit*)ds;

@@ -11,9 +11,9 @@ MK_DECLARE_LOOPS(mk::AttentionBackwardLoops, attention_backward_loops)
 
 namespace {
 
-// Backward: how many tasks are enough for the threads of a large machine, and the fewest keys that a task is worth.
+// For backward: enough tasks for the threads of a large machine, and the fewest keys that are worth a task.
 constexpr int64_t enough_tasks = 64, fewest_keys = 384;
-constexpr int64_t most_scratch = 1 << 26;  // bytes, unless so many tasks need more
+constexpr int64_t most_scratch = 1 << 26;  // bytes, unless `enough_tasks` need more
 
 template <class Args>
 int check(const char* function, const Args& a) {
@@ -27,7 +27,7 @@ int check(const char* function, const Args& a) {
   return a.D % 2 == 0 ? MK_OK : mk::fail(MK_BAD_ARG, "%s: D must be even, got %lld", function, (long long)a.D);
 }
 
-// Head `head` of pair `pair`, of whose tensors the strides are in elements.
+// The `index`-th head of all pairs.
 template <class Args>
 mk::AttentionHead head(const Args& a, int64_t index) {
   const int64_t pair = index / a.H, head = index % a.H, bytes = mk::itemsize(a.dtype);
@@ -54,7 +54,7 @@ int forward(const char* function, const mk_expert_attention_fwd_args& a) {
   const auto& loops = attention_forward_loops()[a.dtype];
   const int64_t bytes = loops.workspace_bytes(a.L, a.D), groups = (a.L + mk::query_group - 1) / mk::query_group;
 
-  // A part of the range covers whole heads but for its ends, so that a thread packs few heads that another packs, too.
+  // A range covers whole heads except at its ends, so that few heads are packed by two threads.
   std::atomic<bool> failed{false};
   const int64_t grain = 1 + (1 << 20) / (a.L * a.D * mk::query_group);
   const int status = mk::parallel_for(a.P * a.H * groups, grain, [&](int64_t begin, int64_t end) {
@@ -78,11 +78,11 @@ int backward(const char* function, const mk_expert_attention_bwd_args& a) {
   const int64_t heads = a.P * a.H, bytes = loops.workspace_bytes(a.L, a.D), itemsize = mk::itemsize(a.dtype);
   if (heads == 0) return MK_OK;
 
-  // Keys of a head are split where there are few heads: by their number alone, so that threads do not change the bits.
+  // Where there are few heads, their keys are split. The split ignores the number of threads, which changes no bit.
   const int64_t wanted = (enough_tasks + heads - 1) / heads, most = (a.L + fewest_keys - 1) / fewest_keys;
   const int64_t parts = wanted < most ? wanted : most, keys = (a.L + parts - 1) / parts;
   const int64_t part_size = loops.part_size(a.L, a.D), head_size = parts * part_size * (int64_t)sizeof(float);
-  // As many heads at a time as keeps the threads busy, and their parts in scratch memory that is worth keeping.
+  // A group of heads keeps the threads busy, and its parts fit into most_scratch.
   const int64_t fitting = most_scratch / head_size, group = fitting < enough_tasks ? enough_tasks : fitting;
   const int64_t at_once = group < heads ? group : heads, num_outcomes = at_once * parts;
   float* const partial =

@@ -5,23 +5,23 @@
 
 namespace {
 
-// A block of keys and its values stay in the L2 cache while all panels of a group of queries look at it. By
-// measurement; 2304 tokens are 6 blocks and 12 groups.
+// A block of keys and its values stay in the L2 cache while all panels of a group of queries use it. Both sizes are
+// measured; 2304 tokens are 6 blocks and 12 groups.
 constexpr int panel_rows = 4 * tile_rows, key_block = 384;
 static_assert(key_block % tile_columns == 0, "blocks of keys consist of whole tiles");
-constexpr float log2e = 1.44269504f;
 
-// A query's scores become powers of 2 relative to a `shift`. If it were the largest score, finding that would cost a
-// pass over all of them; anything near it keeps powers and sums within the range of fp32. No shift is needed where
-// lengths of queries and keys bound the scores by `harmless`. Elsewhere a tile of keys is looked at, and all keys if a
-// sum of powers relative to their largest score is `too_large` after all, or `too_small` for powers times values.
+// The probability of a score is 2^(score - shift), with scores in powers of 2, and is normalised only at the end. The
+// usual shift, the row max, costs a pass over all scores; any shift near it keeps probabilities and sums in the range
+// of fp32. The shift is 0 where the lengths of queries and keys bound the scores by `harmless`. Elsewhere it is the max
+// over the first tile of keys, and the row max if a sum turns out to be `too_large`, or `too_small` for probabilities
+// times values.
 constexpr float harmless = 48, too_large = 0x1p64f, too_small = 0x1p-24f;
 
-// Where things lie in the workspace: keys, values, the length of the longest key; of a group of queries themselves,
-// their shifts, sums of powers (a vector each) and sums of values.
+// Offsets in the workspace: keys, values, the length of the longest key; and of a group of queries the queries, their
+// shifts, the sums of their probabilities (a vector each) and their sums of values.
 template <class Product>
 struct Layout {
-  int64_t keys, units, row_units, columns;  // L in whole tiles; D in units, also of a staged row; D in whole tiles
+  int64_t keys, units, row_units, columns;  // L in whole tiles; D in units; a staged row in units; D in whole tiles
 
   Layout(int64_t L, int64_t D)
       : keys(round_up(L, tile_columns)),
@@ -57,12 +57,12 @@ void pack(const mk::AttentionHead& h, void* workspace) {
   *(float*)(memory + layout.longest()) = longest_column<Product>(memory, layout.keys, layout.units);
 }
 
-// The powers of a tile of scores, and for each of its queries their sum over the first `valid` keys. Not inlined:
-// among other code the compiler would not keep the scores in registers.
+// Computes the probabilities of a tile of scores and adds those of the first `valid` keys to the sums of the queries.
+// It is not inlined: among other code the compiler would not keep the scores in registers.
 template <class Product>
-__attribute__((noinline)) void weigh(const unit* queries, int64_t query_stride, const unit* keys, int64_t units,
-                                     float scale, const float* shifts, int64_t valid, typename Product::element* powers,
-                                     vfloat* sums) {
+__attribute__((noinline)) void softmax_tile(const unit* queries, int64_t query_stride, const unit* keys, int64_t units,
+                                            float scale, const float* shifts, int64_t valid,
+                                            typename Product::element* probabilities, vfloat* sums) {
   const vuint lane = lane_numbers();
   Tile scores = {};
   add_product<Product>(queries, query_stride, keys, units, scores);
@@ -79,35 +79,36 @@ __attribute__((noinline)) void weigh(const unit* queries, int64_t query_stride, 
     MK_UNROLL for (int n = 1; n < tile_vectors; ++n) sum += scores[m][n];
     sums[m] += sum;
     MK_UNROLL for (int n = 0; n < tile_vectors; ++n) {
-      Product::store(powers + m * key_block + n * lanes, scores[m][n]);
+      Product::store(probabilities + m * key_block + n * lanes, scores[m][n]);
     }
   }
 }
 
-// What `rows` queries, at most panel_rows, take from a block of keys.
+// Adds the values of a block of keys to the results of `rows` queries, at most panel_rows.
 template <class Product>
 void attend(const mk::AttentionHead& h, const Layout<Product>& layout, const unit* keys, int64_t key,
             const unit* queries, int64_t rows, const float* shifts, vfloat* sums, float* out) {
-  alignas(64) typename Product::element powers[panel_rows * key_block];
+  alignas(64) typename Product::element probabilities[panel_rows * key_block];
   const float scale = log2e / __builtin_sqrtf((float)h.D);
   const int64_t n = least(layout.keys - key, key_block);
   for (int64_t j = 0; j < n; j += tile_columns) {
     for (int64_t i = 0; i < rows; i += tile_rows) {
-      weigh<Product>(queries + i * layout.row_units, layout.row_units, keys + (key + j) * layout.units, layout.units,
-                     scale, shifts + i, h.L - key - j, powers + i * key_block + j, sums + i);
+      softmax_tile<Product>(queries + i * layout.row_units, layout.row_units, keys + (key + j) * layout.units,
+                            layout.units, scale, shifts + i, h.L - key - j, probabilities + i * key_block + j,
+                            sums + i);
     }
   }
   const unit* const values = keys + layout.values() + key / Product::depth * tile_columns;
   for (int64_t c = 0; c < layout.columns; c += tile_columns) {
     for (int64_t i = 0; i < rows; i += tile_rows) {
-      multiply<Product, true>((const unit*)(powers + i * key_block), key_block / Product::depth,
+      multiply<Product, true>((const unit*)(probabilities + i * key_block), key_block / Product::depth,
                               values + c / tile_columns * layout.value_step(), n / Product::depth,
                               out + i * layout.columns + c, layout.columns);
     }
   }
 }
 
-// What `count` queries take from all keys.
+// Computes the sums of `count` queries over all keys.
 template <class Product>
 void attend_all(const mk::AttentionHead& h, const Layout<Product>& layout, unit* memory, int64_t count) {
   const int64_t whole = round_up(count, tile_rows);
@@ -125,22 +126,22 @@ void attend_all(const mk::AttentionHead& h, const Layout<Product>& layout, unit*
   }
 }
 
-// The largest score of each of `tile_rows` queries among the first `count` keys.
+// Finds the max score of each of `tile_rows` queries over the first `count` keys.
 template <class Product>
-void largest_scores(const Layout<Product>& layout, const unit* keys, int64_t count, const unit* queries, float scale,
-                    float* most) {
-  vfloat largest_of[tile_rows];
-  for (int m = 0; m < tile_rows; ++m) largest_of[m] = vfloat{} - __builtin_inff();
+void find_row_max(const Layout<Product>& layout, const unit* keys, int64_t count, const unit* queries, float scale,
+                  float* row_max) {
+  vfloat lane_max[tile_rows];
+  for (int m = 0; m < tile_rows; ++m) lane_max[m] = vfloat{} - __builtin_inff();
   for (int64_t key = 0; key < count; key += tile_columns) {
     alignas(64) float scores[tile_rows * tile_columns];
     multiply<Product, false>(queries, layout.row_units, keys + key * layout.units, layout.units, scores, tile_columns);
     for (int m = 0; m < tile_rows; ++m) {
       float* const row = scores + m * tile_columns;
-      for (int64_t j = count - key; j < tile_columns; ++j) row[j] = row[0];  // keys that do not count
-      for (int n = 0; n < tile_columns; n += lanes) largest_of[m] = larger(load(row + n), largest_of[m]);
+      for (int64_t j = count - key; j < tile_columns; ++j) row[j] = row[0];  // padding
+      for (int n = 0; n < tile_columns; n += lanes) lane_max[m] = max(load(row + n), lane_max[m]);
     }
   }
-  for (int m = 0; m < tile_rows; ++m) most[m] = largest(largest_of[m]) * scale;
+  for (int m = 0; m < tile_rows; ++m) row_max[m] = max_lane(lane_max[m]) * scale;
 }
 
 template <class Format, class Product>
@@ -169,7 +170,7 @@ int64_t rows(const mk::AttentionHead& h, void* workspace, int64_t first, int64_t
   for (int64_t seen = bound <= harmless * harmless ? 0 : least(tile_columns, h.L); !done; seen = h.L) {
     memset(shifts, 0, whole * sizeof *shifts);
     for (int64_t i = 0; seen > 0 && i < whole; i += tile_rows) {
-      largest_scores(layout, memory, seen, queries + i * layout.row_units, scale, shifts + i);
+      find_row_max(layout, memory, seen, queries + i * layout.row_units, scale, shifts + i);
     }
     attend_all(h, layout, memory, count);
     done = true;
@@ -190,7 +191,7 @@ int64_t rows(const mk::AttentionHead& h, void* workspace, int64_t first, int64_t
     });
     const float lse = shifts[i] + __builtin_log2f(sum);
     h.lse[first + i] = lse;
-    // Scores that are bounded have a log-sum-exp within the range, or are NaN because an input is.
+    // Bounded scores have a log-sum-exp within the range, or are NaN because an input is NaN.
     const bool in_range = __builtin_fabsf(lse) <= mk::largest_lse;
     if (in_range ? total(zeros) != 0 : !bounded) wide[num_wide++] = first + i;
   }

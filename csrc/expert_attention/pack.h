@@ -1,4 +1,4 @@
-// For loops: rows of a head, rotated or not, in the form that products take.
+// For loops: packs rows of a head, rotated or not, as operands of products.
 #pragma once
 
 #include "common/tile.h"
@@ -7,7 +7,7 @@
 
 namespace {
 
-// One row of D elements, rotated if there are tables, padded with zeros to a multiple of `lanes` elements.
+// Copies a row of D elements, rotated if there are tables, and pads it with zeros to a multiple of `lanes` elements.
 template <class Format, class Product>
 inline void stage_row(const typename Format::type* src, int64_t D, const float* cos, const float* sin,
                       typename Product::element* dst) {
@@ -28,14 +28,14 @@ struct Rows {
   const float *cos, *sin;  // (tokens, D), or null: no rotation
 };
 
-// `rows` rows from `first`, of which those from `end` on are zeros, with a row stride of round_up(D, lanes).
+// Copies `rows` rows from `first` on to rows of round_up(D, lanes) elements; from row `end` on they are zeros.
 template <class Format, class Product>
 inline void stage(const Rows<Format>& x, int64_t first, int64_t rows, int64_t end, int64_t D,
                   typename Product::element* dst) {
   const int64_t width = round_up(D, lanes);
   for (int64_t i = 0; i < rows; ++i, dst += width) {
     const int64_t t = first + i;
-    // A head's rows are a small part of their tokens': too far from each other for the processor's own prefetching.
+    // Rows of a head are too far from each other for the prefetching of the processor.
     const char* const ahead = (const char*)(x.data + (t + rows_ahead) * x.stride);
     for (int64_t line = 0; line < D * (int64_t)sizeof *x.data; line += 64) __builtin_prefetch(ahead + line);
     if (t >= end) {
@@ -48,7 +48,8 @@ inline void stage(const Rows<Format>& x, int64_t first, int64_t rows, int64_t en
   }
 }
 
-// Tokens as columns of a right operand: (padded / tile_columns, D in units, tile_columns). Tokens from L on are zeros.
+// Packs tokens as columns of a right operand: (padded / tile_columns, D in units, tile_columns). Tokens from L on are
+// zeros.
 template <class Format, class Product>
 void pack_columns(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, unit* dst) {
   alignas(64) typename Product::element rows[tile_columns * MK_MAX_HEAD_WIDTH];
@@ -60,7 +61,7 @@ void pack_columns(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, u
   }
 }
 
-// Tokens as the depth of a right operand: (D / tile_columns, padded in units, tile_columns). Tokens from L on are
+// Packs tokens as the depth of a right operand: (D / tile_columns, padded in units, tile_columns). Tokens from L on are
 // zeros.
 template <class Format, class Product>
 void pack_depth(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, unit* dst) {
@@ -78,19 +79,19 @@ void pack_depth(const Rows<Format>& x, int64_t L, int64_t padded, int64_t D, uni
   }
 }
 
-inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+inline vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
 
-inline float largest(vfloat v) {
+inline float max_lane(vfloat v) {
   float most = v[0];
   for (int i = 1; i < lanes; ++i) most = v[i] > most ? v[i] : most;
   return most;
 }
 
-// The square of the length of the longest of tokens that were packed as columns, whose number is a multiple of
-// tile_columns; NaN counts as 0.
+// Returns the squared length of the longest token; NaN counts as 0. The tokens are packed as columns, and their number
+// is a multiple of tile_columns.
 template <class Product>
 float longest_column(const unit* tokens, int64_t count, int64_t units) {
-  vfloat most = {};
+  vfloat longest = {};
   for (int64_t j = 0; j < count; j += tile_columns) {
     vfloat squares[tile_vectors] = {};
     for (int64_t k = 0; k < units; ++k, tokens += tile_columns) {
@@ -100,15 +101,15 @@ float longest_column(const unit* tokens, int64_t count, int64_t units) {
         squares[n] = Product::add(v, v, squares[n]);
       }
     }
-    MK_UNROLL for (int n = 0; n < tile_vectors; ++n) most = larger(squares[n], most);
+    MK_UNROLL for (int n = 0; n < tile_vectors; ++n) longest = max(squares[n], longest);
   }
-  return largest(most);
+  return max_lane(longest);
 }
 
-// The same of rows.
+// The same for tokens in rows.
 template <class Product>
 float longest_row(const unit* tokens, int64_t count, int64_t row_units) {
-  float most = 0;
+  float longest = 0;
   for (int64_t i = 0; i < count; ++i, tokens += row_units) {
     vfloat squares[1] = {};
     for_each_register<F32>(row_units, [&](int64_t k, int count) MK_ALWAYS_INLINE {
@@ -117,12 +118,12 @@ float longest_row(const unit* tokens, int64_t count, int64_t row_units) {
       squares[0] = Product::add(v, v, squares[0]);
     });
     const float square = total(squares);
-    most = square > most ? square : most;
+    longest = square > longest ? square : longest;
   }
-  return most;
+  return longest;
 }
 
-// Whether no sum on the way to a score overflows, given the product of the squares of a query's and a key's length.
+// Whether a score and all partial sums of it are finite, given the product of the squared lengths of query and key.
 inline bool holds_scores(float squares) { return squares <= __FLT_MAX__; }
 
 }  // namespace

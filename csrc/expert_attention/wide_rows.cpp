@@ -1,5 +1,5 @@
-// The same in fp64, for scores and sums that fp32 cannot hold: simple, slow, and the same with every instruction set.
-// Queries are taken `batch` at a time: an array of that many numbers is a vector to the compiler.
+// Attention in fp64, for scores and sums that fp32 cannot hold: simple, slow, and the same with every instruction set.
+// It takes `batch` queries at a time, since the compiler turns an array of that many numbers into vectors.
 #include "expert_attention/wide_rows.h"
 
 #include <math.h>
@@ -57,7 +57,7 @@ struct Batch {
     }
   }
 
-  // The products of all rows with x.
+  // Computes the dot products of all rows with x.
   void times(const double* x, int64_t D, double* products) const {
     double sums[batch] = {};
     for (int64_t d = 0; d < D; ++d) {
@@ -67,20 +67,20 @@ struct Batch {
   }
 };
 
-// (L, batch) scores become weights; for each query the largest score and the sum of the exponentials relative to it.
-void softmax(double* scores, int64_t L, double* largest, double* sums) {
-  for (int i = 0; i < batch; ++i) largest[i] = -INFINITY, sums[i] = 0;
+// Turns (L, batch) scores into probabilities; row_sums are the sums of exp(score - row_max).
+void softmax(double* scores, int64_t L, double* row_max, double* row_sums) {
+  for (int i = 0; i < batch; ++i) row_max[i] = -INFINITY, row_sums[i] = 0;
   for (int64_t j = 0; j < L; ++j) {
     for (int i = 0; i < batch; ++i) {
       const double score = scores[j * batch + i];
-      if (!(score <= largest[i]) && largest[i] == largest[i]) largest[i] = score;  // a NaN stays
+      if (!(score <= row_max[i]) && row_max[i] == row_max[i]) row_max[i] = score;  // a NaN stays
     }
   }
   for (int64_t j = 0; j < L; ++j) {
-    for (int i = 0; i < batch; ++i) sums[i] += scores[j * batch + i] = exp(scores[j * batch + i] - largest[i]);
+    for (int i = 0; i < batch; ++i) row_sums[i] += scores[j * batch + i] = exp(scores[j * batch + i] - row_max[i]);
   }
   for (int64_t j = 0; j < L; ++j) {
-    for (int i = 0; i < batch; ++i) scores[j * batch + i] /= sums[i];
+    for (int i = 0; i < batch; ++i) scores[j * batch + i] /= row_sums[i];
   }
 }
 
@@ -89,7 +89,7 @@ void forward(const mk::AttentionHead& h, const int64_t* queries, int64_t count) 
   const double root = 1 / sqrt((double)h.D);
   Batch query;
   double x[MK_MAX_HEAD_WIDTH], out[MK_MAX_HEAD_WIDTH][batch];
-  std::vector<double> weights(h.L * batch);
+  std::vector<double> probabilities(h.L * batch);
   for (int64_t first = 0; first < count; first += batch) {
     const int used = (int)(count - first < batch ? count - first : batch);
     memset(&query, 0, sizeof query);
@@ -97,24 +97,24 @@ void forward(const mk::AttentionHead& h, const int64_t* queries, int64_t count) 
     query.transpose(h.D);
     for (int64_t j = 0; j < h.L; ++j) {
       load_rotated<T>(h, h.k, h.k_stride, j, x);
-      query.times(x, h.D, &weights[j * batch]);
-      for (int i = 0; i < batch; ++i) weights[j * batch + i] *= root;
+      query.times(x, h.D, &probabilities[j * batch]);
+      for (int i = 0; i < batch; ++i) probabilities[j * batch + i] *= root;
     }
-    double largest[batch], sums[batch];
-    softmax(weights.data(), h.L, largest, sums);
+    double row_max[batch], row_sums[batch];
+    softmax(probabilities.data(), h.L, row_max, row_sums);
 
     memset(out, 0, sizeof out);
     for (int64_t j = 0; j < h.L; ++j) {
       load_row<T>(h.v, h.v_stride, j, h.D, x);
-      const double* const weight = &weights[j * batch];
+      const double* const probability = &probabilities[j * batch];
       for (int64_t d = 0; d < h.D; ++d) {
-        for (int i = 0; i < batch; ++i) out[d][i] += weight[i] * x[d];
+        for (int i = 0; i < batch; ++i) out[d][i] += probability[i] * x[d];
       }
     }
     for (int i = 0; i < used; ++i) {
       for (int64_t d = 0; d < h.D; ++d) x[d] = out[d][i];
       store_row<T>(x, h.D, h.out, h.out_stride, queries[first + i]);
-      h.lse[queries[first + i]] = (float)(largest[i] * log2e + log2(sums[i]));
+      h.lse[queries[first + i]] = (float)(row_max[i] * log2e + log2(row_sums[i]));
     }
   }
 }
@@ -126,7 +126,7 @@ void backward(const mk::AttentionGradients& g) {
   const double root = 1 / sqrt((double)D);
   Batch query, grad;
   double k[MK_MAX_HEAD_WIDTH], x[MK_MAX_HEAD_WIDTH], grad_q[batch][MK_MAX_HEAD_WIDTH];
-  std::vector<double> weights(L * batch), products(L * batch), grad_k(L * D), grad_v(L * D);
+  std::vector<double> probabilities(L * batch), grad_probabilities(L * batch), grad_k(L * D), grad_v(L * D);
   for (int64_t first = 0; first < L; first += batch) {
     const int used = (int)(L - first < batch ? L - first : batch);
     memset(&query, 0, sizeof query);
@@ -139,23 +139,24 @@ void backward(const mk::AttentionGradients& g) {
     grad.transpose(D);
     for (int64_t j = 0; j < L; ++j) {
       load_rotated<T>(h, h.k, h.k_stride, j, x);
-      query.times(x, D, &weights[j * batch]);
-      for (int i = 0; i < batch; ++i) weights[j * batch + i] *= root;
+      query.times(x, D, &probabilities[j * batch]);
+      for (int i = 0; i < batch; ++i) probabilities[j * batch + i] *= root;
       load_row<T>(h.v, h.v_stride, j, D, x);
-      grad.times(x, D, &products[j * batch]);
+      grad.times(x, D, &grad_probabilities[j * batch]);
     }
-    double largest[batch], sums[batch], delta[batch] = {};
-    softmax(weights.data(), L, largest, sums);
-    for (int64_t j = 0; j < L * batch; ++j) delta[j % batch] += weights[j] * products[j];
+    double row_max[batch], row_sums[batch], delta[batch] = {};
+    softmax(probabilities.data(), L, row_max, row_sums);
+    for (int64_t j = 0; j < L * batch; ++j) delta[j % batch] += probabilities[j] * grad_probabilities[j];
 
     memset(grad_q, 0, sizeof grad_q);
     for (int64_t j = 0; j < L; ++j) {
       load_rotated<T>(h, h.k, h.k_stride, j, k);
       for (int i = 0; i < used; ++i) {
-        const double weight = weights[j * batch + i], of_score = weight * (products[j * batch + i] - delta[i]) * root;
-        for (int64_t d = 0; d < D; ++d) grad_v[j * D + d] += weight * grad.rows[i][d];
-        for (int64_t d = 0; d < D; ++d) grad_k[j * D + d] += of_score * query.rows[i][d];
-        for (int64_t d = 0; d < D; ++d) grad_q[i][d] += of_score * k[d];
+        const double probability = probabilities[j * batch + i],
+                     grad_score = probability * (grad_probabilities[j * batch + i] - delta[i]) * root;
+        for (int64_t d = 0; d < D; ++d) grad_v[j * D + d] += probability * grad.rows[i][d];
+        for (int64_t d = 0; d < D; ++d) grad_k[j * D + d] += grad_score * query.rows[i][d];
+        for (int64_t d = 0; d < D; ++d) grad_q[i][d] += grad_score * k[d];
       }
     }
     for (int i = 0; i < used; ++i) store_rotated_back<T>(h, grad_q[i], g.grad_q, first + i);

@@ -1,4 +1,4 @@
-// For the driver: what loops leave undone because fp32 cannot hold it, computed in fp64.
+// For the driver: computes in fp64 the results that loops report as beyond fp32.
 #pragma once
 
 #include "common/mova_kernels.h"
@@ -6,7 +6,8 @@
 
 namespace mk {
 
-// `out` and `lse` of `count` queries, or the gradients of all. False if there is no memory. `dtype` is an mk_dtype.
+// Compute `out` and `lse` of `count` queries, or the gradients of a head. They return false if there is no memory.
+// `dtype` is an mk_dtype.
 bool wide_forward(const AttentionHead&, int64_t dtype, const int64_t* queries, int64_t count);
 bool wide_backward(const AttentionGradients&, int64_t dtype);
 

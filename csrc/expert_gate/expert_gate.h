@@ -1,13 +1,12 @@
-// The gate of a sample's experts: softmax over the best `topk` of the selected logits, in fp64, for the gradient
+// The gate of a sample's experts: softmax over the best `topk` of the selected logits, in fp64: the gradient
 // w (g - sum w g) of a gate that is sure of one expert is the difference of two almost equal numbers.
 #pragma once
 
 #include "common/mova_kernels.h"
 
-// Choosing takes N * topk steps, and the logits of a sample wait on the stack.
+// Choosing takes N * topk steps, and the weights of a sample are on the stack.
 enum { MK_MAX_EXPERTS = 1024 };
 
-// Every field has 8 bytes; strides are in elements. What has no strides is contiguous.
 struct mk_expert_gate_fwd_args {
   uint64_t logits;    // (B, N), read
   uint64_t selected;  // (B, N) bool, read
@@ -30,6 +29,5 @@ struct mk_expert_gate_bwd_args {
   int64_t dtype;  // mk_dtype of logits and grad_logits: MK_F32 or MK_BF16
 };
 
-// Return an mk_status; `nbytes` is the size of the block above.
 MK_API int mk_expert_gate_fwd(const void* args, uint64_t nbytes);
 MK_API int mk_expert_gate_bwd(const void* args, uint64_t nbytes);

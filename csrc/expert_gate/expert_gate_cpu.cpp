@@ -17,7 +17,7 @@ struct Row {
   T& operator[](int64_t expert) const { return first[expert * stride]; }
 };
 
-// Over the kept logits of one sample; 0 where not kept. Reads no other logit.
+// Softmax over the kept logits of one sample, 0 where not kept. It reads no other logit.
 template <class T>
 void softmax(const Row<const T>& logits, const Row<const bool>& kept, int64_t N, double* weights) {
   double most = -INFINITY, sum = 0;

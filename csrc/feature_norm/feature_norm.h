@@ -1,15 +1,13 @@
-// Bilinear resampling of token grids as in feature_resample.h, every token of the result then normalised:
+// Bilinear resampling of token grids as in feature_resample.h, then normalisation of every token of the result:
 // y = (t - mean(t)) * rstd with rstd = 1 / sqrt(var(t) + eps), where t, its mean and its (biased) variance stay in fp32
 // and y is rounded once. For a negative row nothing is read and nothing is written.
 #pragma once
 
 #include "common/mova_kernels.h"
 
-// Every field has 8 bytes. Strides are in elements; the stride of a channel is 1. Tensors that are written overlap no
-// other; what has no strides is contiguous.
 struct mk_feature_norm_fwd_args {
   uint64_t x;     // (rows of x, in_h * in_w, C), read
-  uint64_t rows;  // (M,) int64: the row of x behind each row of y; 0: row m is behind row m
+  uint64_t rows;  // (M,) int64: the row of x that each row of y shows; 0: row m shows row m
   uint64_t y;     // (M, out_h * out_w, C), written
   uint64_t rstd;  // (M, out_h * out_w) fp32, written
   int64_t M, in_h, in_w, out_h, out_w, C;
@@ -31,7 +29,8 @@ struct mk_feature_norm_bwd_args {
   int64_t dtype;  // mk_dtype of grad, y and grad_t: MK_F32 or MK_BF16
 };
 
-// The same normalisation for whoever resamples later, behind a linear map: y is the sum of taps of n, times rstd.
+// The same normalisation for tokens that are resampled later, after a linear map: y is the sum of taps of n, times
+// rstd.
 struct mk_feature_norm_centre_args {
   uint64_t x;     // (rows of x, in_h * in_w, C), read
   uint64_t rows;  // (M,) int64 or 0, as above, but none is negative
@@ -43,7 +42,6 @@ struct mk_feature_norm_centre_args {
   int64_t dtype;  // mk_dtype of x and n: MK_F32 or MK_BF16
 };
 
-// Return an mk_status; `nbytes` is the size of the block above.
 MK_API int mk_feature_norm_fwd(const void* args, uint64_t nbytes);
 MK_API int mk_feature_norm_centre(const void* args, uint64_t nbytes);
 MK_API int mk_feature_norm_bwd(const void* args, uint64_t nbytes);

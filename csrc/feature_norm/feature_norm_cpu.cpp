@@ -64,7 +64,7 @@ int backward(const char* function, const mk_feature_norm_bwd_args& a) {
 
   const int64_t grain = 1 + (1 << 16) / (a.C + 1);
   return mk::parallel_for(a.M * a.L, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end;) {  // the part of one row after the other
+    for (int64_t i = begin; i < end;) {  // row by row
       const int64_t m = i / a.L, first = i % a.L, row_end = i - first + a.L;
       const int64_t tokens = (row_end < end ? row_end : end) - i;
       if (!rows || rows[m] >= 0) {

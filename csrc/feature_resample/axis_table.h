@@ -8,7 +8,7 @@
 
 namespace mk {
 
-// Owns the tables of one axis: 2 * out taps at most, whichever side they are listed by.
+// Owns the tables of one axis, with at most 2 * out taps in either direction.
 class AxisTable {
  public:
   // `step`: elements between neighbouring positions of the read tensor.

@@ -9,7 +9,6 @@
 // The longest side of a grid for which all products in taps.h fit in 31 bits.
 enum { MK_MAX_GRID_SIDE = 32767 };
 
-// Every field has 8 bytes. Strides are in elements; the stride of a channel is 1. The two tensors must not overlap.
 struct mk_feature_resample_args {
   uint64_t x;     // (rows of x, in_h * in_w, C); fwd reads it, bwd writes the gradient (M, in_h * in_w, C) to it
   uint64_t rows;  // (M,) int64: the row of x that each row of y shows, negative: zeros; 0: row m shows row m; bwd: 0
@@ -25,7 +24,6 @@ struct mk_feature_resample_cuda_args {
   uint64_t stream;  // cudaStream_t of that device
 };
 
-// Return an mk_status; `nbytes` is the size of the block above.
 MK_API int mk_feature_resample_fwd(const void* args, uint64_t nbytes);
 MK_API int mk_feature_resample_bwd(const void* args, uint64_t nbytes);
 MK_API int mk_feature_resample_cuda_fwd(const void* cuda_args, uint64_t nbytes);

@@ -1,4 +1,4 @@
-// What the driver hands to the loops. Forward and backward are the same sum with other tables.
+// The interface between the driver and the loops. Forward and backward are the same sum with other tables.
 #pragma once
 
 #include "common/dtype.h"

@@ -1,4 +1,4 @@
-// For loops, which are compiled once per instruction set: the sum that is resampling.
+// For loops, which are compiled once per instruction set: resampling as a weighted sum of pixels.
 #pragma once
 
 #include "common/channels.h"
@@ -9,8 +9,8 @@ namespace {
 // Enough independent sums to hide the latency of a multiply-add.
 constexpr int chunks_per_pass = 8;
 
-// `chunks` neighbouring chunks of `count` channels from `c` of pixel `x`, summed in registers over all the pixels it
-// reads. Lanes beyond `count` become zeros.
+// // Sums, in registers, `chunks` neighbouring chunks of `count` channels from `c` on over all the pixels that pixel
+// `x` reads. Lanes beyond `count` become zeros.
 template <class Format, int chunks>
 inline void sum_taps(const mk::ResampleLine& line, int64_t x, int64_t c, int count,
                      vfloat (&sum)[chunks][Format::parts]) {
@@ -36,7 +36,8 @@ inline void sum_taps(const mk::ResampleLine& line, int64_t x, int64_t c, int cou
   }
 }
 
-// body(c, count, i, sum) for every register of pixel `x`, the i-th of its pass, with its `Format::parts` sums.
+// Calls body(c, count, i, sum) for every register of pixel `x`, the i-th of its block; sum[Format::parts] is its
+// result.
 template <class Format, class Body>
 MK_INLINE void resample(const mk::ResampleLine& line, int64_t x, const Body& body) {
   for_each_block<Format, chunks_per_pass>(line.C, [&](int64_t c, int count, auto chunks) MK_ALWAYS_INLINE {

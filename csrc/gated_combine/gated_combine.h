@@ -4,8 +4,6 @@
 
 #include "common/mova_kernels.h"
 
-// Every field has 8 bytes. Strides are in elements; the stride of a channel is 1. What has no strides is contiguous,
-// and tensors that are written overlap no other.
 struct mk_gated_combine_fwd_args {
   uint64_t x;      // (L, I), read
   uint64_t scale;  // (I,) g, read
@@ -37,6 +35,6 @@ struct mk_gated_combine_bwd_args {
   int64_t dtype;  // mk_dtype of all that is not fp32: MK_F32 or MK_BF16
 };
 
-// Return an mk_status; `nbytes` is the size of the block above. Results do not depend on the number of threads.
+// Results do not depend on the number of threads.
 MK_API int mk_gated_combine_fwd(const void* args, uint64_t nbytes);
 MK_API int mk_gated_combine_bwd(const void* args, uint64_t nbytes);

@@ -1,11 +1,9 @@
-// What a projection with a folded affine part, y = (x g + b) W^T + c = x V^T + ..., V = W diag(g), needs besides matrix
-// products to go backward.
+// // The steps besides matrix products of a projection with a folded affine part and of its gradient:
+// y = (x g + b) W^T + c = x V^T + ... with V = W diag(g).
 #pragma once
 
 #include "common/mova_kernels.h"
 
-// Every field has 8 bytes. Strides are in elements; the stride of a channel is 1. What has no strides is contiguous,
-// and tensors that are written overlap no other.
 struct mk_ragged_linear_sum_args {
   uint64_t x;    // (R, C), read
   uint64_t sum;  // (C,) fp32, written: the sum over R
@@ -29,7 +27,7 @@ struct mk_ragged_linear_unfold_args {
   int64_t dtype;  // mk_dtype of all that is not fp32: MK_F32 or MK_BF16
 };
 
-// A projection in front of the resampling: y = scale * (the sum of taps of x as in feature_resample.h) + shift.
+// Resampling after a projection: y = scale * (the sum of taps of x as in feature_resample.h) + shift.
 struct mk_ragged_linear_resample_args {
   uint64_t x;      // (M, in_h * in_w, C), read
   uint64_t scale;  // (M, out_h * out_w) fp32, read
@@ -39,7 +37,7 @@ struct mk_ragged_linear_resample_args {
   int64_t dtype;  // mk_dtype of x and y: MK_F32 or MK_BF16
 };
 
-// Return an mk_status; `nbytes` is the size of the block above. Sums do not depend on the number of threads.
+// Sums do not depend on the number of threads.
 MK_API int mk_ragged_linear_sum(const void* args, uint64_t nbytes);
 MK_API int mk_ragged_linear_resample(const void* args, uint64_t nbytes);
 MK_API int mk_ragged_linear_unfold(const void* args, uint64_t nbytes);

@@ -8,7 +8,7 @@ MK_DECLARE_LOOPS(mk::RaggedLinearLoops, ragged_linear_loops)
 
 namespace {
 
-// Whole blocks of columns: the order of the sums is the same wherever a thread's part begins.
+// Runs whole blocks of columns, so that the order of the sums does not depend on where a thread's part begins.
 template <class Args>
 int over_columns(const char* function, const Args& a, const mk::Limits& rows,
                  const mk::ByDtype<void (*)(const Args&, int64_t, int64_t)>& loops) {

@@ -1,4 +1,4 @@
-// What the driver hands to the loops.
+// The interface between the driver and the loops.
 #pragma once
 
 #include "common/dtype.h"
@@ -7,7 +7,7 @@
 
 namespace mk {
 
-// The columns that are summed in registers at once: four cache lines of fp32 or two of bf16.
+// This many columns are summed in registers at once: four cache lines of fp32 or two of bf16.
 constexpr int64_t columns_per_block = 64;
 
 // One line of pixels of one row.

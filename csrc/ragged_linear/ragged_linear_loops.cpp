@@ -29,7 +29,7 @@ struct Sums {
   }
 };
 
-// n registers of neighbouring channels, `count` in each.
+// Sums n registers of neighbouring channels, `count` in each.
 template <class Format, int n>
 MK_INLINE void sum_block(const mk_ragged_linear_sum_args& a, int64_t c, int count) {
   constexpr int parts = Format::parts;
@@ -49,6 +49,7 @@ MK_INLINE void sum_block(const mk_ragged_linear_sum_args& a, int64_t c, int coun
   }
 }
 
+// Takes its arguments by value: as far as the compiler knows, a store could change those behind a reference.
 template <class Format, int n>
 MK_INLINE void unfold_block(const mk_ragged_linear_unfold_args a, int64_t c, int count) {
   constexpr int parts = Format::parts;

@@ -1,4 +1,4 @@
-// What the driver hands to the loops.
+// The interface between the driver and the loops.
 #pragma once
 
 #include "common/dtype.h"

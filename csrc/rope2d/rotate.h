@@ -13,8 +13,8 @@ inline vfloat swap_pairs(vfloat v) {
   return (vfloat)(pairs << 32 | pairs >> 32);
 }
 
-// The pairs (a, b) -> (a cos - b sin, b cos + a sin), where an entry of the tables belongs to the lane that it makes,
-// or the adjoint of that.
+// // Rotates the pairs (a, b) -> (a cos - b sin, b cos + a sin), where each lane of the result has its own cos and sin;
+// or computes the adjoint.
 template <bool adjoint>
 inline vfloat rotate(vfloat x, vfloat cos, vfloat sin) {
   vfloat cross = (vfloat)((vpairs)sin ^ 0x80000000u);  // -sin in even lanes, the low halves; little-endian only

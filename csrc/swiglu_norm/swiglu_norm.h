@@ -1,11 +1,9 @@
-// y = LayerNorm(p) with p = SiLU(gate) * up, over the first F of `width` channels; the others are ignored, and zeros in
-// what is written. p, its mean and its (biased) variance stay in fp32, and y is rounded once.
+// y = LayerNorm(p) with p = SiLU(gate) * up, over the first F of `width` channels. The others are ignored, and written
+// as zeros. p, its mean and its (biased) variance stay in fp32, and y is rounded once.
 #pragma once
 
 #include "common/mova_kernels.h"
 
-// Every field has 8 bytes. Strides are in elements; the stride of a channel is 1. Tensors that are written overlap no
-// other; what has no strides is contiguous.
 struct mk_swiglu_norm_fwd_args {
   uint64_t gate, up;      // (B, L, width), read
   uint64_t weight, bias;  // (width,) fp32, read
@@ -32,6 +30,5 @@ struct mk_swiglu_norm_bwd_args {
   int64_t dtype;  // mk_dtype of grad, gate, up and their gradients: MK_F32 or MK_BF16
 };
 
-// Return an mk_status; `nbytes` is the size of the block above.
 MK_API int mk_swiglu_norm_fwd(const void* args, uint64_t nbytes);
 MK_API int mk_swiglu_norm_bwd(const void* args, uint64_t nbytes);

@@ -38,8 +38,8 @@ void grad_norm_token(const mk::GradSwigluToken& t) {
   const type *const gate = static_cast<const type*>(t.gate), *const up = static_cast<const type*>(t.up);
   const type* const grad = static_cast<const type*>(t.grad);
   type *const grad_gate = static_cast<type*>(t.grad_gate), *const grad_up = static_cast<type*>(t.grad_up);
-  // All three are stored: a second computation could be fused differently and round differently, and the gradient of a
-  // single channel, which is 0, would not be.
+  // All three are stored: computed again, they could be rounded differently, and the gradient of a single channel,
+  // which is 0, would not be.
   vfloat sigmoids[MK_MAX_NORM_CHANNELS / lanes];
   vfloat product[MK_MAX_NORM_CHANNELS / lanes], scaled[MK_MAX_NORM_CHANNELS / lanes];
   NormGradient gradient;

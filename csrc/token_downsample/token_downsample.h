@@ -1,26 +1,12 @@
-// What lies between the matrix products of a stage of token_downsample, on row-major tokens. With x the tokens,
+// The steps between the matrix products of a stage of token_downsample, on row-major tokens. With x the tokens,
 //     a = conv1 x, h = SiLU(LN a), c = conv2 h, s = SiLU(LN c), v = s * gate, d = conv3 v, result = pool(x + LN d),
 // where conv1 and conv3 are matrix products, conv2 is a depthwise 3x3 convolution and gate comes from the mean of s
-// over all tokens. LN and everything that is not stored is in fp32.
+// over all tokens. LN and all values that are not stored are fp32.
 #pragma once
 
 #include "common/mova_kernels.h"
 
-// Each step is one pass over the tokens. All but MK_ADD_BWD also read weight and bias, those of LN; "sums (2, C)" are
-// the gradients of these.
-enum mk_token_downsample_step {
-  MK_NORM_SILU = 0,      // x: a or c; gate or 0 -> y: h or v
-  MK_CONV = 1,           // x: h; taps -> y: c; sums (B, C): of s over tokens
-  MK_NORM_ADD = 2,       // x: d; outer: the stage's x -> y: the result
-  MK_NORM_ADD_BWD = 3,   // x: d; outer: grad of the result -> y: grad of d; sums (2, C)
-  MK_GATE_BWD = 4,       // x: c; grad: of v; gate -> y: v; sums (B, C): grad of gate
-  MK_NORM_SILU_BWD = 5,  // x: c; grad: of v; gate; grad_mean -> y: grad of c; sums (2, C)
-  MK_CONV_BWD = 6,       // x: a; grad: of c; taps -> y: grad of a; sums (11, C): then those of the taps
-  MK_ADD_BWD = 7,        // outer: grad of the result; y, to which the grad of the stage's x through "x +" is added
-};
-
-// Every field has 8 bytes; what a step does not use is 0. Strides are in elements; what has none is contiguous. Tensors
-// that are written overlap no other, but y may be grad in MK_NORM_SILU_BWD.
+// // Arguments of every step; fields that a step does not use are 0.
 struct mk_token_downsample_args {
   uint64_t x;          // (B, R * R, C)
   uint64_t grad;       // (B, R * R, C)
@@ -31,15 +17,29 @@ struct mk_token_downsample_args {
   uint64_t gate;       // (B, C) fp32
   uint64_t grad_mean;  // (B, C) fp32: the gradient of the mean of s
   uint64_t y;          // (B, R * R, C), or the result (B, side * side, C), written
-  uint64_t partial;    // fp32, (B, R) times as large as the sums of a sample, scratch
-  uint64_t sums;       // fp32, written; the same bits for any number of threads
-  int64_t B, R, C;
+  uint64_t partial;    // (B, R, num_sums, C) fp32, scratch
+  uint64_t sums;       // (B, C) or (num_sums, C) fp32, written; the same bits for any number of threads
+  int64_t B, R, C, num_sums;
   int64_t outer_stride_sample, outer_stride_token;
   int64_t pool;   // 0: side = R; 1: side = R / 2, windows of 2x2 or, for an odd R, of 3x3 that overlap
-  int64_t step;   // mk_token_downsample_step
   int64_t dtype;  // mk_dtype of all that is not fp32: MK_F32 or MK_BF16
   double eps;
 };
 
-// Returns an mk_status; `nbytes` is the size of the block above.
-MK_API int mk_token_downsample(const void* args, uint64_t nbytes);
+// Each step is one pass over the tokens. All but add_bwd also read the weight and bias of LN, whose gradients are the
+// sums (2, C). num_sums is 1 for sums (B, C), and 0 for none. x: a or c; gate or 0 -> y: h or v
+MK_API int mk_token_downsample_norm_silu(const void* args, uint64_t nbytes);
+// x: h; taps -> y: c; sums (B, C): of s over tokens
+MK_API int mk_token_downsample_conv(const void* args, uint64_t nbytes);
+// x: d; outer: the stage's x -> y: the result
+MK_API int mk_token_downsample_norm_add(const void* args, uint64_t nbytes);
+// x: d; outer: grad of the result -> y: grad of d; sums (2, C)
+MK_API int mk_token_downsample_norm_add_bwd(const void* args, uint64_t nbytes);
+// x: c; grad: of v; gate -> y: v; sums (B, C): grad of gate
+MK_API int mk_token_downsample_gate_bwd(const void* args, uint64_t nbytes);
+// x: c; grad: of v; gate; grad_mean -> y: grad of c, which may be grad; sums (2, C)
+MK_API int mk_token_downsample_norm_silu_bwd(const void* args, uint64_t nbytes);
+// x: a; grad: of c; taps -> y: grad of a; sums (11, C), the last 9: grads of taps
+MK_API int mk_token_downsample_conv_bwd(const void* args, uint64_t nbytes);
+// outer: grad of the result; adds the grad of the stage's x through "x +" to y
+MK_API int mk_token_downsample_add_bwd(const void* args, uint64_t nbytes);

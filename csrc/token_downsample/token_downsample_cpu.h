@@ -1,4 +1,4 @@
-// What the driver hands to the loops.
+// The interface between the driver and the loops.
 #pragma once
 
 #include "common/dtype.h"
@@ -17,7 +17,7 @@ struct StageLine {
 
 typedef ByDtype<void (*)(const StageLine&)> StageStep;
 struct StageLoops {
-  StageStep step[8];  // by mk_token_downsample_step
+  StageStep norm_silu, conv, norm_add, norm_add_bwd, gate_bwd, norm_silu_bwd, conv_bwd, add_bwd;
 };
 
 }  // namespace mk

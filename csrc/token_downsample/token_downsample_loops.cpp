@@ -13,7 +13,7 @@ inline vfloat load(const float* p, int64_t c, int count) { return load<F32>(p + 
 
 inline void add(float* p, int64_t c, int count, vfloat v) { store<F32>(p + c, count, load<F32>(p + c, count) + v); }
 
-// A token in fp32 with its mean and 1 / sqrt(variance + eps). Behind the last channel the vectors hold the mean.
+// A token in fp32 with its mean and 1 / sqrt(variance + eps).
 struct Token {
   vfloat value[max_vectors];
   float mean, rstd;
@@ -21,7 +21,7 @@ struct Token {
   inline vfloat normed(int64_t c) const { return (at(value, c) - mean) * rstd; }
 };
 
-// Given a token's values, with zeros behind the last channel, and their sum.
+// Needs a token's values, with zeros behind the last channel, and their sum.
 template <class Format>
 MK_INLINE void find_moments(Token& t, const vfloat (&sum)[sums], int64_t C, float eps) {
   const Moments m = moments<Format>(t.value, sum, C);
@@ -41,7 +41,7 @@ inline vfloat affine(const StageLine& line, const Token& t, int64_t c, int count
   return t.normed(c) * load(line.weight, c, count) + load(line.bias, c, count);
 }
 
-// The nine neighbours of a pixel, those outside of the grid replaced by `zeros`.
+// Finds the nine neighbours of a pixel; those outside of the grid are `zeros`.
 template <class T>
 inline void find_neighbours(const StageLine& line, const T* x, int64_t column, const T* zeros, const T* (&there)[9]) {
   for (int k = 0; k < 9; ++k) {
@@ -116,8 +116,8 @@ void norm_add(const StageLine& line) {
   }
 }
 
-// The gradient of LN's input, `grad` being that of its output (zeros behind the last channel); adds to the gradients of
-// weight and bias.
+// // Writes the gradient of LN's input, given `grad` of its output (zeros behind the last channel), and adds to the
+// gradients of weight and bias.
 template <class Format>
 inline void store_norm_grad(const StageLine& line, const Token& t, const vfloat* grad, typename Format::type* y) {
   NormGradient gradient;
@@ -134,7 +134,7 @@ inline void store_norm_grad(const StageLine& line, const Token& t, const vfloat*
   });
 }
 
-// Adds to `grad` what the windows that pixel (line, column) is in pass on to it.
+// Adds the gradients of all windows that contain pixel (line, column) to `grad`.
 template <class Format>
 inline void add_from_windows(const StageLine& line, int64_t column, vfloat* grad) {
   const int64_t step = line.window == 1 ? 1 : 2, side = line.R / step;
@@ -154,7 +154,7 @@ inline void add_from_windows(const StageLine& line, int64_t column, vfloat* grad
 }
 
 template <class Format>
-void norm_add_grad(const StageLine& line) {
+void norm_add_bwd(const StageLine& line) {
   typedef typename Format::type type;
   memset(line.sums, 0, 2 * line.C * sizeof *line.sums);
   Token t;
@@ -169,7 +169,7 @@ void norm_add_grad(const StageLine& line) {
 }
 
 template <class Format>
-void add_grad(const StageLine& line) {
+void add_bwd(const StageLine& line) {
   vfloat grad[max_vectors];
   for (int64_t j = 0; j < line.R; ++j) {
     auto* const y = static_cast<typename Format::type*>(line.y) + (line.line * line.R + j) * line.C;
@@ -182,7 +182,7 @@ void add_grad(const StageLine& line) {
 }
 
 template <class Format>
-void gate_grad(const StageLine& line) {
+void gate_bwd(const StageLine& line) {
   typedef typename Format::type type;
   memset(line.sums, 0, line.C * sizeof *line.sums);
   Token t;
@@ -204,7 +204,7 @@ inline vfloat silu_grad(vfloat grad, vfloat x, vfloat sigmoid) {
 }
 
 template <class Format>
-void norm_silu_grad(const StageLine& line) {
+void norm_silu_bwd(const StageLine& line) {
   typedef typename Format::type type;
   const float share = 1.0f / (float)(line.R * line.R);
   memset(line.sums, 0, 2 * line.C * sizeof *line.sums);
@@ -224,7 +224,7 @@ void norm_silu_grad(const StageLine& line) {
 }
 
 template <class Format>
-void conv_grad(const StageLine& line) {
+void conv_bwd(const StageLine& line) {
   typedef typename Format::type type;
   type zeros[MK_MAX_NORM_CHANNELS];
   memset(zeros, 0, line.C * sizeof *zeros);
@@ -240,7 +240,7 @@ void conv_grad(const StageLine& line) {
       const vfloat v = affine(line, t, c, count), s = sigmoid(v), h = v * s;
       vfloat g = {};
       MK_UNROLL for (int k = 0; k < 9; ++k) {
-        // This pixel is the k-th neighbour of the pixel opposite.
+        // This pixel is the k-th neighbour of pixel there[8 - k].
         const vfloat grad_c = load<Format>(there[8 - k] + c, count);
         g += grad_c * load(line.taps + k * line.C, c, count);
         add(line.sums + (2 + k) * line.C, c, count, grad_c * h);
@@ -255,5 +255,5 @@ void conv_grad(const StageLine& line) {
 
 #define MK_STEP(name) {name<F32>, name<BF16InOrder>}
 extern const mk::StageLoops MK_ISA_NAME(token_downsample_loops) = {
-    {MK_STEP(norm_silu), MK_STEP(conv), MK_STEP(norm_add), MK_STEP(norm_add_grad), MK_STEP(gate_grad),
-     MK_STEP(norm_silu_grad), MK_STEP(conv_grad), MK_STEP(add_grad)}};
+    MK_STEP(norm_silu), MK_STEP(conv),          MK_STEP(norm_add), MK_STEP(norm_add_bwd),
+    MK_STEP(gate_bwd),  MK_STEP(norm_silu_bwd), MK_STEP(conv_bwd), MK_STEP(add_bwd)};

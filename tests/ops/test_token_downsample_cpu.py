@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -88,7 +88,14 @@ def test_stage_and_its_gradients(resolution, channels, pool, dtype):
     )
 
 
-def step(which: int, x: Tensor, resolution: int, pool: bool = False, y: Tensor | None = None, **others: Tensor):
+def step(
+    which: Callable[..., None],
+    x: Tensor,
+    resolution: int,
+    pool: bool = False,
+    y: Tensor | None = None,
+    **others: Tensor,
+):
     """y and the sums of one step whose norm has random parameters."""
     norm = others.pop("norm", (torch.ones(x.shape[2]), torch.zeros(x.shape[2])))
     y = torch.empty_like(x) if y is None else y
@@ -184,7 +191,7 @@ def test_pooling_and_its_adjoint(resolution, dtype):
 
 
 def test_gradient_in_place_of_a_gradient():
-    """MK_NORM_SILU_BWD may write where it reads."""
+    """NORM_SILU_BWD may write where it reads."""
     x, grad, gate, grad_mean = torch.randn(2, 9, 37), torch.randn(2, 9, 37), torch.rand(2, 37), torch.randn(2, 37)
     expected = step(NORM_SILU_BWD, x, 3, grad=grad, gate=gate, grad_mean=grad_mean)
     found = step(NORM_SILU_BWD, x, 3, y=grad, grad=grad, gate=gate, grad_mean=grad_mean)
@@ -201,7 +208,6 @@ def test_nothing_to_do():
 def test_bad_arguments():
     x = torch.zeros(1, 4, 8)
     for arguments, message in (
-        ((8, x, 2), r"step must be in \[0, 7\], got 8"),
         ((NORM_SILU, x, 0), r"R must be in \[1, 16777216\], got 0"),
         ((NORM_ADD, x, 1, True), r"R must be in \[2, 16777216\], got 1"),
         ((NORM_SILU, torch.zeros(1, 4, 8193), 2), r"C must be in \[0, 8192\], got 8193"),
@@ -209,3 +215,9 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             step(*arguments)
+
+
+def test_sums_of_another_step_are_refused(monkeypatch):
+    monkeypatch.setitem(cpu_impl._NUM_SUMS, NORM_SILU, 2)
+    with pytest.raises(ValueError, match=r"mk_token_downsample_norm_silu: num_sums must be in \[0, 0\], got 2"):
+        step(NORM_SILU, torch.zeros(1, 4, 8), 2)

@@ -23,7 +23,7 @@ _bwd = _compiled.function(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(P, L, H*D) x 3, (L, D) fp32 x 2, (1,) int64 or None -> (P, L, H*D), and (P, H, L) fp32 for :func:`backward`."""
+    """(P, L, H*D) x 3, (L, D) fp32 x 2, (1,) int64 or None -> (P, L, H*D), log2(sum(e^score)) (P, H, L) fp32."""
     q, k, v = (_compiled.adjacent_channels(t) for t in (q, k, v))
     num_pairs, length, width = q.shape
     valid = num_pairs if num_valid is None else int(num_valid)

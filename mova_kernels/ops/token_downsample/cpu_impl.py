@@ -6,7 +6,7 @@ What is kept for the backward pass is what ``triton_impl`` keeps.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,19 @@ from ... import _compiled
 from ..._linear import product
 from .reference import StageWeights
 
-_call = _compiled.function(
-    "mk_token_downsample",
-    "x grad outer weight bias taps gate grad_mean y partial sums",
-    "B R C outer_stride_sample outer_stride_token pool step dtype eps:double",
-)
-# mk_token_downsample_step
-NORM_SILU, CONV, NORM_ADD, NORM_ADD_BWD, GATE_BWD, NORM_SILU_BWD, CONV_BWD, ADD_BWD = range(8)
-_ROWS_OF_SUMS = {CONV: 1, NORM_ADD_BWD: 2, GATE_BWD: 1, NORM_SILU_BWD: 2, CONV_BWD: 11}
+
+def _step(name: str) -> Callable[..., None]:
+    return _compiled.function(
+        f"mk_token_downsample_{name}",
+        "x grad outer weight bias taps gate grad_mean y partial sums",
+        "B R C num_sums outer_stride_sample outer_stride_token pool dtype eps:double",
+    )
+
+
+NORM_SILU, CONV, NORM_ADD = _step("norm_silu"), _step("conv"), _step("norm_add")
+NORM_ADD_BWD, GATE_BWD, NORM_SILU_BWD = _step("norm_add_bwd"), _step("gate_bwd"), _step("norm_silu_bwd")
+CONV_BWD, ADD_BWD = _step("conv_bwd"), _step("add_bwd")
+_NUM_SUMS = {CONV: 1, NORM_ADD_BWD: 2, GATE_BWD: 1, NORM_SILU_BWD: 2, CONV_BWD: 11}  # C++ refuses others
 
 
 def forward(x: Tensor, resolution: int, w: StageWeights, eps: float, pool: bool) -> tuple[Tensor, ...]:
@@ -88,20 +93,20 @@ def backward(
 
 
 def step(
-    which: int, norm: tuple[Tensor, Tensor], x: Tensor, y: Tensor, *, resolution: int, eps: float,
+    which: Callable[..., None], norm: tuple[Tensor, Tensor], x: Tensor, y: Tensor, *, resolution: int, eps: float,
     grad: Tensor | None = None, outer: Tensor | None = None, taps: Tensor | None = None, gate: Tensor | None = None,
     grad_mean: Tensor | None = None, pool: bool = False,
 ) -> Tensor:  # fmt: skip
-    """One pass; the tensors are described in the header. Returns the sums over tokens, (B, C) or (rows, C) fp32."""
+    """One pass; the tensors are described in the header. Returns the sums over tokens, (B, C) or (num_sums, C) fp32."""
     num_samples, _, channels = x.shape
     weight, bias = norm
-    rows = _ROWS_OF_SUMS.get(which, 0)
-    partial = x.new_empty((num_samples, resolution, rows, channels), dtype=torch.float32)
-    sums = x.new_empty((num_samples if rows == 1 else rows, channels), dtype=torch.float32)
-    _call(
+    num_sums = _NUM_SUMS.get(which, 0)
+    partial = x.new_empty((num_samples, resolution, num_sums, channels), dtype=torch.float32)
+    sums = x.new_empty((num_samples if num_sums == 1 else num_sums, channels), dtype=torch.float32)
+    which(
         x=x, grad=grad, outer=outer, weight=weight, bias=bias, taps=taps, gate=gate, grad_mean=grad_mean, y=y,
-        partial=partial, sums=sums, B=num_samples, R=resolution, C=channels, pool=pool, step=which, dtype=x.dtype,
-        eps=eps,
+        partial=partial, sums=sums, B=num_samples, R=resolution, C=channels, num_sums=num_sums, pool=pool,
+        dtype=x.dtype, eps=eps,
     )  # fmt: skip
     return sums
 
