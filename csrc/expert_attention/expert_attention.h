@@ -3,7 +3,7 @@
 // hold scores or sums; with the instruction set avx512_bf16 and bf16 tensors, factors of products are rounded to bf16.
 //
 // The log-sum-exp that forward saves is in powers of 2, the unit of the loops. In natural units it would be rounded
-// once more, which was measured to add up to a tenth to the errors of the gradients.
+// once more, which was measured to add up to a quarter to the errors of the gradients.
 #pragma once
 
 #include "common/mova_kernels.h"
