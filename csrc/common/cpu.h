@@ -39,7 +39,7 @@ int parallel_for(int64_t n, int64_t grain, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// // Returns scratch memory of the calling thread, aligned to 64 bytes, or null. The next call with this slot returns
+// Returns scratch memory of the calling thread, aligned to 64 bytes, or null. The next call with this slot returns
 // the same memory: one slot is for memory that the parts of a parallel_for share, the other for a part's own.
 constexpr int own_slot = 0, shared_slot = 1;
 void* workspace(int64_t bytes, int slot = own_slot);

@@ -38,7 +38,7 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
-// // `n` neighbouring elements. If they fill 16 bytes, they must be aligned to 16 and move as one uint4: the compiler
+// `n` neighbouring elements. If they fill 16 bytes, they must be aligned to 16 and move as one uint4: the compiler
 // tends to split the access otherwise.
 template <class T, int n>
 struct Pack {

@@ -6,7 +6,7 @@
 
 namespace mk {
 
-// // At most matmul_rows rows of a are packed at a time, in multiples of matmul_row_step; a thread takes matmul_columns
+// At most matmul_rows rows of a are packed at a time, in multiples of matmul_row_step; a thread takes matmul_columns
 // columns at a time.
 constexpr int64_t matmul_rows = 96, matmul_row_step = 6, matmul_columns = 256;
 

@@ -16,7 +16,7 @@
 #define MK_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// // For functions and lambdas with a `count` of channels: inlined where `count` is constant, they do not call memcpy.
+// For functions and lambdas with a `count` of channels: inlined where `count` is constant, they do not call memcpy.
 #define MK_INLINE inline __attribute__((always_inline))
 #define MK_ALWAYS_INLINE __attribute__((always_inline))
 
@@ -74,7 +74,7 @@ inline float total(const vfloat (&v)[n]) {
 
 constexpr float log2e = 1.44269504f;
 
-// // For exp2: split() reduces x to [-1/2, 1/2] and returns the integer part, in a form by which scale() multiplies
+// For exp2: split() reduces x to [-1/2, 1/2] and returns the integer part, in a form by which scale() multiplies
 // with its power of 2. x may be infinite.
 #if defined(__AVX512DQ__)
 constexpr __mmask16 every = 0xffff;  // without a mask, GCC warns about its own headers
@@ -99,8 +99,8 @@ inline vfloat scale(vfloat y, vfloat whole) { return y * (vfloat)(((vuint)whole 
 #endif
 
 // 2^x to 0.7 units in the last place, or coarsely to a relative error of 7.5e-5; at most denormal below 2^-126.5,
-// infinity from 2^128 on at the latest, NaN for NaN. It takes several vectors
-// at a time, step by step, since the steps of one vector wait for each other.
+// infinity from 2^128 on at the latest, NaN for NaN. It takes several vectors at a time, step by step, since the steps
+// of one vector wait for each other.
 template <bool coarse = false, int n>
 inline void exp2(vfloat (&x)[n]) {
   // Minimax in relative error on [-1/2, 1/2].

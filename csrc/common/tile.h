@@ -1,4 +1,4 @@
-// // Products of packed matrices, with a tile of the result in registers. For loops, which are compiled once per
+// Products of packed matrices, with a tile of the result in registers. For loops, which are compiled once per
 // instruction set.
 //
 // Operands consist of 32-bit units: one fp32, or two bf16 that are neighbours along the depth of the product. The left
@@ -23,7 +23,7 @@ typedef uint32_t unit __attribute__((may_alias));
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// // How elements are multiplied, in units of `depth` elements. The elements of a unit are neighbours in a row of the
+// How elements are multiplied, in units of `depth` elements. The elements of a unit are neighbours in a row of the
 // left operand, and come from `depth` rows of the right one, which store_units joins. A sum of more than `chain` units
 // is made of shorter sums: in fp32 because the error of a sum grows with its length, in bf16 because that was measured
 // to be kinder to the caches. `coarse` says whether the coarse exp2 is good enough.
@@ -104,7 +104,7 @@ inline void transpose(vuint (&rows)[lanes]) {
   }
 }
 
-// // Transposes the first `count` units of tile_columns rows, `stride` units apart, to rows of the right operand. Reads
+// Transposes the first `count` units of tile_columns rows, `stride` units apart, to rows of the right operand. Reads
 // whole vectors.
 inline void to_columns(const unit* rows, int64_t stride, int64_t count, unit* right) {
   for (int64_t k = 0; k < count; k += lanes) {
@@ -119,7 +119,7 @@ inline void to_columns(const unit* rows, int64_t stride, int64_t count, unit* ri
   }
 }
 
-// // Sets a tile c, whose rows are `c_stride` apart, to a * b, or adds a * b to it. It is not inlined: among other code
+// Sets a tile c, whose rows are `c_stride` apart, to a * b, or adds a * b to it. It is not inlined: among other code
 // the compiler would not keep the sums in registers.
 template <class Product, bool grows>
 __attribute__((noinline)) void multiply(const unit* a, int64_t a_stride, const unit* b, int64_t depth, float* c,

@@ -9,7 +9,7 @@ namespace {
 // Enough independent sums to hide the latency of a multiply-add.
 constexpr int chunks_per_pass = 8;
 
-// // Sums, in registers, `chunks` neighbouring chunks of `count` channels from `c` on over all the pixels that pixel
+// Sums, in registers, `chunks` neighbouring chunks of `count` channels from `c` on over all the pixels that pixel
 // `x` reads. Lanes beyond `count` become zeros.
 template <class Format, int chunks>
 inline void sum_taps(const mk::ResampleLine& line, int64_t x, int64_t c, int count,

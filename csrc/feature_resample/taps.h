@@ -1,4 +1,4 @@
-// // The input positions that an output position reads, and their weights, for the CPU and for CUDA.
+// The input positions that an output position reads, and their weights, for the CPU and for CUDA.
 //
 // Output d of an axis lies at ((d + 0.5) * in / out - 0.5) in input positions, clamped to [0, in - 1]. In units of
 // 1 / (2 * out) that is the integer (2 * d + 1) * in - out, so positions are exact and a weight, one minus the distance

@@ -1,4 +1,4 @@
-// // The steps besides matrix products of a projection with a folded affine part and of its gradient:
+// The steps besides matrix products of a projection with a folded affine part and of its gradient:
 // y = (x g + b) W^T + c = x V^T + ... with V = W diag(g).
 #pragma once
 

@@ -13,7 +13,7 @@ inline vfloat swap_pairs(vfloat v) {
   return (vfloat)(pairs << 32 | pairs >> 32);
 }
 
-// // Rotates the pairs (a, b) -> (a cos - b sin, b cos + a sin), where each lane of the result has its own cos and sin;
+// Rotates the pairs (a, b) -> (a cos - b sin, b cos + a sin), where each lane of the result has its own cos and sin;
 // or computes the adjoint.
 template <bool adjoint>
 inline vfloat rotate(vfloat x, vfloat cos, vfloat sin) {

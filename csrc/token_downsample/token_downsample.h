@@ -6,7 +6,7 @@
 
 #include "common/mova_kernels.h"
 
-// // Arguments of every step; fields that a step does not use are 0.
+// Arguments of every step; fields that a step does not use are 0.
 struct mk_token_downsample_args {
   uint64_t x;          // (B, R * R, C)
   uint64_t grad;       // (B, R * R, C)

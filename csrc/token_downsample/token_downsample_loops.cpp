@@ -116,7 +116,7 @@ void norm_add(const StageLine& line) {
   }
 }
 
-// // Writes the gradient of LN's input, given `grad` of its output (zeros behind the last channel), and adds to the
+// Writes the gradient of LN's input, given `grad` of its output (zeros behind the last channel), and adds to the
 // gradients of weight and bias.
 template <class Format>
 inline void store_norm_grad(const StageLine& line, const Token& t, const vfloat* grad, typename Format::type* y) {
