@@ -69,7 +69,7 @@ def main() -> None:
         optimizer.step()
         print(f"step {step} loss {loss.item():.4f}")
     projections = model.adapter.blocks[0].cross_attn
-    for name, attention in zip(model.experts.experts, projections, strict=True):
+    for name, attention in zip(model.experts.specs, projections, strict=True):
         print(f"{name} learned {attention.proj.weight.norm().item():.4f}")  # zero in the initial state
 
     answer = pipeline.answer([image], [question], experts=["edges"], max_new_tokens=4)[0]

@@ -131,9 +131,8 @@ def _is_variant(name: str, names: Collection[str]) -> bool:
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
-    reason = (
-        f" ({error})" if isinstance(error, SafetensorError) else ""
-    )  # an unpickler's message is about its own options
+    # The message of an unpickler is about its own options.
+    reason = f" ({error})" if isinstance(error, SafetensorError) else ""
     return ValueError(f"source must be safetensors or a pickle of plain tensors, got {str(file)!r}{reason}")
 
 

@@ -106,8 +106,7 @@ class MoVAPreTrainedModel(RoutingLoRA, UploadsFolders, PreTrainedModel):
         """As in transformers, but missing and unexpected keys are errors. Experts load when they are first used.
 
         The files of the experts in use are checked now: they must exist and be complete. All files come from the
-            present
-        commit of a hub repository. ``revision``, ``token``, ``subfolder``, ``variant``, ``cache_dir``,
+        present commit of a hub repository. ``revision``, ``token``, ``subfolder``, ``variant``, ``cache_dir``,
         ``local_files_only`` and ``force_download`` apply to the experts and the routing LoRA, too. Experts of
         ``expert_path`` are in another repository, for which revision, subfolder and variant do not count.
 

@@ -18,7 +18,7 @@ from .images import PreparedImage
 from .inspection import attention_maps, recorded
 from .modeling_mova import MoVAForConditionalGeneration
 from .processing_mova import MoVAProcessor, per_image
-from .router import Route, Router
+from .router import Route, Router, check_processor
 from .routing import Prompts, routing_mask
 
 
@@ -64,7 +64,7 @@ class MoVAPipeline:
     def __init__(
         self, model: MoVAForConditionalGeneration, processor: MoVAProcessor, *, cache_bytes: int = 1 << 30
     ) -> None:
-        self._router = Router(model, processor)
+        check_processor(processor, model.config)
         self.model, self.processor = model.eval(), processor
         self.cache = FeatureCache(cache_bytes)
 
@@ -75,6 +75,10 @@ class MoVAPipeline:
         processor = MoVAProcessor.from_pretrained(path, **hub)
         model = MoVAForConditionalGeneration.from_pretrained(path, **kwargs | hub)
         return cls(model, processor, cache_bytes=cache_bytes)
+
+    @property
+    def _router(self) -> Router:
+        return Router(self.model, self.processor)  # not kept: users replace the model
 
     @property
     def lock(self) -> Lock:

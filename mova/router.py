@@ -52,14 +52,9 @@ class RoutingRequest:
 
 
 class Router:
-    """Asks the language model of a MoVA which experts to use, and lets it write texts about images.
-
-    Raises:
-        ValueError: the processor is another model's.
-    """
+    """Asks the language model of a MoVA which experts to use, and lets it write texts about images."""
 
     def __init__(self, model: Any, processor: Any) -> None:
-        _check_processor(processor, model.config)
         self.model, self.processor = model, processor
 
     def prompts(self, questions: Sequence[Any], **wording: Any) -> list[Prompts]:
@@ -146,6 +141,7 @@ def route_requested(model: Any, request: RoutingRequest | list[Any]) -> dict[str
     processor = requests[0].processor
     images = [image for each in requests for image in each.images]
     questions = [list(asked) for each in requests for asked in each.questions]
+    check_processor(processor, model.config)
     routes = Router(model, processor).route(images, questions)
     return processor.routed(images, [route.experts for route in routes], gate_texts(processor, questions))
 
@@ -155,7 +151,7 @@ def gate_texts(processor: Any, questions: Sequence[Sequence[str]]) -> list[str]:
     return [prompts(list(asked), processor.pool, topk=processor.topk).text for asked in questions]
 
 
-def _check_processor(processor: Any, config: MoVAConfig) -> None:
+def check_processor(processor: Any, config: MoVAConfig) -> None:
     """Raise if the processor belongs to another model."""
     words, vocabulary = len(processor.question_tokenizer), config.text_encoder_config.vocab_size
     fits = words <= vocabulary

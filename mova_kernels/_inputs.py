@@ -51,8 +51,9 @@ def checked(
         check(len(entries) == config.num_experts, name, f"must have {config.num_experts} entries", len(entries))
     selected = _routing(config, base, routing)
     features, sizes = [], []
+    given = next((x for x in experts if isinstance(x, Tensor)), base)  # its dtype changes that of no other expert
     for e, feature in enumerate(experts):
-        tokens, size = _feature(config, e, feature, base, selected, None if grids is None else grids[e])
+        tokens, size = _feature(config, e, feature, base, given, selected, None if grids is None else grids[e])
         features.append(tokens)
         sizes.append(size)
     return Inputs(selected, features, sizes, _text(config, base, text, selected))
@@ -69,13 +70,19 @@ def _routing(config: MoVAdapterConfig, base: Tensor, routing: Tensor | None) -> 
 
 
 def _feature(
-    config: MoVAdapterConfig, e: int, feature: Tensor | None, base: Tensor, routing: Routing, grid: Grid | None
+    config: MoVAdapterConfig,
+    e: int,
+    feature: Tensor | None,
+    base: Tensor,
+    given: Tensor,
+    routing: Routing,
+    grid: Grid | None,
 ) -> tuple[Tensor, Grid]:
-    """The tokens of one expert and their grid; no rows on the base grid for an expert that is not given."""
+    """The tokens of one expert and their grid; if it is None, no rows like those of a ``given`` one."""
     name, count, channels = f"experts[{e}]", routing.counts[e], config.expert_channels[e]
     if feature is None:
         routing.require(count == 0, name, "must be given where a sample selected it", None)
-        return base.new_empty(0, config.num_tokens, channels), (config.resolution, config.resolution)
+        return given.new_empty(0, config.num_tokens, channels), (config.resolution, config.resolution)
     check_tensor(name, feature, ("B or B_e", "T_e", channels))
     check_like(name, feature, "base", base)
     num_samples, (rows, tokens) = base.shape[0], feature.shape[:2]

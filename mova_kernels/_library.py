@@ -3,7 +3,7 @@
 Differentiation is not registered here. The public function of an op picks an ``autograd.Function`` instead, because
 AOTAutograd's on-disk cache keys a custom op by its name: a registered backward that changed between two releases would
 be served stale (pytorch/pytorch#144344), while a Function is traced into the graph and hence into the key. For the
-same reason an op whose meaning or fake changes gets a new name.
+same reason an op whose meaning or fake changes gets a new name, once the old one was in a release.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which sample selected which expert: the routing of a batch, and its (sample, expert) pairs sorted for the kernels.
 
-This is the one home of ragged bookkeeping: built once per forward, handed to every block and every op.
+This is the one place with tables of pairs. A forward builds them once; a block whose gate drops experts makes new ones.
 """
 
 from __future__ import annotations

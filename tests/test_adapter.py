@@ -174,6 +174,19 @@ def test_autocast_runs_in_its_dtype_and_trains_fp32_parameters():
     assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
 
 
+def test_missing_expert_does_not_change_the_others_under_autocast():
+    """Base and features in different dtypes: None counts as no rows in the dtype of the features."""
+    adapter, (base, experts, text) = tiny.adapter(), tiny.inputs()
+    routing = torch.zeros_like(tiny.ROUTING)
+    routing[:, 0] = True
+    narrow = [f.bfloat16() for f in experts]
+    outputs = []
+    for others in ([None] * (len(experts) - 1), [f[:0] for f in narrow[1:]]):
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad(), use_backend("reference"):
+            outputs.append(adapter(base, [narrow[0], *others], routing, text, grids=tiny.GRIDS))
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen experts", "trained experts"])
 def test_wide_experts_of_coarse_grids(trained):
     """On a CPU, features without gradient are projected before they are resampled."""

@@ -172,7 +172,7 @@ def test_implementation_knows_neither_contract_nor_autograd(path) -> None:
     assert not used & {"autograd", "requires_grad", "requires_grad_", "custom_op"}
 
 
-def test_ragged_and_checks_know_no_op() -> None:
+def test_routing_and_checks_know_no_op() -> None:
     for name in ("routing", "backends", "_checks", "_library", "_compiled", "config"):
         assert "ops" not in parts(PACKAGE / f"{name}.py"), name
 

@@ -16,8 +16,8 @@ inline int64_t units(int64_t K) {
 }
 
 // a is packed in pieces of `Product::chain` units along its rows, (matmul_rows, Product::chain) each; b in tiles of
-// columns, (units, tile_columns) each. The last unit is padded with zero. The
-// padding of tiles stays uninitialised; its sums are never read.
+// columns, (units, tile_columns) each. The last unit is padded with zero. The padding of tiles stays uninitialised; its
+// sums are never read.
 template <class Product>
 int64_t left_bytes(int64_t K) {
   return round_up(units<Product>(K), Product::chain) * mk::matmul_rows * (int64_t)sizeof(unit);

@@ -67,7 +67,7 @@ struct BF16Product {
 };
 #endif
 
-// For bf16 tensors. // They are widened where the processor has no products of bf16.
+// For bf16 tensors, which are widened where the processor has no products of bf16.
 #if defined(__AVX512BF16__)
 typedef BF16Product NarrowProduct;
 #else

@@ -18,8 +18,8 @@ static_assert(query_block % tile_columns == 0, "blocks of queries consist of who
 template <class Product>
 struct Layout {
   static constexpr int depth = Product::depth;
-  int64_t queries, units, row_units, columns,
-      rows;  // L; D in units; a staged row in units; D in whole tiles of columns and of rows
+  // L in whole blocks of queries; D in units; a staged row in units; D in whole tiles of columns and of rows.
+  int64_t queries, units, row_units, columns, rows;
 
   Layout(int64_t L, int64_t D)
       : queries(round_up(L, query_block)),

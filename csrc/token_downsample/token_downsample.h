@@ -27,7 +27,9 @@ struct mk_token_downsample_args {
 };
 
 // Each step is one pass over the tokens. All but add_bwd also read the weight and bias of LN, whose gradients are the
-// sums (2, C). num_sums is 1 for sums (B, C), and 0 for none. x: a or c; gate or 0 -> y: h or v
+// sums (2, C). num_sums is 1 for sums (B, C), and 0 for none.
+
+// x: a or c; gate or 0 -> y: h or v
 MK_API int mk_token_downsample_norm_silu(const void* args, uint64_t nbytes);
 // x: h; taps -> y: c; sums (B, C): of s over tokens
 MK_API int mk_token_downsample_conv(const void* args, uint64_t nbytes);

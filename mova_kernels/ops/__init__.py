@@ -1,4 +1,4 @@
-"""The ops. One op is one noun: its folder here, in csrc/, its test and its README row."""
+"""The ops. One op is one noun: its folder here, in csrc/, its tests, its benchmark and its README row."""
 
 from .expert_attention import expert_attention
 from .expert_gate import expert_gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 
@@ -158,6 +159,23 @@ def test_attention_maps_are_of_the_experts_that_are_used(pipeline, images, quest
     torch.testing.assert_close(maps["sam"], alone["sam"])  # the first block's query knows no expert yet
     assert (maps["sam"] - maps["vary"]).abs().max() > 0.1 / 256
     assert maps["sam"].shape == (16, 16) and maps["sam"].sum() == pytest.approx(1)
+
+
+def test_a_model_that_was_replaced_also_routes_and_answers(pipeline, images, questions, monkeypatch):
+    """As with a compiled, quantised or wrapped copy."""
+    before = pipeline.answer(images[:1], questions[:1])
+    old, new, generated = pipeline.model, copy.copy(pipeline.model), []
+    original = type(new).generate
+
+    def generate(model, *arguments, **settings):
+        generated.append(model)
+        return original(model, *arguments, **settings)
+
+    monkeypatch.setattr(type(new), "generate", generate)
+    monkeypatch.setattr(pipeline, "model", new)
+    after = pipeline.answer(images[:1], questions[:1])
+    assert [answer.text for answer in after] == [answer.text for answer in before]
+    assert generated and all(model is new and model is not old for model in generated)
 
 
 @pytest.mark.parametrize("budget", [0, 40_000])

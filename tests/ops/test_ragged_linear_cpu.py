@@ -138,6 +138,10 @@ def test_bad_input() -> None:
     pairs, affine = RaggedPairs.from_routing(mask("x", "x")), [(torch.ones(8), torch.zeros(8))]
     with pytest.raises(BackendError, match="it takes no CentredFeatures"):
         ragged_linear([centred], pairs, affine, [[torch.zeros(3, 8)]], backend="reference")
+    raw = [[centred.tokens], False, list(pairs.tables), [affine[0][0]], [affine[0][1]], [torch.zeros(3, 8)], []]
+    sizes = [*centred.in_size, *centred.out_size]
+    with pytest.raises(ValueError, match="rstds must be empty for the backend reference, got 1"):
+        torch.ops.mova_kernels.ragged_linear_fwd(*raw, [centred.rstd], sizes, torch.float32, "reference")
     with pytest.raises(ValueError, match=r"x\[0\]\.rstd must have shape"):
         ragged_linear([centred._replace(rstd=centred.rstd[:1])], pairs, affine, [[torch.zeros(3, 8)]])
 

@@ -190,7 +190,7 @@ def _launch(kernel, tensors, strided: tuple[Tensor, ...], num_heads: int) -> Non
     strides = [s for t in strided for s in t.stride()[:2]]
     tokens = 1024 // width  # rows at a time, as many as fit into the registers
     # Fused multiply-adds would be free to round a score differently in the two kernels of the backward pass, or in the
-    # two loops of one. These subtract the row_max score from it, and are right only if both have the same bits.
+    # two loops of one. These subtract the largest score from it, and are right only if both have the same bits.
     kernel[(num_tiles * num_heads * num_pairs,)](
         *tensors, *strides, num_heads, num_tiles, width**-0.5,
         L=length, D=width, TILE=ROWS, TOKENS=tokens, maxnreg=REGISTERS, enable_fp_fusion=False,
