@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from emulated_ptx import TESTED, about, run
-from emulator.opcodes import _ROWS
+from emulator.opcodes import ROWS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -20,7 +20,7 @@ def all_tests() -> None:
             importlib.import_module(file.stem)
 
 
-@pytest.mark.parametrize("row", _ROWS, ids=lambda row: row.pattern.pattern[:60])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.pattern.pattern[:60])
 def test_row_has_a_test(row) -> None:
     matches = [count for opcode, count in TESTED if row.pattern.fullmatch(opcode)]
     assert any(count is None or row.takes(count) for count in matches), "no test is about this row"

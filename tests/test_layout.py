@@ -325,8 +325,7 @@ def test_the_model_knows_neither_commands_nor_conversion_nor_drawing(path) -> No
         assert not known & ROOMS_BESIDE_THE_MODEL
 
 
-LONGEST = 500
-LONGER = {"tools/emulator/opcodes.py": "one table of all PTX opcodes that the emulator knows"}
+LONGEST = 450
 
 
 def test_no_file_is_longer_than_one_can_read() -> None:
@@ -335,4 +334,4 @@ def test_no_file_is_longer_than_one_can_read() -> None:
     files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
     lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in [*files, ROOT / "setup.py"]}
     assert len(lengths) > 100
-    assert {name for name, length in lengths.items() if length > LONGEST} == LONGER.keys()
+    assert not {name: length for name, length in lengths.items() if length > LONGEST}

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from . import ptx
-from .opcodes import Decoder, Instruction
+from .decoder import Decoder
+from .operands import Instruction
 from .ptx import Unsupported
 
 NATIVE = Path(__file__).with_name("native")

@@ -25,197 +25,30 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .ptx import Kernel, Statement, Unsupported
-
-NORMAL, BRANCH, BRANCH_INDEXED, EXIT, BARRIER, COLLECTIVE, WAIT = range(7)  # Kind of machine.h
-SPECIAL = {
-    name: number
-    for number, name in enumerate(
-        [f"%{kind}.{axis}" for kind in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"] + ["%laneid", "%warpid"]
-    )
-}
-
-
-class Instruction:
-    """What a statement becomes; the fields are those of ``Instruction`` in machine.h."""
-
-    def __init__(self, statement: Statement) -> None:
-        self.line, self.opcode = statement.line, statement.opcode
-        self.name, self.kind, self.guard, self.negated = "", NORMAL, -1, False
-        self.at: list[int] = []
-        self.imm: list[int] = []
-        self.list: list[int] = []
-        self.uses: list[int] = []
-        self.reads: set[int] = set()
-        self.writes: set[int] = set()
+from .operands import (
+    BARRIER,
+    BRANCH,
+    BRANCH_INDEXED,
+    COLLECTIVE,
+    EXIT,
+    NORMAL,
+    WAIT,
+    Instruction,
+    Operands,
+)
+from .ptx import Statement, Unsupported
 
 
-class Decoder:
-    """Turns the statements of a kernel into instructions, and gives its registers and constants their places.
-
-    A register takes 32 lanes of its size, a predicate one word. The special registers come first.
-    """
-
-    def __init__(self, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.end = 128 * len(SPECIAL)
-        self.places: dict[str, int] = {}
-        self.constants: dict[bytes, int] = {}  # what all lanes together hold -> place
-        self.symbols = {name: offset for name, (offset, _) in kernel.parameters.items()} | kernel.shared
-        self.instructions = [self._decode(statement) for statement in kernel.statements]
-        self._move_copies_behind_waits()
-
-    def _move_copies_behind_waits(self) -> None:
-        """Copies of accumulators between a product and its wait take place behind the wait.
-
-        Triton 3.6 emits them; ptxas adds a wait before them and says so (C7517).
-        """
-        used = {register for i in self.instructions for register in i.uses}
-        targets, start = set(self.kernel.labels.values()), 0
-        for end, i in enumerate(self.instructions):
-            if end in targets:
-                start = end
-            if i.name == "wgmma.wait":
-                before, late = [], []
-                read: set[int] = set()
-                written: set[int] = set()
-                for other in reversed(self.instructions[start:end]):
-                    copies = other.name == "mov.32" and other.guard < 0 and other.reads & used
-                    if copies and not other.writes & (read | written) and not other.reads & written:
-                        late.append(other)
-                    else:
-                        before.append(other)
-                        read |= other.reads
-                        written |= other.writes
-                self.instructions[start : end + 1] = [*before[::-1], i, *late[::-1]]
-            if i.name.startswith("wgmma.") or i.kind in (BRANCH, BRANCH_INDEXED, BARRIER):
-                start = end + 1
-
-    def _decode(self, s: Statement) -> Instruction:
-        try:
-            for row, m in _rows_of(s.opcode):
-                if row.takes(len(s.operands)):
-                    i = Instruction(s)
-                    i.kind = row.kind
-                    if s.guard:
-                        i.guard, i.negated = self.register(s.guard.lstrip("!"), "pred"), s.guard.startswith("!")
-                    if callable(row.function):
-                        row.function(self, i, s, m)
-                    else:
-                        groups = [group or "" for group in m.groups()]
-                        i.name = row.function.format(*groups)
-                        self.add(i, row.operands.format(*groups), *s.operands)
-                    return i
-            raise Unsupported("unknown form")
-        except (Unsupported, ValueError, KeyError, IndexError) as error:
-            statement = f"{s.opcode} {', '.join(s.operands)}"
-            raise Unsupported(f"line {s.line}: {statement}: {error}") from error
-
-    def add(self, i: Instruction, tokens: str, *texts: str) -> None:
-        """Operands, as the tokens say."""
-        for token, text in zip(tokens.split(), texts, strict="?" not in tokens):
-            self._add(i, token.rstrip("?").lstrip("="), text, token.startswith("="))
-
-    def _add(self, i: Instruction, token: str, text: str, written: bool) -> None:
-        if token == "_":
-            return
-        if token == "mask":
-            i.kind = COLLECTIVE if text in ("-1", "0xffffffff") else NORMAL
-        elif token == "#":
-            i.imm.append(int(text, 0))
-        elif token.startswith("["):
-            base, offset = _base_and_offset(text)
-            if not (self.is_register(base) or base in self.symbols or base.isdecimal()):
-                raise Unsupported(f"address {text}")
-            bits = token[1:-1] or _register_bits(self, base, "32")
-            i.at.append(self.operand(i, base, bits))
-            i.imm.append(offset)
-            if token == "[]":
-                i.imm.append(int(bits) // 8)
-        elif token.endswith("*"):
-            for element in text.strip("{}").split(","):
-                i.list.append(self.operand(i, element.strip(), token[:-1], written))
-        elif "|" in token:
-            parts = [*text.split("|"), "_"]
-            for kind, part in zip(token.split("|"), parts, strict=False):
-                i.at.append(self.operand(i, part.strip(), kind, written))
-        else:
-            i.at.append(self.operand(i, text, token, written))
-
-    def operand(self, i: Instruction, text: str, bits: str, written: bool = False) -> int:
-        """The place of a register of so many bits or, unless it is written, of a constant; -1 for ``_``."""
-        bits = "pred" if bits == "p" else bits
-        if text == "_":
-            return -1
-        if self.is_register(text):
-            place = self.register(text, bits)
-            (i.writes if written else i.reads).add(place)
-            return place
-        if written:
-            raise Unsupported(f"{text} cannot be written")
-        if text in SPECIAL:
-            if bits != "32":
-                raise Unsupported(f"{text} as a number of {bits} bits")
-            return 128 * SPECIAL[text]
-        return self.constant(text, bits)
-
-    def is_register(self, text: str) -> bool:
-        return text not in SPECIAL and (text.startswith("%") or text in self.kernel.registers)
-
-    def register(self, name: str, bits: str) -> int:
-        if self.kernel.bits(name) != bits:
-            raise Unsupported(f"{name} has {self.kernel.bits(name)} bits where {bits} are meant")
-        if name not in self.places:
-            self.places[name] = self._room(64 if bits == "pred" else 4 * int(bits))
-        return self.places[name]
-
-    def constant(self, text: str, bits: str) -> int:
-        if text in self.symbols:
-            value = self.symbols[text]
-        elif re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
-            value = int(text[2:], 16)
-        elif text == "WARP_SZ":
-            value = 32
-        else:
-            value = int(text.rstrip("U"), 0)
-        if bits == "pred":
-            lanes = (b"\xff" if value else b"\0") * 4
-        else:
-            lanes = (value & ((1 << int(bits)) - 1)).to_bytes(int(bits) // 8, "little") * 32
-        if lanes not in self.constants:
-            self.constants[lanes] = self._room(len(lanes))
-        return self.constants[lanes]
-
-    def _room(self, size: int) -> int:
-        start = self.end
-        self.end += -(-size // 64) * 64
-        return start
-
-
-def _base_and_offset(address: str) -> tuple[str, int]:
-    """The register or name of ``[base + constant]``, and the constant."""
-    m = re.fullmatch(r"\[\s*([%$\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]", address)
-    if not m:
-        raise Unsupported(f"address {address}")
-    return m[1], int(m[2] or "0", 0)
-
-
-# ---- what needs more than a row of the table
-def _branch(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _branch(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     i.list = [d.kernel.labels[s.operands[0]]]
 
 
-def _branch_indexed(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _branch_indexed(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     d.add(i, "32", s.operands[0])
     i.list = [d.kernel.labels[label] for label in d.kernel.tables[s.operands[1]]]
 
 
-def _register_bits(d: Decoder, text: str, otherwise: str) -> str:
-    """The bits of the register, which may be more than the opcode names."""
-    return d.kernel.bits(text) if d.is_register(text) else otherwise
-
-
-def _move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _move(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """mov, also between a register and a vector of smaller ones."""
     bits, (to, source) = m[1], s.operands
     for name, vector, whole in (("unpack", to, source), ("pack", source, to)):
@@ -228,16 +61,16 @@ def _move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     d.add(i, f"={bits} {bits}", to, source)
 
 
-def _convert_integer(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _convert_integer(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """Registers may be wider than integers: the low bits count, and the result is extended."""
     to, source = s.operands
-    to_bits = _register_bits(d, to, m[1][1:])
-    from_bits = _register_bits(d, source, max("16", m[2][1:], key=int))
+    to_bits = d.register_bits(to, m[1][1:])
+    from_bits = d.register_bits(source, max("16", m[2][1:], key=int))
     i.name = f"cvt.{m[1]}.{to_bits}.{m[2]}.{from_bits}"
     d.add(i, f"={to_bits} {from_bits}", to, source)
 
 
-def _load_or_store(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _load_or_store(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """at[0]: address; imm: what is added to it, bytes of its register; list: the registers of the data."""
     store, space, kind, bits = m["op"] == "st", m["space"], m["kind"], m["bits"]
     address, data = s.operands if store else (s.operands[1], s.operands[0])  # a cache policy may follow
@@ -252,7 +85,7 @@ def _load_or_store(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> Non
     i.name = f"{m['op']}.{space}.{sign}{bits}.{register}"
 
 
-def _atomic(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _atomic(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: address, value, second value or -1; imm as in _load_or_store; list: the register of the old value."""
     operands = list(s.operands)
     result = operands.pop(0) if m["op"] == "atom" else "_"
@@ -264,14 +97,14 @@ def _atomic(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     i.name = f"atom.{m['space']}.{m['what']}.{m['kind'] if signed else ''}{m['bits']}"
 
 
-def _matrix(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _matrix(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """at[0]: address; imm: offset, whether transposed; list: a register for each matrix."""
     d.add(i, "=32* [32]" if m[1] == "ld" else "[32] 32*", *s.operands)
     i.imm.append(int(m[2] is not None))
     i.name = f"{m[1]}matrix"
 
 
-def _wgmma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _wgmma(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: A's descriptor or -1, B's, predicate; imm: N, whether A and B are transposed; list: D, and A's registers."""
     columns, kind = int(m[1]), m[2]
     d.add(i, "=32*", s.operands[0])
@@ -293,7 +126,7 @@ def _wgmma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     i.writes.clear()
 
 
-def _mbarrier_arrive(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _mbarrier_arrive(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: address, arrivals or -1: one, expected bytes or -1."""
     # The state that it returns is for waits without a parity, which are unknown here.
     d.add(i, "[32]", s.operands[1])
@@ -302,7 +135,7 @@ def _mbarrier_arrive(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> N
     i.name = "mbarrier.arrive"
 
 
-def _bulk(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _bulk(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: shared address, global address or map, mbarrier or -1, bytes or -1; list: coordinates of the map."""
     load = m["from"] == "global"
     operands = list(s.operands)
@@ -333,7 +166,7 @@ _TENSOR_MAP_FIELDS = (
 )  # fmt: skip
 
 
-def _tensor_map_field(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _tensor_map_field(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: address, value; imm: offset, bytes of both, which field, and of which dimension."""
     dimension = int(s.operands[1], 0) if len(s.operands) == 3 else 0
     d.add(i, f"[] {m[2]}", s.operands[0], s.operands[-1])
@@ -341,7 +174,7 @@ def _tensor_map_field(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> 
     i.name = "tensormap.replace"
 
 
-def _tensor_map_copy(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _tensor_map_copy(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: to, from; imm: their offsets, bytes of the latter's register."""
     if int(s.operands[2], 0) != 128:
         raise Unsupported("a tensor map has 128 bytes")
@@ -349,12 +182,12 @@ def _tensor_map_copy(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> N
     i.name = "tensormap.copy"
 
 
-def _bulk_wait(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _bulk_wait(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """imm: groups that may be left, whether it waits for the reads alone."""
     i.name, i.imm = "bulk.wait", [int(s.operands[0], 0), int(m[1] is not None)]
 
 
-def _tensor_move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _tensor_move(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """at[0]: address; imm: offset, whether it stores, columns between the halves or -1; list: registers."""
     store = m[1] == "st"
     operands = list(s.operands)
@@ -365,7 +198,7 @@ def _tensor_move(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
     i.name = "tcgen05.move"
 
 
-def _tensor_mma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
+def _tensor_mma(d: Operands, i: Instruction, s: Statement, m: re.Match) -> None:
     """at: D, A in tensor memory or -1, A's descriptor or -1, B's, its description, predicate; imm: offsets, tf32."""
     d.add(i, "[32]", s.operands[0])
     if s.operands[1].startswith("["):
@@ -381,7 +214,7 @@ def _tensor_mma(d: Decoder, i: Instruction, s: Statement, m: re.Match) -> None:
 
 class Row(NamedTuple):
     pattern: re.Pattern
-    function: str | Callable[[Decoder, Instruction, Statement, re.Match], None]
+    function: str | Callable[[Operands, Instruction, Statement, re.Match], None]
     operands: str
     kind: int
 
@@ -584,13 +417,13 @@ TABLE = [
 ]
 
 
-_ROWS = [
+ROWS = [
     Row(re.compile(pattern), function, operands, *(kind or [NORMAL])) for pattern, function, operands, *kind in TABLE
 ]
 
 
 @functools.cache
-def _rows_of(opcode: str) -> list[tuple[Row, re.Match]]:
+def rows_of(opcode: str) -> list[tuple[Row, re.Match]]:
     """More than one where forms differ in the number of operands alone."""
-    matches = [(row, row.pattern.fullmatch(opcode)) for row in _ROWS]
+    matches = [(row, row.pattern.fullmatch(opcode)) for row in ROWS]
     return [(row, m) for row, m in matches if m]
