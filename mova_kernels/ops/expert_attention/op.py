@@ -112,6 +112,8 @@ def _flop(q, num_valid, products):
     return products * 2 * _flops.valid_pairs(num_valid, pairs) * length * length * channels
 
 
+# The second result is the log-sum-exp of every query's scores, (P, H, L), for the backward pass of the same backend: in
+# natural units from Triton, in powers of 2 from C++ (csrc/expert_attention/expert_attention.h says why).
 _fwd = define(
     "expert_attention_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, SymInt num_heads, Tensor? num_valid, str backend)"
