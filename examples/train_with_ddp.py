@@ -59,11 +59,11 @@ def main() -> None:
             if rank == 0:
                 print(f"step {step} loss {mean.item() / num_ranks:.6f}", flush=True)
 
-        own = parameters_to_vector(adapter.parameters()).detach()
-        of_rank_0 = own.clone()
-        distributed.broadcast(of_rank_0, 0)
-        same = "equal" if torch.equal(own, of_rank_0) else "differ from"
-        print(f"rank {rank} parameters {same} those of rank 0", flush=True)
+        parameters = parameters_to_vector(adapter.parameters()).detach()
+        of_all = [torch.empty_like(parameters) for _ in range(num_ranks)]
+        distributed.all_gather(of_all, parameters)
+        if rank == 0:
+            print("ranks with the parameters of rank 0:", [r for r in range(num_ranks) if of_all[r].equal(of_all[0])])
     finally:
         distributed.destroy_process_group()
 
