@@ -285,7 +285,7 @@ def _build(kept: Tensor, row_table: Tensor, most_per_sample: int, device: torch.
     tables = (sample, expert, row, by_sample, expert_offsets, sample_offsets)
     host_offsets = tuple(expert_offsets.tolist()) if on_host else None
     if on_host and device.type != "cpu":  # one transfer instead of six
-        # Each begins at a multiple of 16 bytes, or Triton would compile anew for every odd number of pairs.
+        # Each begins at a multiple of 16 bytes, or Triton would compile again for every odd number of pairs.
         even = [F.pad(t, (0, len(t) % 2)) for t in tables]
         parts = torch.cat(even).to(device, non_blocking=True).split([len(t) for t in even])
         tables = tuple(part[: len(t)] for part, t in zip(parts, tables, strict=True))

@@ -313,16 +313,16 @@ def test_benchmarks_and_tools_use_no_other_private_names(path) -> None:
     assert set(private_uses(path)) - files == OPENED.get(str(path.relative_to(ROOT)), set())
 
 
-ROOMS_BESIDE_THE_MODEL = {"mova.batch", "mova.cli", "mova.convert", "mova.demo", "mova.info", "mova.visualize"}
+BESIDE_THE_MODEL = {"mova.batch", "mova.cli", "mova.convert", "mova.demo", "mova.info", "mova.visualize"}
 
 
 @pytest.mark.parametrize("path", MODEL_SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_model_knows_neither_commands_nor_conversion_nor_drawing(path) -> None:
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    beside = any(f"{name}.".startswith(f"{room}.") for room in ROOMS_BESIDE_THE_MODEL)
+    beside = any(f"{name}.".startswith(f"{package}.") for package in BESIDE_THE_MODEL)
     if not beside and path.name not in ("__init__.py", "__main__.py"):
         known = {".".join(imported.split(".")[:2]) for imported in imports(path)}
-        assert not known & ROOMS_BESIDE_THE_MODEL
+        assert not known & BESIDE_THE_MODEL
 
 
 LONGEST = 450

@@ -44,7 +44,7 @@ class Picture:
 def pictures() -> list[Picture]:
     """Draw a chart, a page of text, shapes, a scene, and a picture that needs no expert, of five aspect ratios.
 
-    They are drawn anew in each call. The pixels are the same for the same version of Pillow.
+    Each call draws them again. The pixels are the same for the same version of Pillow.
     """
     return [
         Picture("chart", _chart(), "In which year did imports exceed exports?", ("deplot", "pix2struct")),

@@ -346,8 +346,8 @@ def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...
 def _table(rows: Sequence[Tensor | None], counts: Sequence[int]) -> tuple[Tensor | None, tuple[int, ...]]:
     """All rows one after the other, None if none are given, and where each expert's begin.
 
-    Not a pointer per expert: Triton compiles anew when one of them is or is not at a multiple of 16 bytes, as slices
-    happen to be.
+    There is no pointer per expert, because Triton compiles again when the alignment of one of them to 16 bytes changes,
+    as that of slices does.
     """
     starts = _unspecialised(accumulate(counts[:-1], initial=0))
     device = next((r.device for r in rows if r is not None), None)
@@ -360,7 +360,7 @@ def _table(rows: Sequence[Tensor | None], counts: Sequence[int]) -> tuple[Tensor
 def _unspecialised(numbers: Iterable[int]) -> tuple[int, ...]:
     """Numbers that change from batch to batch, encoded as odd ones from 3, for which Triton compiles once.
 
-    Triton compiles anew when an integer in a tuple becomes 1 or divisible by 16, or ceases to be, and
+    Triton compiles again when an integer in a tuple becomes 1 or divisible by 16, or ceases to be, and
     ``do_not_specialize`` does not reach into tuples.
     """
     return tuple(2 * n + 3 for n in numbers)
