@@ -136,7 +136,8 @@ def route_requested(model: Any, request: RoutingRequest | list[Any]) -> dict[str
     requests = request if isinstance(request, list) else [request]
     for each in requests:
         is_one = isinstance(each, RoutingRequest)
-        check(is_one, "routing", "must be a bool tensor, or the request that the processor makes of a chat", type(each), TypeError)
+        rule = "must be a bool tensor, or the request that the processor makes of a chat"
+        check(is_one, "routing", rule, type(each), TypeError)
     check(not model.training, "model", "must be in eval mode to pick experts (model.eval(), or give experts)", "train")
     processor = requests[0].processor
     images = [image for each in requests for image in each.images]
