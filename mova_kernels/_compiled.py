@@ -54,6 +54,28 @@ def _not_while_exporting(device: torch.device) -> str | None:
     return "an exported program may run where it is not built" if torch.compiler.is_exporting() else None
 
 
+def hopper_declines(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel for sm_90a cannot run on tensors of this device and dtype; None if it can."""
+    if device.type != "cuda":
+        return f"it runs on cuda tensors, not on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    if reason := cuda_reason():
+        return reason
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return "it runs on compute capability 9.0 (Hopper), not on {}.{}".format(*capability)
+    if not any(arch.startswith("90a") for arch in build_info().get("cuda_archs") or ()):
+        return "the compiled cuda library is built without sm_90a (MOVA_CUDA_ARCHS)"
+    return None
+
+
+def never_run(device: torch.device) -> str:
+    """Why auto does not take a kernel of the CUDA library."""
+    return "it has never run on a GPU (docs/gpu-status.md)"
+
+
+HOPPER = Backend("cuda", hopper_declines, only_when_asked=never_run)  # of an op in CUDA C++ for sm_90a
 BACKEND = Backend("cpu", cpu_declines, only_when_asked=_not_while_exporting)  # of an op in C++ for CPUs
 
 
@@ -171,6 +193,26 @@ def empty(like: Tensor, *shape: int) -> Tensor:
 def adjacent_channels(x: Tensor) -> Tensor:
     """``x``, or a copy whose last dimension has stride 1, which is what the C functions take."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x`` (P, L, C), or a copy of it, as TMA and accesses of 16 bytes take it.
+
+    Channels are adjacent, the address and the strides are multiples of 16 bytes, and the memory of a token lies within
+    that of its pair.
+    """
+    pair, token, channel = x.stride()
+    _, length, channels = x.shape
+    step = 16 // x.element_size()
+    nested = token >= channels and pair >= length * token and pair % token == 0
+    if channel == 1 and nested and pair % step == 0 and token % step == 0 and address(x) % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def aligned_table(x: Tensor) -> Tensor:
+    """``x``, or a copy of it, contiguous and from a multiple of 16 bytes on."""
+    return x if x.is_contiguous() and address(x) % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def cuda_stream(device: int) -> int:

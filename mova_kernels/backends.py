@@ -56,7 +56,7 @@ class Backend:
 Limits = Mapping[str, Mapping[str, Sequence[int]]]  # name of a size -> backend -> the values that it takes
 
 _TABLE: dict[str, dict[str, Backend]] = {}
-_MODULES = {"triton": "triton_impl", "cpu": "cpu_impl"}  # in the folder of an op
+_MODULES = {"triton": "triton_impl", "cuda": "cuda_impl", "cpu": "cpu_impl"}  # in the folder of an op
 _request: str | None = None  # what use_backend() says; process-wide, so that autograd's threads see it too
 
 

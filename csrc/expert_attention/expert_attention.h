@@ -33,3 +33,33 @@ struct mk_expert_attention_bwd_args {
 
 MK_API int mk_expert_attention_fwd(const void* args, uint64_t nbytes);
 MK_API int mk_expert_attention_bwd(const void* args, uint64_t nbytes);
+
+// CUDA, for devices of compute capability 9.0 alone: D is 64 or 128; tensors with strides begin at multiples of 16
+// bytes and have strides that are multiples of 8 elements; P * H * L is below 2^31.
+enum { MK_CUDA_MAX_SCORED = 2147483647 };
+
+// How 2^score is kept within the range of fp32. Whatever is chosen, a tile of queries whose sums leave the range is
+// computed again with MK_RANGE_ONLINE.
+enum mk_attention_range {
+  MK_RANGE_NONE = 0,        // nothing is subtracted from scores; bf16 alone
+  MK_RANGE_FIRST = 1,       // the maximum of a tile of keys, the first one to be read; bf16 alone
+  MK_RANGE_ONLINE = 2,      // the maximum so far
+  MK_RANGE_POLYNOMIAL = 3,  // as NONE, and a polynomial computes every fourth power of 2
+};
+
+struct mk_expert_attention_cuda_fwd_args {
+  uint64_t q, k, v;             // (P, L, H*D), read
+  uint64_t cos, sin;            // (L, D) fp32, read
+  uint64_t num_valid;           // (1,) int64, read: pairs from there on are padding, and get zeros; 0: there is none
+  uint64_t turned_q, turned_k;  // (P, L, H*D), scratch
+  uint64_t retry;               // (1 + 2 * P * H * ceil(L / 64),) int32, scratch
+  uint64_t out, lse;            // as for the CPU, written
+  int64_t P, L, H, D;
+  int64_t q_stride_pair, q_stride_token, k_stride_pair, k_stride_token, v_stride_pair, v_stride_token;
+  int64_t range;    // mk_attention_range
+  int64_t dtype;    // mk_dtype of q, k, v and out: MK_BF16 or MK_F16
+  int64_t device;   // ordinal; made current for the launches only
+  uint64_t stream;  // cudaStream_t of that device
+};
+
+MK_API int mk_expert_attention_cuda_fwd(const void* args, uint64_t nbytes);

@@ -44,6 +44,7 @@ COMPILE = [
     "-std=c++17",
     "-O3",
     "-DNDEBUG",
+    "-DMK_HAS_SM90A",
     "-lineinfo",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra",
 ]  # as CMakeLists.txt

@@ -12,9 +12,9 @@ from ..._library import define
 from ..._plain import transformed
 from . import cpu_impl, reference
 
-LIMITS = {"head widths": {"triton": (32, 64, 128), "cpu": range(2, 257, 2)}}
+LIMITS = {"head widths": {"triton": (32, 64, 128), "cuda": (64, 128), "cpu": range(2, 257, 2)}}
 
-backends.register("expert_attention", _triton.BACKEND, _compiled.BACKEND, limits=LIMITS)
+backends.register("expert_attention", _triton.BACKEND, _compiled.HOPPER, _compiled.BACKEND, limits=LIMITS)
 
 
 def expert_attention(

@@ -36,7 +36,7 @@ def _cuda_declines(device: torch.device, dtype: torch.dtype) -> str | None:
 
 backends.register(
     "feature_resample",
-    backends.Backend("cuda", _cuda_declines, lambda device: "it has never run on a GPU (docs/gpu-status.md)"),
+    backends.Backend("cuda", _cuda_declines, _compiled.never_run),
     backends.Backend("cpu", _compiled.cpu_declines),
 )
 
