@@ -38,6 +38,14 @@ class DeviceGuard {
   cudaError_t error_;
 };
 
+// An error where kernels for sm_90a cannot run: on a device of another compute capability than 9.0.
+inline cudaError_t require_hopper(int64_t device) {
+  int major = 0, minor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, (int)device);
+  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, (int)device);
+  return error || (major == 9 && minor == 0) ? error : cudaErrorNoKernelImageForDevice;
+}
+
 // `n` neighbouring elements. If they fill 16 bytes, they must be aligned to 16 and move as one uint4: the compiler
 // tends to split the access otherwise.
 template <class T, int n>

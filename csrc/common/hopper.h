@@ -162,6 +162,15 @@ __device__ inline void load_operand(uint32_t (&a)[4], uint32_t tile, int row, in
                : "memory");
 }
 
+__device__ inline float4 load_shared(uint32_t address) {
+  float4 y;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w)
+               : "r"(address)
+               : "memory");
+  return y;
+}
+
 // A group's 64 x 64 results, d as wgmma.h says, into a tile.
 template <class T>
 __device__ void store_tile(uint32_t tile, const float (&d)[32]) {

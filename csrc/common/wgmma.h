@@ -15,9 +15,9 @@
 namespace mk::hopper {
 
 // Operand 0 and the next ones, as PTX writes them. C++ cannot count in a text.
-#define MK_REGISTERS_32                                                  \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MK_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define MK_REGISTERS_32 \
+  MK_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define MK_REGISTERS_64                                                              \
   MK_REGISTERS_32                                                                    \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
@@ -32,6 +32,7 @@ namespace mk::hopper {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 #define MK_32(d, i) MK_8(d, i), MK_8(d, i + 8), MK_8(d, i + 16), MK_8(d, i + 24)
+#define MK_ALL_16(d) MK_8(d, 0), MK_8(d, 8)
 #define MK_ALL_32(d) MK_32(d, 0)
 #define MK_ALL_64(d) MK_32(d, 0), MK_32(d, 32)
 #define MK_ALL_128(d) MK_32(d, 0), MK_32(d, 32), MK_32(d, 64), MK_32(d, 96)
@@ -62,6 +63,7 @@ namespace mk::hopper {
       MK_ASM(n, "bf16", count, "{" x0 ", " x1 ", " x2 ", " x3 "}", x4, x5, x6, "r"(a[0]), "r"(a[1]), "r"(a[2]), \
              "r"(a[3]), "l"(b), "r"(add), "n"((int)transposed));                                                \
   }
+MK_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 MK_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 MK_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 MK_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
@@ -70,10 +72,12 @@ MK_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 #undef MK_ALL_128
 #undef MK_ALL_64
 #undef MK_ALL_32
+#undef MK_ALL_16
 #undef MK_32
 #undef MK_8
 #undef MK_REGISTERS_128
 #undef MK_REGISTERS_64
 #undef MK_REGISTERS_32
+#undef MK_REGISTERS_16
 
 }  // namespace mk::hopper

@@ -35,8 +35,8 @@ MK_API int mk_expert_attention_fwd(const void* args, uint64_t nbytes);
 MK_API int mk_expert_attention_bwd(const void* args, uint64_t nbytes);
 
 // CUDA, for devices of compute capability 9.0 alone: D is 64 or 128; tensors with strides begin at multiples of 16
-// bytes and have strides that are multiples of 8 elements; P * H * L is below 2^31.
-enum { MK_CUDA_MAX_SCORED = 2147483647 };
+// bytes and have strides that are multiples of 8 elements; P * H * L has a limit.
+enum { MK_CUDA_MAX_QUERIES = 2147483647 };
 
 // How 2^score is kept within the range of fp32. Whatever is chosen, a tile of queries whose sums leave the range is
 // computed again with MK_RANGE_ONLINE.
@@ -62,4 +62,23 @@ struct mk_expert_attention_cuda_fwd_args {
   uint64_t stream;  // cudaStream_t of that device
 };
 
+struct mk_expert_attention_cuda_bwd_args {
+  uint64_t grad, q, k, v;           // (P, L, H*D), read
+  uint64_t out, lse;                // contiguous, read: what fwd wrote
+  uint64_t cos, sin;                // (L, D) fp32, read
+  uint64_t num_valid;               // as for fwd
+  uint64_t turned_q, turned_k;      // (P, L, H*D), scratch
+  uint64_t row_sums;                // (P, H, ceil(L / 64) * 64, 2) fp32, scratch
+  uint64_t wide_heads;              // (P, H) int32, scratch
+  uint64_t wide_sums;               // (P, H, 3, L) fp64, scratch
+  uint64_t grad_q, grad_k, grad_v;  // (P, L, H*D), contiguous, written
+  int64_t P, L, H, D;
+  int64_t grad_stride_pair, grad_stride_token, q_stride_pair, q_stride_token;
+  int64_t k_stride_pair, k_stride_token, v_stride_pair, v_stride_token;
+  int64_t dtype;    // mk_dtype of all but the tables and the scratch: MK_BF16 or MK_F16
+  int64_t device;   // ordinal; made current for the launches only
+  uint64_t stream;  // cudaStream_t of that device
+};
+
 MK_API int mk_expert_attention_cuda_fwd(const void* args, uint64_t nbytes);
+MK_API int mk_expert_attention_cuda_bwd(const void* args, uint64_t nbytes);

@@ -14,14 +14,26 @@ constexpr float log2_e = 1.44269504f, ln_2 = 0.693147181f;
 inline float score_scale(int64_t dtype, int64_t width) { return dtype == MK_BF16 ? 1 : log2_e / sqrtf((float)width); }
 inline float query_scale(int64_t dtype, int64_t width) { return dtype == MK_BF16 ? log2_e / sqrtf((float)width) : 1; }
 
+// What the gradient of turned keys is multiplied by, since turned queries have a factor.
+inline float key_scale(int64_t dtype, int64_t width) { return dtype == MK_BF16 ? ln_2 : 1 / sqrtf((float)width); }
+
+// Whether fp64 must compute a query with this log-sum-exp, in powers of 2: a large one, rounded to fp32, makes weights
+// wrong by 1.7e-4, and the main kernels leave NaN where fp32 overflows.
+__device__ inline bool is_wide(float lse) { return !(fabsf(lse) <= 4096); }
+
 // These launch kernels on the current device: those that read turned queries and keys, and those in fp64.
 #ifdef MK_HAS_SM90A
 cudaError_t launch_forward_sm90a(const mk_expert_attention_cuda_fwd_args& a);
+cudaError_t launch_backward_sm90a(const mk_expert_attention_cuda_bwd_args& a);
 #else  // a build for other architectures
 inline cudaError_t launch_forward_sm90a(const mk_expert_attention_cuda_fwd_args&) {
   return cudaErrorNoKernelImageForDevice;
 }
+inline cudaError_t launch_backward_sm90a(const mk_expert_attention_cuda_bwd_args&) {
+  return cudaErrorNoKernelImageForDevice;
+}
 #endif
 cudaError_t launch_wide_forward(const mk_expert_attention_cuda_fwd_args& a);
+cudaError_t launch_wide_backward(const mk_expert_attention_cuda_bwd_args& a);
 
 }  // namespace mk

@@ -200,17 +200,18 @@ class Library:
                     raise ValueError(f"two sources have a kernel {name}")
                 self._images[name], self._sources[name] = text, f"{path.stem.replace('-', '/', 1)}.cu"
         self._kernel = functools.cache(self._decode)
-        self._connection = _Connection(
+        self._callbacks = (
             _LAUNCH(self._guarded(self._launch)),
             _STATIC_SHARED(self._guarded(self._static_shared)),
             _CHECK_RANGE(self._guarded(self._check_range)),
             _REFUSE(self._guarded(self._refuse)),
-            STREAM,
-            CPU,
-            *device,
         )
-        self.loaded.mk_emulator_connect(ctypes.byref(self._connection))
+        self.tell(device)
         self.loaded.mk_last_error.restype = self.loaded.mk_emulator_unread_error.restype = ctypes.c_char_p
+
+    def tell(self, device: Device) -> None:
+        """Tell the runtime what its device is."""
+        self.loaded.mk_emulator_connect(ctypes.byref(_Connection(*self._callbacks, STREAM, CPU, *device)))
 
     def call(self, name: str, block: bytes, tensors: Sequence[torch.Tensor]) -> None:
         """Call ``int name(const void* block, uint64_t nbytes)``; its kernels may access these tensors, nothing else.
@@ -295,17 +296,19 @@ class Library:
 
 
 @contextmanager
-def library(architecture: str) -> Iterator[Library]:
+def library(architecture: str, *, multiprocessors: int | None = None) -> Iterator[Library]:
     """Makes the functions of the CUDA library run on the emulator, with CPU tensors.
 
     Args:
         architecture: "80", "90a" or "100".
+        multiprocessors: instead of those that the device has.
 
     Yields:
         The library, whose launches of before are forgotten.
     """
     emulated = _library(architecture)
     emulated.launches.clear()
+    emulated.tell(emulated.device._replace(multiprocessors=multiprocessors or emulated.device.multiprocessors))
     call = _compiled._call
 
     def emulated_call(name: str, library: str, block: bytes, tensors: tuple[torch.Tensor | None, ...]) -> None:
