@@ -22,7 +22,7 @@ from torch import Tensor
 from ._plain import address
 from .backends import Backend
 
-ABI_VERSION = 5  # MK_ABI_VERSION of csrc/common/mova_kernels.h
+ABI_VERSION = 6  # MK_ABI_VERSION of csrc/common/mova_kernels.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # mk_dtype
 
 _DIRECTORY = Path(__file__).resolve().parent / "_lib"

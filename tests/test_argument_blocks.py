@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mova_kernels import _compiled, _linear
+from mova_kernels.ops.expert_attention import cuda_impl as expert_attention
 from mova_kernels.ops.gated_combine import cpu_impl as gated_combine
 
 ROOT = Path(__file__).parents[1]
@@ -90,8 +91,11 @@ def test_constants_are_those_of_the_headers() -> None:
     ]
     assert found.pop("MK_BAD_ARG") == _compiled._BAD_ARG
     assert gated_combine.TOKENS_PER_PART == found.pop("MK_COMBINE_TOKENS_PER_PART")
+    assert {f"MK_RANGE_{name.upper()}": value for name, value in expert_attention.RANGES.items()} == {
+        name: found.pop(name) for name in list(found) if name.startswith("MK_RANGE_")
+    }
     # Python tells the other failures from each other by their messages only, and the limits are tested below.
-    rest = {"MK_OK", "MK_UNSUPPORTED", "MK_CUDA_ERROR", "MK_THREADS_ERROR", "MK_NO_MEMORY"}
+    rest = {"MK_CUDA_MAX_QUERIES", "MK_OK", "MK_UNSUPPORTED", "MK_CUDA_ERROR", "MK_THREADS_ERROR", "MK_NO_MEMORY"}
     assert set(found) == rest | {maximum for _, _, maximum in LIMITS}
 
 

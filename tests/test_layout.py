@@ -120,7 +120,7 @@ def test_ops_and_backend_table_name_the_same() -> None:
 
 
 def test_every_op_test_belongs_to_an_op() -> None:
-    names = {re.sub(r"^test_|_(triton|cpu)$", "", p.stem) for p in (TESTS / "ops").glob("test_*.py")}
+    names = {re.sub(r"^test_|_(triton|cuda|cpu)$", "", p.stem) for p in (TESTS / "ops").glob("test_*.py")}
     assert sorted(names) == OPS
 
 

@@ -1,12 +1,14 @@
-"""mova_kernels on the emulator (tools/emulator): its Triton kernels run compiled, on CPU tensors."""
+"""mova_kernels on the emulator (tools/emulator): its kernels for GPUs run compiled, on CPU tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from unittest import mock
 
-from emulator import triton_driver
+import torch
+from emulator import cuda, triton_driver
 
 from mova_kernels import _linear, backends, use_backend
 from mova_kernels._triton import availability, tuning
@@ -44,3 +46,19 @@ def emulated_gpu(gpu: str) -> Iterator[None]:
         use_backend(every),
     ):
         yield
+
+
+@contextmanager
+def cuda_on_cpu_tensors() -> Iterator[cuda.Library]:
+    """The CUDA backend takes CPU tensors of the dtypes that it takes on a Hopper GPU, where it is asked for."""
+
+    def as_on_hopper(b: backends.Backend) -> backends.Backend:
+        return replace(b, declines=lambda device, dtype: b.declines(torch.device("cuda", 0), dtype))
+
+    with ExitStack() as stack:
+        library = stack.enter_context(cuda.library("90a"))
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)))
+        for table in backends._TABLE.values():
+            if "cuda" in table:
+                stack.enter_context(mock.patch.dict(table, cuda=as_on_hopper(table["cuda"])))
+        yield library

@@ -11,7 +11,7 @@
 
 // Raised when a function is added, or when its argument block or meaning changes. mova_kernels/_compiled.py states the
 // same number.
-#define MK_ABI_VERSION 5
+#define MK_ABI_VERSION 6
 
 enum mk_status {
   MK_OK = 0,

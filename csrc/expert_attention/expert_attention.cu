@@ -214,7 +214,8 @@ int backward(const char* function, const mk_expert_attention_cuda_bwd_args& a) {
   cudaError_t error = mk::require_hopper(a.device);
   if (!error) error = launch_turn(a, a.wide_heads, a.P * a.H);
   if (!error) error = launch_row_sums(a);
-  if (!error) error = mk::launch_backward_sm90a(a);
+  if (!error) error = mk::launch_grad_kv_sm90a(a);
+  if (!error) error = mk::launch_grad_q_sm90a(a);
   if (!error) error = mk::launch_wide_backward(a);
   return mk::cuda_status(function, error);
 }

@@ -5,7 +5,6 @@
 // the second product runs, weights(j) = 2^scores(j). The scores of the next item are issued before the results of this
 // one are written. The last tile of keys, which may be cut, comes first, outside of the loop.
 #include "common/hopper.h"
-#include "common/tensor_map.h"
 #include "expert_attention/expert_attention_cuda.h"
 
 namespace {
@@ -346,14 +345,13 @@ struct Maps {
 };
 
 template <class T, int width, Range range>
-cudaError_t launch(const Maps& maps, Forward p, bool again, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch(const Maps& maps, Forward p, bool again, int64_t device, cudaStream_t stream) {
   using S = Layout<width>;
   const auto kernel = attention_forward<T, width, range>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::bytes);
-  if (error != cudaSuccess) return error;
+  int blocks = 0;
+  const cudaError_t error = mk::persistent_blocks(&blocks, kernel, S::bytes, p.work.bound(), device);
+  if (error) return error;
   p.again = again;
-  const int items = p.work.pairs * p.work.heads * p.work.tiles;
-  const int blocks = items < multiprocessors ? items : multiprocessors;
   kernel<<<blocks, S::threads, S::bytes, stream>>>(maps.q, maps.k, maps.v, maps.out, p);
   return cudaGetLastError();
 }
@@ -361,19 +359,12 @@ cudaError_t launch(const Maps& maps, Forward p, bool again, int multiprocessors,
 template <int width>
 cudaError_t launch_width(const mk_expert_attention_cuda_fwd_args& a) {
   using S = Layout<width>;
-  const int64_t channels = a.H * a.D, tiles = (a.L + S::queries - 1) / S::queries;
-  const auto type = a.dtype == MK_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const auto map = [&](CUtensorMap* to, uint64_t address, int64_t stride_pair, int64_t stride_token, int rows) {
-    const mk::BoxedTensor tensor{address, {channels, a.L, a.P}, {2 * stride_token, 2 * stride_pair}, {64, rows, 1}};
-    return mk::make_tensor_map(to, type, tensor, CU_TENSOR_MAP_SWIZZLE_128B);
-  };
+  const int64_t tiles = (a.L + S::queries - 1) / S::queries;
   Maps maps;
-  int multiprocessors = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, (int)a.device);
-  if (!error) error = map(&maps.q, a.turned_q, a.L * channels, channels, S::queries);
-  if (!error) error = map(&maps.k, a.turned_k, a.L * channels, channels, S::keys);
-  if (!error) error = map(&maps.v, a.v, a.v_stride_pair, a.v_stride_token, S::keys);
-  if (!error) error = map(&maps.out, a.out, a.L * channels, channels, 64);
+  cudaError_t error = mk::map_tokens(&maps.q, a, a.turned_q, S::queries);
+  if (!error) error = mk::map_tokens(&maps.k, a, a.turned_k, S::keys);
+  if (!error) error = mk::map_tokens(&maps.v, a, a.v, a.v_stride_pair, a.v_stride_token, S::keys);
+  if (!error) error = mk::map_tokens(&maps.out, a, a.out, 64);
   if (error) return error;
 
   int32_t* const retry = (int32_t*)a.retry;
@@ -383,21 +374,21 @@ cudaError_t launch_width(const mk_expert_attention_cuda_fwd_args& a) {
                   mk::score_scale(a.dtype, a.D),
                   false};
   const cudaStream_t stream = (cudaStream_t)a.stream;
-  if (a.dtype == MK_F16) return launch<__half, width, online>(maps, p, false, multiprocessors, stream);
+  if (a.dtype == MK_F16) return launch<__half, width, online>(maps, p, false, a.device, stream);
   using T = __nv_bfloat16;
   switch (a.range) {
     case MK_RANGE_ONLINE:
-      return launch<T, width, online>(maps, p, false, multiprocessors, stream);
+      return launch<T, width, online>(maps, p, false, a.device, stream);
     case MK_RANGE_FIRST:
-      error = launch<T, width, first>(maps, p, false, multiprocessors, stream);
+      error = launch<T, width, first>(maps, p, false, a.device, stream);
       break;
     case MK_RANGE_POLYNOMIAL:
-      error = launch<T, width, polynomial>(maps, p, false, multiprocessors, stream);
+      error = launch<T, width, polynomial>(maps, p, false, a.device, stream);
       break;
     default:
-      error = launch<T, width, none>(maps, p, false, multiprocessors, stream);
+      error = launch<T, width, none>(maps, p, false, a.device, stream);
   }
-  return error ? error : launch<T, width, online>(maps, p, true, multiprocessors, stream);
+  return error ? error : launch<T, width, online>(maps, p, true, a.device, stream);
 }
 
 }  // namespace

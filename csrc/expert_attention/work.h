@@ -24,6 +24,7 @@ struct AttentionWork {
     if (!num_valid || *num_valid >= pairs) return pairs;
     return *num_valid < 0 ? 0 : (int32_t)*num_valid;
   }
+  MK_HD int32_t bound() const { return pairs * heads * tiles; }  // what the host knows of items()
   MK_HD int32_t items() const { return valid_pairs() * heads * tiles; }
 };
 

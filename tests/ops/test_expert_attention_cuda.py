@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from emulated_gpu import cuda_on_cpu_tensors
 from emulator import cuda
 from extreme_scores import EXTREMES, by_autograd, extreme_problem
 from helpers import assert_within_budget, check_budget, value_and_gradients
 from test_expert_attention import plain, truth
 from torch import Tensor
 
-from mova_kernels import _compiled
-from mova_kernels.ops import rope2d_table
+from mova_kernels import BackendError, _compiled
+from mova_kernels.ops import expert_attention, rope2d_table
 from mova_kernels.ops.expert_attention import cuda_impl
 
 if cuda.reason():
@@ -30,21 +31,8 @@ each_width = pytest.mark.parametrize("width", [64, 128])
 
 @pytest.fixture(autouse=True)
 def library() -> Iterator[cuda.Library]:
-    with cuda.library("90a") as library:
+    with cuda_on_cpu_tensors() as library:
         yield library
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, cos, sin, heads, num_valid):
-        out, lse = cuda_impl.forward(q, k, v, cos, sin, heads, num_valid)
-        ctx.save_for_backward(q, k, v, out, lse, cos, sin)
-        ctx.arguments = heads, num_valid
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *cuda_impl.backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
 
 
 def problem(pairs: int, length: int, heads: int, width: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
@@ -55,11 +43,7 @@ def problem(pairs: int, length: int, heads: int, width: int) -> tuple[list[Tenso
 
 
 def op(tables: tuple[Tensor, Tensor], heads: int, num_valid: Tensor | None = None) -> Callable[..., Tensor]:
-    return lambda q, k, v: _Attention.apply(q, k, v, *tables, heads, num_valid)
-
-
-def launched(library: cuda.Library, kernel: str) -> int:
-    return sum(bool(re.search(rf"\d{kernel}I", launch.name)) for launch in library.launches)
+    return lambda q, k, v: expert_attention(q, k, v, *tables, heads, num_valid=num_valid, backend="cuda")
 
 
 # pairs, tokens, heads
@@ -261,6 +245,26 @@ def test_log_sum_exp() -> None:
     q, k = (torch.view_as_complex(t.float().unflatten(2, (2, 32, 2))) * factor for t in inputs[:2])
     scores = torch.einsum("pshc,pthc->phst", q, k.conj()).real / 8
     torch.testing.assert_close(lse * math.log(2), scores.logsumexp(-1), rtol=0, atol=2**-8)
+
+
+@pytest.mark.parametrize("num_valid", [None, torch.tensor([1])], ids=["all", "padded"])
+def test_opcheck(num_valid) -> None:
+    inputs, tables = problem(2, 9, 2, 64)
+    q, k, v = (t.bfloat16() for t in inputs)
+    arguments = (q, k, v, *tables, 2, num_valid, "cuda")
+    torch.library.opcheck(torch.ops.mova_kernels.expert_attention_fwd.default, arguments)
+    out, lse = torch.ops.mova_kernels.expert_attention_fwd(*arguments)
+    arguments = (torch.randn_like(out), q, k, v, out, lse, *tables, 2, num_valid, "cuda")
+    torch.library.opcheck(torch.ops.mova_kernels.expert_attention_bwd.default, arguments)
+
+
+def test_what_it_does_not_take_is_refused_with_a_reason() -> None:
+    inputs, tables = problem(1, 9, 1, 64)
+    with pytest.raises(BackendError, match=r"it takes bfloat16 and float16, not torch\.float32"):
+        op(tables, 1)(*inputs)
+    narrow, tables = problem(1, 9, 2, 32)
+    with pytest.raises(BackendError, match="it takes head widths 64 and 128, not 32"):
+        op(tables, 2)(*(t.bfloat16() for t in narrow))
 
 
 # ---- Errors of the C functions

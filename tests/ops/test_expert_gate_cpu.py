@@ -87,5 +87,5 @@ def test_bad_arguments_of_expert_gate() -> None:
         cpu_impl.forward(torch.zeros(1, 1025), torch.zeros(1, 1025, dtype=torch.bool), 1)
     with pytest.raises(ValueError, match=r"mk_expert_gate_bwd: dtype must be in \[0, 1\], got 2"):
         cpu_impl.backward(logits, logits.half(), all_of_them)
-    with pytest.raises(ValueError, match="backend must be one of triton, cpu, got 'reference'"):
+    with pytest.raises(ValueError, match="backend must be one of triton, cuda, cpu, got 'reference'"):
         RAW.expert_gate_fwd(logits, all_of_them, 1, "reference")

@@ -109,5 +109,5 @@ def test_bad_arguments_of_rope2d() -> None:
         cpu_impl.rotated(x.half(), *tables, False)
     with pytest.raises(ValueError, match="mk_rope2d: D must be even, got 7"):
         cpu_impl.rotated(x[..., :7], *(t[:, :7] for t in tables), False)
-    with pytest.raises(ValueError, match="backend must be one of triton, cpu, got 'reference'"):
+    with pytest.raises(ValueError, match="backend must be one of triton, cuda, cpu, got 'reference'"):
         RAW.rope2d_fwd(x, *tables, "reference")

@@ -178,5 +178,5 @@ def test_bad_arguments_of_swiglu_norm() -> None:
     with pytest.raises(ValueError, match=r"mk_swiglu_norm_bwd: dtype must be in \[0, 1\], got 2"):
         half = gate.half()
         cpu_impl.backward(half, half, half, weight, gate[..., 0], gate[..., 0], 8)
-    with pytest.raises(ValueError, match="backend must be one of triton, cpu, got 'reference'"):
+    with pytest.raises(ValueError, match="backend must be one of triton, cuda, cpu, got 'reference'"):
         RAW.swiglu_norm_fwd(gate, up, weight, bias, 1e-5, 8, "reference")
