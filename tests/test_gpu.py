@@ -35,12 +35,17 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [(37, 48, 256), (64, 48, 256), (14, 48, 768), (5, 7, 33)]
 
 
-@pytest.fixture
-def cuda_kernel() -> None:
+def skip_without(op: str, dtype: torch.dtype) -> None:
+    """Skip where the op has no CUDA kernel for this device."""
     try:
-        backends.choose("feature_resample", "cuda", torch.device("cuda"), torch.float32)
+        backends.choose(op, "cuda", torch.device("cuda"), dtype)
     except backends.BackendError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def cuda_kernel() -> None:
+    skip_without("feature_resample", torch.float32)
 
 
 def resample(x: torch.Tensor, side: int, out: int, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -112,10 +117,8 @@ def test_feature_resample_runs_on_the_tensors_device():
     torch.testing.assert_close(y, feature_align(x, (6, 6), 9))
 
 
-# The official tokens and head width, which fill every tile; a cut tile; the other head widths.
-@pytest.mark.parametrize(("side", "width"), [(48, 64), (10, 64), (16, 32), (16, 128)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_expert_attention_in_triton_and_its_gradients(side, width, dtype):
+def check_attention(backend: str, side: int, width: int, dtype: torch.dtype, runs: int = 2) -> None:
+    """Against fp64, and with the same bits in every run."""
     cos, sin = (table.cuda() for table in rope2d_table(side, width))
     leaves = [torch.randn(2, side * side, 2 * width, dtype=dtype, device="cuda") for _ in range(4)]
     *qkv, cotangent = leaves
@@ -125,11 +128,41 @@ def test_expert_attention_in_triton_and_its_gradients(side, width, dtype):
         out = expert_attention(q, k, v, cos, sin, 2, backend=backend)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), cotangent.to(working))]
 
-    actual, again = by("triton", dtype), by("triton", dtype)
+    actual, *again = (by(backend, dtype) for _ in range(runs))
     truth, plain = by("reference", torch.float64), by("reference", dtype)
-    for name, a, b, t, p in zip(("out", "q", "k", "v"), actual, again, truth, plain, strict=True):
+    for i, (name, a, t, p) in enumerate(zip(("out", "q", "k", "v"), actual, truth, plain, strict=True)):
         check_budget(name, a, t, p)
-        assert torch.equal(a, b), f"{name} differs from run to run"
+        assert all(torch.equal(a, other[i]) for other in again), f"{name} differs from run to run"
+
+
+# The official tokens and head width, which fill every tile; a cut tile; the other head widths.
+@pytest.mark.parametrize(("side", "width"), [(48, 64), (10, 64), (16, 32), (16, 128)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expert_attention_in_triton_and_its_gradients(side, width, dtype):
+    check_attention("triton", side, width, dtype)
+
+
+@pytest.mark.parametrize(("side", "width"), [(48, 64), (10, 64), (1, 64), (48, 128), (17, 128)])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_expert_attention_in_cuda_and_its_gradients(side, width, dtype):
+    skip_without("expert_attention", dtype)
+    check_attention("cuda", side, width, dtype, runs=20)
+
+
+def test_expert_attention_in_cuda_is_captured_in_a_graph():
+    skip_without("expert_attention", torch.bfloat16)
+    cos, sin = (table.cuda() for table in rope2d_table(20, 64))
+    q, k, v = (torch.randn(2, 400, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    q[1] *= 100  # some tiles are computed again, and some queries in fp64
+    num_valid = torch.tensor([2], device="cuda")
+    call = lambda: expert_attention(q, k, v, cos, sin, 2, num_valid=num_valid, backend="cuda")  # noqa: E731
+    expected, (graph, out) = call(), captured(call)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+    num_valid.fill_(1)
+    graph.replay()
+    assert torch.equal(out[0], expected[0]) and not out[1].any()
 
 
 def test_expert_attention_in_triton_with_scores_beyond_fp32():

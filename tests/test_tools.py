@@ -228,7 +228,7 @@ def test_every_kernel_has_a_gpu_test(kernel):
 
 
 def test_an_op_with_two_kinds_of_kernels(monkeypatch):
-    monkeypatch.setattr(gpu_status, "kernels", lambda: ["a/a.cu", "a/triton_impl.py", "a_b/triton_impl.py"])
+    monkeypatch.setattr(gpu_status, "kernels", lambda: ["a/*.cu", "a/triton_impl.py", "a_b/triton_impl.py"])
     names = ["test_a_of_rows", "test_a_in_triton_of_rows", "test_a_b_of_rows", "test_adapter_in_a_graph"]
     assert [gpu_status.kernel_of(n) for n in names] == [*gpu_status.kernels(), None]
 
@@ -288,7 +288,7 @@ def test_table_of_gpu_status_says_what_passed_on_the_emulator(monkeypatch, tmp_p
     monkeypatch.setattr(gpu_status, "ROOT", tmp_path)
     gpu_status.write_emulated(str(tmp_path / "benchmarks/results/emulator/sm_90-triton-3.9.json"), "sm_90", outcomes)
     assert re.fullmatch(r"1 \([\d.]+\), \*\*1 failed\*\*", gpu_status.emulated_tests(kernel, "sm_90"))
-    assert re.fullmatch(r"1 \([\d.]+\)", gpu_status.emulated_tests("feature_resample/feature_resample.cu", "sm_90"))
+    assert re.fullmatch(r"1 \([\d.]+\)", gpu_status.emulated_tests("feature_resample/*.cu", "sm_90"))
     assert gpu_status.emulated_tests(kernel, "sm_80") == "**no**"
     assert gpu_status.emulated_tests("swiglu_norm/triton_impl.py", "sm_90") == "**no**"
 

@@ -5,7 +5,7 @@
 tools/gpu_check.sh writes the results of a GPU there. Those of the emulator (tools/emulator), one file for each
 architecture and version of Triton, come from
 
-    pytest tests -k "triton or emulated_cuda" --gpu sm_90 --gpu-report benchmarks/results/emulator/sm_90-triton-3.9.json
+    pytest tests -k "triton or cuda" --gpu sm_90 --gpu-report benchmarks/results/emulator/sm_90-triton-3.9.json
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
 def kernels() -> list[str]:
-    """Every file that has kernels: "expert_attention/triton_impl.py", "feature_resample/feature_resample.cu"."""
-    found = [*ROOT.glob("mova_kernels/ops/*/triton_impl.py"), *ROOT.glob("csrc/*/*.cu")]
-    return sorted(f"{file.parent.name}/{file.name}" for file in found if file.parent.name != "common")
+    """The kernels of each op, by their files: "expert_attention/triton_impl.py", "expert_attention/*.cu"."""
+    triton = {f"{file.parent.name}/triton_impl.py" for file in ROOT.glob("mova_kernels/ops/*/triton_impl.py")}
+    cuda = {f"{file.parent.name}/*.cu" for file in ROOT.glob("csrc/*/*.cu") if file.parent.name != "common"}
+    return sorted(triton | cuda)
 
 
 def kernel_of(test: str) -> str | None:
-    """The file of kernels that a test of tests/test_gpu.py (test_<op>_...) runs; "_in_triton_" if an op has two."""
+    """The kernels that a test of tests/test_gpu.py (test_<op>_...) runs; "_in_triton_" if an op has two kinds."""
     op = max((k.split("/")[0] for k in kernels() if test.startswith(f"test_{k.split('/')[0]}_")), key=len, default="")
     files = [k for k in kernels() if k.startswith(f"{op}/")]
     preferred = [k for k in files if k.endswith(".py") == ("_in_triton_" in test)]
@@ -59,7 +60,7 @@ def write_emulated(path: str, gpu: str, outcomes: dict[str, str]) -> None:
         test = name.split("::")[0].rsplit("/", 1)[-1].removesuffix(".py")  # test_<op>_triton
         kernel = kernel_of(test.replace("_triton", "_in_triton_"))
         if test.startswith("test_emulated_cuda"):
-            kernel = "feature_resample/feature_resample.cu"
+            kernel = "feature_resample/*.cu"
         if kernel is not None:
             result = found.setdefault(kernel, {"passed": 0, "failed": []})
             if outcome == "passed":

@@ -11,12 +11,24 @@ def loop_instructions(sass: str) -> int:
     """How many instructions the inner loop of a kernel has; 0 if there is no loop.
 
     The inner loop is the loop with the most arithmetic (instructions named *MMA* or *FMA*) and, among equals, the most
-    instructions. All instructions of its natural loop in the control flow count, unrolled as the compiler did it. This
-    includes parts that the compiler moved away and parts that not every iteration runs. Loops inside it, such as waits
-    at barriers, do not count.
+    instructions.
 
     Args:
         sass: the output of ``cuobjdump -sass`` for one kernel.
+    """
+
+    def size(loop: list[tuple[str, str, str, str]]) -> tuple[int, int]:
+        return sum(bool(re.search("MMA|FMA", name)) for _, _, name, _ in loop), len(loop)
+
+    return len(max(loops(sass), key=size, default=[]))
+
+
+def loops(sass: str) -> list[list[tuple[str, str, str, str]]]:
+    """The instructions of each loop of a kernel: address, predicate, name, operands.
+
+    All instructions of its natural loop in the control flow count, unrolled as the compiler did it. This includes parts
+    that the compiler moved away and parts that not every iteration runs. Loops inside it, such as waits at barriers, do
+    not count.
     """
     code = INSTRUCTION.findall(sass)
     after = _successors(code)
@@ -25,16 +37,15 @@ def loop_instructions(sass: str) -> int:
         for j in successors:
             before[j].append(i)
 
-    loops: dict[int, set[int]] = {}  # by their first instruction
+    found: dict[int, set[int]] = {}  # by their first instruction
     for last, first in _back_edges(after):
-        body, todo = loops.setdefault(first, {first}), [last]
+        body, todo = found.setdefault(first, {first}), [last]
         while todo:
             if (i := todo.pop()) not in body:
                 body.add(i)
                 todo += before[i]
-    own = [body.difference(*(loops[i] for i in body if i in loops and i != first)) for first, body in loops.items()]
-    arithmetic = {i for i, (_, _, name, _) in enumerate(code) if re.search("MMA|FMA", name)}
-    return len(max(own, key=lambda body: (len(body & arithmetic), len(body)), default=()))
+    own = [body.difference(*(found[i] for i in body if i in found and i != first)) for first, body in found.items()]
+    return [[code[i] for i in sorted(body)] for body in own]
 
 
 def _successors(code: list[tuple[str, str, str, str]]) -> list[list[int]]:

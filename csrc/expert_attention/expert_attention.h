@@ -80,5 +80,5 @@ struct mk_expert_attention_cuda_bwd_args {
   uint64_t stream;  // cudaStream_t of that device
 };
 
-MK_API int mk_expert_attention_cuda_fwd(const void* args, uint64_t nbytes);
-MK_API int mk_expert_attention_cuda_bwd(const void* args, uint64_t nbytes);
+MK_API int mk_expert_attention_cuda_fwd(const void* cuda_args, uint64_t nbytes);
+MK_API int mk_expert_attention_cuda_bwd(const void* cuda_args, uint64_t nbytes);

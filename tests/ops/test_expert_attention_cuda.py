@@ -30,7 +30,9 @@ each_width = pytest.mark.parametrize("width", [64, 128])
 
 
 @pytest.fixture(autouse=True)
-def library() -> Iterator[cuda.Library]:
+def library(request: pytest.FixtureRequest) -> Iterator[cuda.Library]:
+    if request.config.getoption("--gpu") not in (None, "sm_90"):
+        pytest.skip("the kernels are for sm_90a alone")
     with cuda_on_cpu_tensors() as library:
         yield library
 

@@ -76,7 +76,7 @@ DEVICES = {
 
 def reason() -> str | None:
     """Why there is no emulated library; None if there is."""
-    missing = [name for name, path in (("nvcc", _nvcc()), ("g++", shutil.which("g++"))) if path is None]
+    missing = [name for name, path in (("nvcc", nvcc()), ("g++", shutil.which("g++"))) if path is None]
     return f"{' and '.join(missing)} not found" if missing else None
 
 
@@ -97,10 +97,10 @@ def build(sources: Sequence[Path], architecture: str, headers: Path = ROOT / "cs
         architecture: a key of DEVICES.
         headers: the folder to which #include is relative.
     """
-    nvcc = _nvcc()
-    assert nvcc is not None, reason()
+    path = nvcc()
+    assert path is not None, reason()
     content = hashlib.sha256()
-    versions = [subprocess.run([c, "--version"], capture_output=True, check=True).stdout for c in (nvcc, "g++")]
+    versions = [subprocess.run([c, "--version"], capture_output=True, check=True).stdout for c in (path, "g++")]
     files = [*sources, RUNTIME, NATIVE / "tensor_map.h", *sorted(p for p in headers.rglob("*") if p.is_file())]
     names = " ".join([architecture, *(p.name for p in files)])
     for part in (names.encode(), *versions, Path(__file__).read_bytes(), *(p.read_bytes() for p in files)):
@@ -112,8 +112,8 @@ def build(sources: Sequence[Path], architecture: str, headers: Path = ROOT / "cs
     with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
         made = Path(scratch, "made")
         made.mkdir()
-        objects = [_compile(nvcc, source, architecture, headers, made, Path(scratch)) for source in (*sources, RUNTIME)]
-        run(nvcc, *LINK, "-o", str(made / "library.so"), *objects)
+        objects = [_compile(path, source, architecture, headers, made, Path(scratch)) for source in (*sources, RUNTIME)]
+        run(path, *LINK, "-o", str(made / "library.so"), *objects)
         try:
             made.rename(folder)
         except OSError:  # another process was faster
@@ -122,14 +122,14 @@ def build(sources: Sequence[Path], architecture: str, headers: Path = ROOT / "cs
     return folder
 
 
-def _compile(nvcc: str, source: Path, architecture: str, headers: Path, made: Path, scratch: Path) -> str:
+def _compile(path: str, source: Path, architecture: str, headers: Path, made: Path, scratch: Path) -> str:
     """The object of one source. Its PTX comes from the same run, since names of kernels contain a hash of the run."""
     kept = Path(tempfile.mkdtemp(dir=scratch))
     output = kept / "compiled.o"
     only = re.search(r"_sm(\d+a)$", source.stem)
     target = f"compute_{only[1] if only else architecture}"
     command = [
-        nvcc,
+        path,
         *COMPILE,
         f"-I{headers}",
         "-gencode",
@@ -144,7 +144,8 @@ def _compile(nvcc: str, source: Path, architecture: str, headers: Path, made: Pa
     return str(output)
 
 
-def _nvcc() -> str | None:
+def nvcc() -> str | None:
+    """The path of the compiler, or None."""
     candidates = (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc")
     return next(filter(None, (shutil.which(candidate) for candidate in candidates if candidate)), None)
 
