@@ -328,7 +328,6 @@ __global__ void __launch_bounds__(Layout<width>::threads, 1)
     pin(o);  // no branch from here to the wait: ptxas would let the second product wait for the first (C7514)
     fence_products();
     accumulate<T, S>(o, a, kv_at(slot), steps > 1);
-    fence_products();
     score<T, S>(s, q_at(q_slot.at), kv_at(slot + 1));
     wait_products<1>();
     finish();
