@@ -9,8 +9,8 @@ has the version that runs, it fails if the inner loop has over 1 % more instruct
 ``--accept`` replaces the figures of the version that runs.
 
 Columns: ``registers``: the highest in the code, plus one; ``granted``: by setmaxnreg; ``loop``: instructions in the
-inner loop (the shortest with products; the loops of waits inside it do not count); ``products`` and ``powers``: the wgmma and the powers of 2 among them; ``copies``: the
-instructions of the whole kernel that load through TMA.
+inner loop, which is the shortest one with products (waits inside it do not count); ``products`` and ``powers``: the
+wgmma and the powers of 2 among them; ``copies``: the instructions of the whole kernel that load through TMA.
 """
 
 from __future__ import annotations

@@ -14,8 +14,14 @@ from mova_kernels import _linear, backends, use_backend
 from mova_kernels._triton import availability, tuning
 from mova_kernels.ops.ragged_linear import triton_impl as persistent
 
-# Architecture -> the GPU whose shipped configurations are used, and the number of its multiprocessors.
-GPUS = {"sm_80": ("NVIDIA-A100-SXM4-80GB", 108), "sm_90": ("NVIDIA-H200", 132), "sm_100": ("NVIDIA-B200", 148)}
+# Architecture -> the GPU whose shipped configurations are used, and the number of its multiprocessors. On sm_90a the
+# ops run in CUDA C++ as far as they have it, on the others in Triton.
+GPUS = {
+    "sm_80": ("NVIDIA-A100-SXM4-80GB", 108),
+    "sm_90": ("NVIDIA-H200", 132),
+    "sm_90a": ("NVIDIA-H200", 132),
+    "sm_100": ("NVIDIA-B200", 148),
+}
 
 
 @contextmanager
@@ -27,24 +33,6 @@ def compiled_on_cpu_tensors(gpu: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(availability, "INTERPRETED_DTYPES", availability.DTYPES))
         triton_driver.use(gpu)
         stack.callback(triton_driver.leave)
-        yield
-
-
-@contextmanager
-def emulated_gpu(gpu: str) -> Iterator[None]:
-    """The adapter runs as on ``gpu``: the ops run their Triton kernels, with the grids and configurations of that GPU.
-
-    PyTorch computes the other products.
-    """
-    name, multiprocessors = GPUS[gpu]
-    every = ",".join(f"{op}=triton" for op in backends.ops() if "triton" in backends._TABLE[op])
-    with (
-        compiled_on_cpu_tensors(gpu),
-        mock.patch.object(_linear, "_is_ours", lambda *operands: False),
-        mock.patch.object(tuning, "device_name", lambda device: name),
-        mock.patch.object(persistent, "num_multiprocessors", lambda x: multiprocessors),
-        use_backend(every),
-    ):
         yield
 
 
@@ -62,3 +50,24 @@ def cuda_on_cpu_tensors() -> Iterator[cuda.Library]:
             if "cuda" in table:
                 stack.enter_context(mock.patch.dict(table, cuda=as_on_hopper(table["cuda"])))
         yield library
+
+
+@contextmanager
+def emulated_gpu(gpu: str) -> Iterator[None]:
+    """The adapter runs as on ``gpu``: the ops run their kernels, with the grids and configurations of that GPU.
+
+    PyTorch computes the other products.
+    """
+    name, multiprocessors = GPUS[gpu]
+    hopper = gpu == "sm_90a"
+    kinds = ("cuda", "triton") if hopper else ("triton",)
+    taken = {op: next((kind for kind in kinds if kind in table), None) for op, table in backends._TABLE.items()}
+    with ExitStack() as stack:
+        if hopper:
+            stack.enter_context(cuda_on_cpu_tensors())
+        stack.enter_context(compiled_on_cpu_tensors(gpu.removesuffix("a")))
+        stack.enter_context(mock.patch.object(_linear, "_is_ours", lambda *operands: False))
+        stack.enter_context(mock.patch.object(tuning, "device_name", lambda device: name))
+        stack.enter_context(mock.patch.object(persistent, "num_multiprocessors", lambda x: multiprocessors))
+        stack.enter_context(use_backend(",".join(f"{op}={kind}" for op, kind in taken.items() if kind)))
+        yield

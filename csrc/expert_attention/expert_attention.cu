@@ -60,15 +60,19 @@ __global__ void __launch_bounds__(threads) turn(const __grid_constant__ Turn p) 
   float y[n] = {}, squares = 0;
   if (valid) {
     x = mk::load<T, n>(static_cast<const T*>(t.x) + place.offset(t.stride_pair, t.stride_token));
-    const auto cos = mk::load<float, n>(p.cos + place.row * width + place.channel);
-    const auto sin = mk::load<float, n>(p.sin + place.row * width + place.channel);
+    const int64_t at = place.row * width + place.channel;
 #pragma unroll
-    for (int i = 0; i < n; i += 2) {
-      const float a = mk::to_float(x.element[i]), b = mk::to_float(x.element[i + 1]);
-      y[i] = a * cos.element[i] - b * sin.element[i];
-      y[i + 1] = b * cos.element[i + 1] + a * sin.element[i + 1];
-      squares += y[i] * y[i] + y[i + 1] * y[i + 1];
+    for (int i = 0; i < n; i += 4) {
+      const auto cos = mk::load<float, 4>(p.cos + at + i), sin = mk::load<float, 4>(p.sin + at + i);
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const float a = mk::to_float(x.element[i + j]), b = mk::to_float(x.element[i + j + 1]);
+        y[i + j] = a * cos.element[j] - b * sin.element[j];
+        y[i + j + 1] = b * cos.element[j + 1] + a * sin.element[j + 1];
+      }
     }
+#pragma unroll
+    for (int i = 0; i < n; ++i) squares += y[i] * y[i];
   }
   // The product of two tokens that are shorter than 2^63 has room in fp32.
   const bool scorable = sum_of_group<width / n>(squares) < 0x1p126f;
