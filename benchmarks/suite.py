@@ -104,7 +104,7 @@ class Suite:
         baselines: the first is the official computation.
         work: case -> Work.
         op: (Inputs, backend) -> outputs, for a suite of an op with backends.
-        ours: our variants, for a suite of something else.
+        ours: our variants, besides those of the op's backends.
         truth: Inputs in fp64 -> outputs; default: the op's reference.
         verify: (variant, device), fails for a baseline that computes something else; default: :meth:`verify_in_fp64`.
     """
@@ -125,7 +125,7 @@ class Suite:
     ) -> None:
         self.module, self.name, self.cases, self.inputs, self.work = module, name, list(cases), inputs, work
         if op is not None:
-            ours = [_of_backend(name, backend, op) for backend in backends.explain()[name]]
+            ours = [*(_of_backend(name, backend, op) for backend in backends.explain()[name]), *ours]
             truth = truth or functools.partial(op, backend="reference")
         assert truth is not None, name
         self.truth, self.verify = truth, verify or self.verify_in_fp64
@@ -155,7 +155,9 @@ def listed(outputs: Outputs) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def _of_backend(op: str, backend: str, run: Callable[[Inputs, str], Outputs]) -> Variant:
+def takes(op: str, backend: str) -> Declines:
+    """The reason why a backend of an op does not take a case, or None."""
+
     def declines(case: Case, device: torch.device) -> str | None:
         try:
             backends.choose(op, backend, device, DTYPES[case.dtype])
@@ -163,6 +165,9 @@ def _of_backend(op: str, backend: str, run: Callable[[Inputs, str], Outputs]) ->
             return str(error)
         return None
 
-    return Variant(
-        backend, functools.partial(run, backend=backend), ours=True, declines=declines, quick=backend != "reference"
-    )
+    return declines
+
+
+def _of_backend(op: str, backend: str, run: Callable[[Inputs, str], Outputs]) -> Variant:
+    run_there = functools.partial(run, backend=backend)
+    return Variant(backend, run_there, ours=True, declines=takes(op, backend), quick=backend != "reference")

@@ -2,7 +2,7 @@
 
 It needs no network. It writes gpu_check.json into DIRECTORY (default: benchmarks/results/<device>), and prints it as
 tables. ``tools/gpu_status.py`` then writes docs/gpu-status.md. A part that fails does not stop the others; the exit
-status is then 1. A part that takes longer than its limit is stopped. All limits together are under eight minutes.
+status is then 1. A part that takes longer than its limit is stopped. All limits together are under nine minutes.
 
 Where there is no git, the environment variable MOVA_COMMIT names the commit.
 """
@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ REQUIRED = (
     "numpy",
     "pytest",
 )  # the parts cannot run without
-LIMITS = {"build": 50, "environment": 15, "tests": 185, "demo": 45, "benchmarks": 130}  # seconds
+LIMITS = {"build": 50, "environment": 15, "tests": 170, "sanitizer": 60, "demo": 40, "benchmarks": 140}  # seconds
 GRACE = 5  # seconds for an interrupted part to write its results, and for a killed one to end
 
 
@@ -60,7 +61,7 @@ def main() -> int:
         "benchmarks": [],
         "passed": before.get("passed", {}),
     }
-    for part in (build, environment, tests, demo, benchmarks):
+    for part in (build, environment, tests, sanitizer, demo, benchmarks):
         start = time.monotonic()
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -125,6 +126,19 @@ def tests(report: dict, folder: Path) -> dict:
     return {"status": "failed" if complaints else "passed", "output": "\n".join(complaints)}
 
 
+def sanitizer(report: dict, folder: Path) -> dict:
+    """The CUDA kernels under compute-sanitizer, at the sizes of one tile and two: memory, then races."""
+    if shutil.which("compute-sanitizer") is None:
+        return {"status": "skipped", "output": "compute-sanitizer is not installed"}
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    for tool in ("memcheck", "racecheck"):
+        command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=3", "--target-processes=all", *pytest]
+        outcome = run_command("sanitizer", folder, *command, "-k", "in_cuda and gradients and 10-64 and bfloat16")
+        if outcome["status"] == "failed":
+            return {**outcome, "output": f"{tool}: {outcome['output']}"}
+    return outcome
+
+
 def demo(report: dict, folder: Path) -> dict:
     outcome = run("demo", folder, "-m", "mova_kernels", "demo", "--device", "cuda", "--output", str(folder))
     if outcome["status"] == "passed":
@@ -157,11 +171,15 @@ def rate(info: dict, seconds: float) -> str:
 
 def run(part: str, folder: Path, *arguments: str) -> dict:
     """Run python3 with these arguments, and stop it at the part's limit; stdout goes to folder/stdout."""
+    return run_command(part, folder, sys.executable, *arguments)
+
+
+def run_command(part: str, folder: Path, *command: str) -> dict:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     variables = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1", "PYTHONPATH": path}
     with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **variables},
+            command, cwd=ROOT, env={**os.environ, **variables},
             stdout=out, stderr=err, start_new_session=True,
         )  # fmt: skip
     code = finish(process, LIMITS[part])

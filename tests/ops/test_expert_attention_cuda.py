@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from emulated_gpu import cuda_on_cpu_tensors
-from emulator import cuda
+from emulator import SETTINGS, cuda
 from extreme_scores import EXTREMES, by_autograd, extreme_problem
 from helpers import assert_within_budget, check_budget, value_and_gradients
 from test_expert_attention import plain, truth
@@ -236,6 +236,36 @@ def test_same_bits_for_every_grid(width, library, monkeypatch) -> None:
             results.append(value_and_gradients(op(tables, 1), inputs))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("schedule", [1, 2, 3], ids=["warps in reverse", "random", "random again"])
+@each_width
+def test_same_bits_for_every_order_of_warps(width, schedule, monkeypatch) -> None:
+    inputs, tables = problem(2, 300, 1, width)
+    inputs = [t.bfloat16() for t in inputs]
+    expected = value_and_gradients(op(tables, 1), inputs)
+    monkeypatch.setattr(SETTINGS, "schedule", schedule)
+    torch.testing.assert_close(value_and_gradients(op(tables, 1), inputs), expected, rtol=0, atol=0)
+
+
+MAIN = "attention_forward|attention_grad_kv|attention_grad_q"
+
+
+@each_width
+def test_memory_traffic_is_ideal(width, library, monkeypatch) -> None:
+    """Shared memory has no bank conflicts. What goes beyond the ideal in global memory are the row sums, 8 bytes of
+    neighbouring rows for each thread, and the log-sum-exps."""
+    inputs, tables = problem(1, 384, 1, width)
+    monkeypatch.setattr(SETTINGS, "counters", True)
+    monkeypatch.setattr(SETTINGS, "checks", False)
+    value_and_gradients(op(tables, 1), [t.bfloat16() for t in inputs])
+    main = [launch for launch in library.launches if re.search(MAIN, launch.name) and launch.totals.multiplications]
+    assert len(main) == 3
+    for launch in main:
+        counters = launch.kernel.counters()
+        assert sum(c.wavefronts for c in counters) == sum(c.ideal_wavefronts for c in counters) > 0
+        tiles = [c for c in counters if c.opcode.startswith("cp.async.bulk.tensor")]
+        assert sum(c.sectors for c in tiles) == sum(c.ideal_sectors for c in tiles) > 0
 
 
 def test_log_sum_exp() -> None:
